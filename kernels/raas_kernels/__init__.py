@@ -1,0 +1,15 @@
+"""Paged-KV kernels on plain tensors: append, attend + score, page bounds, stamp (RaaS, arXiv 2502.11147, section 3).
+
+Every operation exists twice with one signature: plain torch in `reference.py`, Triton in `fused.py`. The functions
+here are the one dispatch point: Triton for CUDA tensors, torch for all others. `RAAS_KERNELS=torch` or
+`RAAS_KERNELS=triton` forces an engine (Triton on CPU tensors needs `TRITON_INTERPRET=1`).
+
+Shapes, everywhere: B batch rows, H KV heads, G query heads a KV head (the query group), P pages, S tokens a page,
+N = P * S slots, Dk / Dv head sizes of K / V, E evictable (decode) pages: the last E of the P pages.
+"""
+
+from .dispatch import append, attend, engine, page_bounds, stamp
+from .reference import extend
+
+
+__all__ = ["append", "attend", "engine", "extend", "page_bounds", "stamp"]

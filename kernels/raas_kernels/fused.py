@@ -1,0 +1,309 @@
+"""The four paged operations in Triton, with the signatures of `reference.py`, without a host synchronisation.
+
+One program serves one (row, KV head), or one slice of its pages: all query heads of a group share one read of a page.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+
+# tl.dot's smallest tile side: smaller query groups are padded up to it.
+MIN_DOT = 16
+TARGET_PROGRAMS = 264  # two waves of a 132-SM GPU: enough slices that a batch of one still fills it
+
+
+@triton.jit
+def append_kernel(
+    keys, values, positions, priority, open_page, clock, key, value, minima, maxima,
+    pages, decode_pages, stride_key, stride_value,
+    PAGE: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BOUNDS: tl.constexpr,
+    BLOCK_PAGES: tl.constexpr, BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    now = tl.load(clock)
+    offset = tl.load(clock + 1) % PAGE
+    opening = offset == 0
+    first_decode_page = pages - decode_pages
+
+    page = tl.load(open_page + row)
+    if opening:
+        candidate = tl.arange(0, BLOCK_PAGES)
+        exists = candidate < decode_pages
+        rank = tl.load(priority + row * decode_pages + candidate, mask=exists, other=float("inf"))
+        first = tl.load(positions + (row * pages + first_decode_page + candidate) * PAGE, mask=exists, other=0x7FFFFFFF)
+        oldest = (rank == tl.min(rank, 0)) & exists
+        page = tl.argmin(tl.where(oldest, first, 0x7FFFFFFF), 0).to(tl.int64)
+        tl.store(open_page + row, page)
+    tl.store(priority + row * decode_pages + page, now.to(tl.float64))
+
+    physical = row * pages + first_decode_page + page
+    lane = tl.arange(0, PAGE)
+    # An opening page (offset 0) is wiped in the same store: its mask is all lanes, otherwise one.
+    tl.store(
+        positions + physical * PAGE + lane,
+        tl.where(lane == offset, now, -1).to(tl.int32),
+        mask=(lane == offset) | (lane >= offset * PAGE),
+    )
+
+    slot = physical * PAGE + offset
+    dk = tl.arange(0, BLOCK_DK)
+    new_key = tl.load(key + row * stride_key + dk, mask=dk < DK)
+    tl.store(keys + slot * DK + dk, new_key, mask=dk < DK)
+    dv = tl.arange(0, BLOCK_DV)
+    new_value = tl.load(value + row * stride_value + dv, mask=dv < DV)
+    tl.store(values + slot * DV + dv, new_value, mask=dv < DV)
+
+    if BOUNDS:
+        low = tl.load(minima + physical * DK + dk, mask=dk < DK)
+        high = tl.load(maxima + physical * DK + dk, mask=dk < DK)
+        tl.store(minima + physical * DK + dk, tl.where(opening, new_key, tl.minimum(low, new_key)), mask=dk < DK)
+        tl.store(maxima + physical * DK + dk, tl.where(opening, new_key, tl.maximum(high, new_key)), mask=dk < DK)
+
+
+def append(keys, values, positions, priority, open_page, clock, key, value, page_size, minima=None, maxima=None):
+    """See `raas_kernels.reference.append`."""
+    batch, heads, slots, dk = keys.shape
+    dv = values.shape[-1]
+    key, value = (t.reshape(batch * heads, -1) for t in (key, value))
+    key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (key, value))
+    bounds = minima is not None
+    append_kernel[(batch * heads,)](
+        keys, values, positions, priority, open_page, clock, key, value,
+        minima if bounds else keys, maxima if bounds else keys,
+        slots // page_size, priority.shape[-1], key.stride(0), value.stride(0),
+        PAGE=page_size, DK=dk, DV=dv, BOUNDS=bounds,
+        BLOCK_PAGES=triton.next_power_of_2(priority.shape[-1]),
+        BLOCK_DK=triton.next_power_of_2(dk), BLOCK_DV=triton.next_power_of_2(dv),
+    )  # fmt: skip
+
+
+@triton.jit
+def attend_kernel(
+    query, keys, values, positions, scale, part_output, part_max, part_sum, page_max,
+    slots, slots_per_slice,
+    GROUP: tl.constexpr, PAGE: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    BLOCK_GROUP: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over one slice of a row's pages; the largest logit of each (query head, page) is kept."""
+    row = tl.program_id(0).to(tl.int64)
+    slice_id = tl.program_id(1)
+    slices = tl.num_programs(1)
+    group = tl.arange(0, BLOCK_GROUP)
+    dk = tl.arange(0, BLOCK_DK)
+    dv = tl.arange(0, BLOCK_DV)
+    lane = tl.arange(0, BLOCK_SLOTS)
+    in_group = group < GROUP
+
+    q = tl.load(
+        query + (row * GROUP + group[:, None]) * DK + dk[None, :],
+        mask=in_group[:, None] & (dk[None, :] < DK), other=0.0,
+    )  # fmt: skip
+    running_max = tl.full([BLOCK_GROUP], float("-inf"), tl.float32)
+    running_sum = tl.zeros([BLOCK_GROUP], tl.float32)
+    output = tl.zeros([BLOCK_GROUP, BLOCK_DV], tl.float32)
+
+    begin = slice_id * slots_per_slice
+    end = tl.minimum(begin + slots_per_slice, slots)
+    for start in range(begin, end, BLOCK_SLOTS):
+        slot = start + lane
+        inside = slot < end
+        resident = tl.load(positions + row * slots + slot, mask=inside, other=-1) >= 0
+        k = tl.load(
+            keys + (row * slots + slot[:, None]) * DK + dk[None, :],
+            mask=inside[:, None] & (dk[None, :] < DK), other=0.0,
+        )  # fmt: skip
+        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        logits = tl.where(resident[None, :], logits, float("-inf"))
+
+        pages = tl.max(tl.reshape(logits, [BLOCK_GROUP, BLOCK_SLOTS // PAGE, PAGE]), 2)
+        page = start // PAGE + tl.arange(0, BLOCK_SLOTS // PAGE)
+        tl.store(
+            page_max + (row * GROUP + group[:, None]) * (slots // PAGE) + page[None, :],
+            pages, mask=in_group[:, None] & (page[None, :] < end // PAGE),
+        )  # fmt: skip
+
+        new_max = tl.maximum(running_max, tl.max(logits, 1))
+        # A slice may hold no resident token yet: keep -inf - -inf out of the exponent.
+        anchor = tl.where(new_max == float("-inf"), 0.0, new_max)
+        weights = tl.exp(logits - anchor[:, None])
+        rescale = tl.exp(running_max - anchor)
+        v = tl.load(
+            values + (row * slots + slot[:, None]) * DV + dv[None, :],
+            mask=inside[:, None] & (dv[None, :] < DV), other=0.0,
+        )  # fmt: skip
+        running_sum = running_sum * rescale + tl.sum(weights, 1)
+        output = output * rescale[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        running_max = new_max
+
+    part = (row * slices + slice_id) * GROUP + group
+    tl.store(part_max + part, running_max, mask=in_group)
+    tl.store(part_sum + part, running_sum, mask=in_group)
+    tl.store(part_output + part[:, None] * DV + dv[None, :], output, mask=in_group[:, None] & (dv[None, :] < DV))
+
+
+@triton.jit
+def reduce_kernel(
+    part_output, part_max, part_sum, page_max, output, scores, pages, slices,
+    GROUP: tl.constexpr, DV: tl.constexpr, BLOCK_GROUP: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_PAGES: tl.constexpr,
+):  # fmt: skip
+    """Joins the slices: program (row, 0) writes the row's output, program (row, i) the scores of its block of pages."""
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1)
+    group = tl.arange(0, BLOCK_GROUP)
+    in_group = group < GROUP
+    part = row * slices * GROUP + group
+
+    total_max = tl.full([BLOCK_GROUP], float("-inf"), tl.float32)
+    for i in range(slices):
+        total_max = tl.maximum(total_max, tl.load(part_max + part + i * GROUP, mask=in_group, other=float("-inf")))
+    total_max = tl.where(in_group, total_max, 0.0)
+    total_sum = tl.zeros([BLOCK_GROUP], tl.float32)
+    for i in range(slices):
+        slice_max = tl.load(part_max + part + i * GROUP, mask=in_group, other=float("-inf"))
+        slice_sum = tl.load(part_sum + part + i * GROUP, mask=in_group, other=0.0)
+        total_sum += slice_sum * tl.exp(slice_max - total_max)
+    inverse = 1.0 / tl.where(in_group, total_sum, 1.0)
+
+    if block == 0:
+        dv = tl.arange(0, BLOCK_DV)
+        inside = in_group[:, None] & (dv[None, :] < DV)
+        joined = tl.zeros([BLOCK_GROUP, BLOCK_DV], tl.float32)
+        for i in range(slices):
+            slice_max = tl.load(part_max + part + i * GROUP, mask=in_group, other=float("-inf"))
+            slice_output = tl.load(part_output + (part + i * GROUP)[:, None] * DV + dv[None, :], mask=inside, other=0.0)
+            joined += slice_output * tl.exp(slice_max - total_max)[:, None]
+        tl.store(
+            output + (row * GROUP + group[:, None]) * DV + dv[None, :],
+            (joined * inverse[:, None]).to(output.dtype.element_ty), mask=inside,
+        )  # fmt: skip
+
+    page = block * BLOCK_PAGES + tl.arange(0, BLOCK_PAGES)
+    largest = tl.load(
+        page_max + (row * GROUP + group[:, None]) * pages + page[None, :],
+        mask=in_group[:, None] & (page[None, :] < pages), other=float("-inf"),
+    )  # fmt: skip
+    weight = tl.exp(largest - total_max[:, None]) * inverse[:, None]
+    tl.store(scores + row * pages + page, tl.max(weight, 0), mask=page < pages)
+
+
+def _attend_tiles(page_size: int, dk: int, itemsize: int) -> int:
+    """Slots a tile: about 32 KiB of K, a whole number of pages, no fewer than `tl.dot` takes."""
+    tile = 32768 // (triton.next_power_of_2(dk) * itemsize)
+    return max(min(tile, 128), MIN_DOT, page_size)
+
+
+def attend(query, keys, values, positions, scale, page_size):
+    """See `raas_kernels.reference.attend`."""
+    batch, heads, slots, dk = keys.shape
+    dv, rows = values.shape[-1], batch * heads
+    group = query.shape[1] // heads
+    pages = slots // page_size
+    tile = _attend_tiles(page_size, dk, keys.element_size())
+    slices = max(1, min(TARGET_PROGRAMS // rows, triton.cdiv(slots, tile)))
+    slots_per_slice = triton.cdiv(triton.cdiv(slots, slices), tile) * tile
+    slices = triton.cdiv(slots, slots_per_slice)
+
+    scratch = {"dtype": torch.float32, "device": query.device}
+    part_output = torch.empty(rows, slices, group, dv, **scratch)
+    part_max = torch.empty(rows, slices, group, **scratch)
+    part_sum = torch.empty(rows, slices, group, **scratch)
+    page_max = torch.empty(rows, group, pages, **scratch)
+    output = torch.empty(batch, heads * group, 1, dv, dtype=query.dtype, device=query.device)
+    scores = torch.empty(batch, heads, pages, **scratch)
+    shape = {
+        "GROUP": group, "DV": dv, "BLOCK_GROUP": max(MIN_DOT, triton.next_power_of_2(group)),
+        "BLOCK_DV": max(MIN_DOT, triton.next_power_of_2(dv)),
+    }  # fmt: skip
+    attend_kernel[(rows, slices)](
+        query.contiguous(), keys, values, positions, scale, part_output, part_max, part_sum, page_max,
+        slots, slots_per_slice,
+        PAGE=page_size, DK=dk, BLOCK_SLOTS=tile, BLOCK_DK=max(MIN_DOT, triton.next_power_of_2(dk)), **shape,
+    )  # fmt: skip
+    block_pages = min(128, triton.next_power_of_2(pages))
+    reduce_kernel[(rows, triton.cdiv(pages, block_pages))](
+        part_output, part_max, part_sum, page_max, output, scores, pages, slices, BLOCK_PAGES=block_pages, **shape
+    )
+    return output, scores
+
+
+@triton.jit
+def page_bounds_kernel(
+    query, minima, maxima, positions, bounds, scale, pages,
+    GROUP: tl.constexpr, PAGE: tl.constexpr, DK: tl.constexpr, BLOCK_PAGES: tl.constexpr, BLOCK_DK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    page = tl.program_id(1) * BLOCK_PAGES + tl.arange(0, BLOCK_PAGES)
+    dk = tl.arange(0, BLOCK_DK)
+    exists = page < pages
+    inside = exists[:, None] & (dk[None, :] < DK)
+    address = (row * pages + page[:, None]) * DK + dk[None, :]
+    low = tl.load(minima + address, mask=inside, other=0.0).to(tl.float32)
+    high = tl.load(maxima + address, mask=inside, other=0.0).to(tl.float32)
+    lane = tl.arange(0, PAGE)
+    held = tl.load(positions + (row * pages + page[:, None]) * PAGE + lane[None, :], mask=exists[:, None], other=-1)
+    best = tl.full([BLOCK_PAGES], float("-inf"), tl.float32)
+    for g in range(GROUP):
+        q = tl.load(query + (row * GROUP + g) * DK + dk, mask=dk < DK, other=0.0).to(tl.float32)
+        best = tl.maximum(best, tl.sum(tl.maximum(q[None, :] * low, q[None, :] * high), 1))
+    best = tl.where(tl.max(held, 1) >= 0, best * scale, float("-inf"))
+    tl.store(bounds + row * pages + page, best, mask=exists)
+
+
+def page_bounds(query, minima, maxima, positions, scale, page_size):
+    """See `raas_kernels.reference.page_bounds`."""
+    batch, heads, pages, dk = minima.shape
+    bounds = torch.empty(batch, heads, pages, dtype=torch.float32, device=query.device)
+    block_pages = min(32, triton.next_power_of_2(pages))
+    page_bounds_kernel[(batch * heads, triton.cdiv(pages, block_pages))](
+        query.contiguous(), minima, maxima, positions, bounds, scale, pages,
+        GROUP=query.shape[1] // heads, PAGE=page_size, DK=dk,
+        BLOCK_PAGES=block_pages, BLOCK_DK=triton.next_power_of_2(dk),
+    )  # fmt: skip
+    return bounds
+
+
+@triton.jit
+def stamp_kernel(
+    priority, scores, first, clock, score_row, score_head, first_row, first_head, first_page, heads, decode_pages, alpha,
+    TOP_RATIO: tl.constexpr, BLOCK_PAGES: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    source = scores + (row // heads) * score_row + (row % heads) * score_head
+    born = first + (row // heads) * first_row + (row % heads) * first_head
+    target = priority + row * decode_pages
+    page = tl.program_id(1) * BLOCK_PAGES + tl.arange(0, BLOCK_PAGES)
+    exists = page < decode_pages
+    held = tl.load(target + page, mask=exists, other=float("-inf")) > float("-inf")
+    score = tl.load(source + page, mask=exists, other=0.0)
+    if TOP_RATIO is None:
+        milestone = held & (score >= alpha)
+    else:
+        # A page is in the top k if fewer than k held pages beat it: no sort, no data-dependent shape.
+        birth = tl.load(born + page * first_page, mask=exists, other=0)
+        better = tl.zeros([BLOCK_PAGES], tl.int32)
+        count = 0
+        for start in range(0, decode_pages, BLOCK_PAGES):
+            rival = start + tl.arange(0, BLOCK_PAGES)
+            # Another program may be stamping this rival: held stays held, which is all that is read of it.
+            alive = tl.load(target + rival, mask=rival < decode_pages, other=float("-inf")) > float("-inf")
+            other = tl.load(source + rival, mask=rival < decode_pages, other=0.0)
+            rival_birth = tl.load(born + rival * first_page, mask=rival < decode_pages, other=0)
+            beats = (other[None, :] > score[:, None]) | (
+                (other[None, :] == score[:, None]) & (rival_birth[None, :] < birth[:, None])
+            )
+            better += tl.sum((beats & alive[None, :]).to(tl.int32), 1)
+            count += tl.sum(alive.to(tl.int32), 0)
+        milestone = held & (better < tl.ceil(count.to(tl.float64) * TOP_RATIO))
+    tl.store(target + page, tl.load(clock).to(tl.float64), mask=milestone)
+
+
+def stamp(priority, scores, first, clock, alpha, top_ratio):
+    """See `raas_kernels.reference.stamp`."""
+    batch, heads, decode_pages = priority.shape
+    block_pages = min(64, triton.next_power_of_2(decode_pages))
+    stamp_kernel[(batch * heads, triton.cdiv(decode_pages, block_pages))](
+        priority, scores, first, clock, *scores.stride()[:2], *first.stride(), heads, decode_pages,
+        0.0 if alpha is None else alpha, TOP_RATIO=top_ratio, BLOCK_PAGES=block_pages,
+    )  # fmt: skip

@@ -1,0 +1,197 @@
+"""The four paged operations in plain torch: the CPU engine, and what the Triton kernels are checked against.
+
+A layer's store is a set of static buffers, written in place (shapes as in the package docstring):
+
+    keys        [B, H, N, Dk]   one page = S consecutive slots; K has RoPE applied, so slots need no order
+    values      [B, H, N, Dv]
+    positions   [B, H, N]       int32, sequence index of the token in a slot; -1 where empty or padding
+    priority    [B, H, E]       float64, page with the smallest value is evicted first; -inf = holds nothing
+    open_page   [B, H]          int64, decode page (0 .. E-1) that takes the next token
+    clock       [2]             int64, (sequence index, decode-token index) of the present token
+    minima, maxima [B, H, P, Dk]  element-wise bounds of each page's keys (only for min/max scoring)
+"""
+
+import torch
+
+
+def append(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    positions: torch.Tensor,
+    priority: torch.Tensor,
+    open_page: torch.Tensor,
+    clock: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    page_size: int,
+    minima: torch.Tensor | None = None,
+    maxima: torch.Tensor | None = None,
+) -> None:
+    """Write one decode token a row into the open page; when that is full, first recycle the victim page in place.
+
+    The victim is the decode page with the smallest `(priority, first sequence index)`, so an empty page goes first.
+    The open page's priority becomes the present token's sequence index (RaaS, section 3: its timestamp).
+
+    Args:
+        key, value: `[B, H, 1, Dk]` and `[B, H, 1, Dv]`, dtype of `keys` / `values`.
+        page_size: S, tokens a page.
+        minima, maxima: bounds to keep up to date, or None.
+    """
+    now, decoded = clock.tolist()
+    offset = decoded % page_size
+    batch, heads, slots, _ = keys.shape
+    pages = slots // page_size
+    first_decode_page = pages - priority.shape[-1]
+    if offset == 0:
+        first = positions[..., first_decode_page * page_size :: page_size]
+        oldest = priority == priority.amin(-1, keepdim=True)
+        open_page.copy_(first.masked_fill(~oldest, torch.iinfo(first.dtype).max).argmin(-1))
+    row = torch.arange(batch * heads, device=keys.device)
+    page = row * pages + first_decode_page + open_page.view(-1)
+    slot = page * page_size + offset
+    if offset == 0:
+        positions.view(-1, page_size).index_fill_(0, page, -1)
+    keys.view(-1, keys.shape[-1]).index_copy_(0, slot, key.reshape(-1, key.shape[-1]))
+    values.view(-1, values.shape[-1]).index_copy_(0, slot, value.reshape(-1, value.shape[-1]))
+    positions.view(-1).index_fill_(0, slot, now)
+    priority.scatter_(-1, open_page[..., None], now)
+    if minima is not None:
+        fresh = key.reshape(-1, key.shape[-1])
+        for bounds, fold in ((minima, torch.minimum), (maxima, torch.maximum)):
+            flat = bounds.view(-1, bounds.shape[-1])
+            flat[page] = fresh if offset == 0 else fold(flat[page], fresh)
+
+
+def attend(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    positions: torch.Tensor,
+    scale: float,
+    page_size: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of one decode token a row over every resident token, and each page's score from the same softmax.
+
+    `score[page] = max over the query group, max over the page's tokens, softmax(q . k * scale)` (RaaS, section 3).
+
+    Args:
+        query: `[B, H * G, 1, Dk]`; the G query heads of a KV head are consecutive.
+        scale: factor on `q . k`.
+        page_size: S, tokens a page.
+
+    Returns:
+        output `[B, H * G, 1, Dv]` in the query's dtype, scores `[B, H, P]` float32 (float64 for float64 inputs).
+    """
+    batch, heads, slots, _ = keys.shape
+    accumulate = torch.promote_types(query.dtype, torch.float32)
+    grouped = query.reshape(batch * heads, -1, query.shape[-1]).to(accumulate) * scale
+    logits = grouped @ keys.flatten(0, 1).transpose(1, 2).to(accumulate)
+    logits.view(batch, heads, -1, slots).masked_fill_((positions < 0)[:, :, None], float("-inf"))
+    weights = logits.softmax(-1)
+    output = (weights @ values.flatten(0, 1).to(accumulate)).to(query.dtype)
+    scores = weights.view(batch, heads, -1, slots // page_size, page_size).amax((2, 4))
+    return output.view(batch, -1, 1, values.shape[-1]), scores
+
+
+def extend(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    positions: torch.Tensor,
+    query_positions: torch.Tensor,
+    scale: float,
+    page_size: int,
+    max_logits: int = 1 << 26,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of T new tokens a row over the residents and, causally, over each other; scores as in `attend`.
+
+    The new tokens are resident already: a query sees the slots whose position is not past its own. Rare (a new user
+    turn, a prefill chunk), so torch serves every device, in blocks of queries that bound the logits in memory.
+
+    Args:
+        query: `[B, H * G, T, Dk]`.
+        query_positions: `[T]` int, sequence index of each query.
+        max_logits: bound on the logits held at once, in elements.
+
+    Returns:
+        output `[B, H * G, T, Dv]`, scores `[B, H, P]`, the max over the T queries too.
+    """
+    batch, heads, slots, _ = keys.shape
+    length = query.shape[2]
+    accumulate = torch.promote_types(query.dtype, torch.float32)
+    grouped = query.reshape(batch, heads, -1, length, query.shape[-1])
+    block = max(1, max_logits // (batch * query.shape[1] * slots))
+    output = query.new_empty(*grouped.shape[:-1], values.shape[-1])
+    scores = torch.zeros(batch, heads, slots // page_size, dtype=accumulate, device=query.device)
+    transposed, contents = keys[:, :, None].mT.to(accumulate), values[:, :, None].to(accumulate)
+    for start in range(0, length, block):
+        window = slice(start, start + block)
+        logits = grouped[:, :, :, window].to(accumulate) * scale @ transposed
+        visible = (positions >= 0)[:, :, None] & (positions[:, :, None] <= query_positions[window, None])
+        # A padding query sees nothing: its row of the softmax is 0 / 0, and its output is never used.
+        weights = logits.masked_fill_(~visible[:, :, None], float("-inf")).softmax(-1).nan_to_num_(0.0)
+        output[:, :, :, window] = (weights @ contents).to(query.dtype)
+        torch.maximum(scores, weights.amax((2, 3)).view(*scores.shape, page_size).amax(-1), out=scores)
+    return output.view(batch, -1, length, values.shape[-1]), scores
+
+
+def page_bounds(
+    query: torch.Tensor,
+    minima: torch.Tensor,
+    maxima: torch.Tensor,
+    positions: torch.Tensor,
+    scale: float,
+    page_size: int,
+) -> torch.Tensor:
+    """Upper bound of every page's logits from its min/max representative (Quest, section 3.3; RaaS, section 3).
+
+    `bound[page] = max over the query group, sum over d, max(q_d * min_d, q_d * max_d) * scale`.
+
+    Args:
+        query: `[B, H * G, 1, Dk]`.
+        minima, maxima: `[B, H, P, Dk]`.
+        positions: `[B, H, N]` int32; a page without a resident token gets -inf.
+
+    Returns:
+        `[B, H, P]` float32 (float64 for float64 inputs).
+    """
+    batch, heads, pages, _ = minima.shape
+    accumulate = torch.promote_types(query.dtype, torch.float32)
+    grouped = query.reshape(batch, heads, -1, query.shape[-1]).to(accumulate)
+    resident = (positions.view(batch, heads, pages, page_size) >= 0).any(-1)
+    # max(q * min, q * max) picks max where q > 0 and min where q < 0: two matrix products instead of a 5-d tensor.
+    low = minima.to(accumulate).masked_fill(~resident[..., None], 0)
+    high = maxima.to(accumulate).masked_fill(~resident[..., None], 0)
+    bounds = grouped.clamp(min=0) @ high.mT + grouped.clamp(max=0) @ low.mT
+    return (bounds.amax(2) * scale).masked_fill_(~resident, float("-inf"))
+
+
+def stamp(
+    priority: torch.Tensor,
+    scores: torch.Tensor,
+    first: torch.Tensor,
+    clock: torch.Tensor,
+    alpha: float | None,
+    top_ratio: float | None,
+) -> None:
+    """Set the timestamp of every milestone page to the present token's sequence index (RaaS, section 3).
+
+    Args:
+        priority: `[B, H, E]`, updated in place; empty pages (-inf) stay empty.
+        scores: `[B, H, E]`, any float dtype.
+        first: `[B, H, E]` int32, sequence index of each page's first token.
+        alpha: stamp the held pages with `score >= alpha`; None for `top_ratio`.
+        top_ratio: stamp the `ceil(top_ratio * held)` highest scores, ties to the older page; None for `alpha`.
+    """
+    held = priority > float("-inf")
+    if alpha is not None:
+        milestone = (scores >= alpha) & held
+    else:
+        by_age = first.argsort(-1)
+        aged_scores = scores.masked_fill(~held, -1.0).gather(-1, by_age)
+        ranked = by_age.gather(-1, aged_scores.argsort(dim=-1, descending=True, stable=True))
+        wanted = (held.sum(-1, keepdim=True).double() * top_ratio).ceil()
+        milestone = torch.zeros_like(held).scatter_(
+            -1, ranked, torch.arange(scores.shape[-1], device=scores.device) < wanted
+        )
+    priority.masked_fill_(milestone, clock[0])

@@ -1,0 +1,20 @@
+"""raas-cache: the KV cache that lets a reasoning model think for 100,000 tokens in the memory of 1,000.
+
+`model.generate(**inputs, past_key_values=RaaSCache(budget=1024))`: importing this package is all the set-up there is.
+"""
+
+from importlib.resources import files
+
+from .attention import register, unregister
+from .cache import RaaSCache
+
+
+__all__ = ["RaaSCache", "embedded_model", "register", "unregister"]
+
+
+def embedded_model() -> str:
+    """Folder of the small reasoning model shipped with the package, for `from_pretrained`; works offline."""
+    return str(files(__name__) / "models" / "chain_reasoner")
+
+
+register()

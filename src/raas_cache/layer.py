@@ -1,0 +1,277 @@
+"""The page store of one attention layer: static buffers, in-place writes. It knows pages, not policies."""
+
+import math
+from typing import Literal
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+import raas_kernels
+
+from .policies import Policy
+
+
+class PagedLayer(CacheLayerMixin):
+    """One layer's KV in pages of `page_size` tokens, at most `budget` tokens of them whatever the sequence's length.
+
+    Pages `0 .. pinned_pages-1` hold input tokens (the prompt, later turns) and are never evicted; the `decode_pages`
+    pages behind them hold generated tokens and are recycled in place. All rows and KV heads fill pages in step, so
+    counts are host integers; what a page holds differs from head to head. Tensors are described in
+    `raas_kernels.reference`. `seen` counts the tokens of the sequence, which positions depend on; the number of
+    resident tokens is another.
+
+    Args:
+        policy: orders the decode pages for eviction.
+        budget: tokens to hold, the prompt counted in.
+        page_size: tokens a page, a power of two.
+        min_decode_pages: decode pages to hold even where the prompt leaves room for fewer.
+        scoring: `"exact"` takes a page's largest softmax weight, `"minmax"` the softmax over min/max representatives.
+        granularity: `"head"` evicts for each KV head by itself, `"layer"` for all heads of a row alike.
+    """
+
+    is_sliding = False
+    supports_early_init = False  # the sizes wait for the prompt's length
+
+    def __init__(
+        self,
+        policy: Policy,
+        budget: int,
+        page_size: int,
+        min_decode_pages: int,
+        scoring: Literal["exact", "minmax"],
+        granularity: Literal["head", "layer"],
+    ):
+        super().__init__()
+        self.policy = policy
+        self.budget, self.page_size, self.min_decode_pages = budget, page_size, min_decode_pages
+        self.scoring, self.granularity = scoring, granularity
+        self._forget()
+
+    def _forget(self) -> None:
+        self.keys = self.values = self.positions = self.priority = self.open_page = self.clock = None
+        self.minima = self.maxima = None
+        self.pinned_pages = self.decode_pages = 0
+        self.seen = self.pinned = self.decoded = self.new = 0
+        self.awaits_attention = False
+        self.is_initialized = False
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Take batch, heads, sizes, dtype and device from the first key and value; `update` sizes the buffers."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.batch_size, self.num_heads = key_states.shape[:2]
+        rows = (self.batch_size, self.num_heads)
+        self.keys = key_states.new_empty(*rows, 0, key_states.shape[-1])
+        self.values = value_states.new_empty(*rows, 0, value_states.shape[-1])
+        self.positions = torch.empty(*rows, 0, dtype=torch.int32, device=self.device)
+        self.priority = torch.empty(*rows, 0, dtype=torch.float64, device=self.device)
+        self.open_page = torch.zeros(rows, dtype=torch.int64, device=self.device)
+        self.clock = torch.tensor([-1, -1], device=self.device)
+        if self.scoring == "minmax":
+            self.minima, self.maxima = self.keys.clone(), self.keys.clone()
+        self.is_initialized = True
+
+    @property
+    def room_for_decode(self) -> int:
+        """Decode pages that the budget leaves beside the pinned pages; may be less than `decode_pages`."""
+        return self.budget // self.page_size - self.pinned_pages
+
+    @property
+    def evicted(self) -> int:
+        """Pages evicted so far, the same for every row and head."""
+        return max(0, math.ceil(self.decoded / self.page_size) - self.decode_pages)
+
+    @property
+    def held(self) -> int:
+        """Tokens held now, the same for every row and head, padding counted in."""
+        return self.pinned + self.decoded - self.evicted * self.page_size
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the K and V buffers, allocated."""
+        return self.keys.nbytes + self.values.nbytes if self.is_initialized else 0
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """Store the new tokens; `attend` then reads the store.
+
+        Args:
+            key_states, value_states: `[batch, kv_heads, new, head_dim]`; RoPE applied to the keys.
+
+        Returns:
+            The two arguments, the key with this layer as attribute `paged_layer`, for the attention function.
+
+        Raises:
+            ValueError: batch, heads, dtype or device are not those the cache was filled with.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self._check_same_use(key_states)
+        key, value = key_states.detach(), value_states.detach()
+        self.new = key.shape[2]
+        if self.new == 1 and self.seen > 0:
+            self._append(key, value)
+        else:
+            self._pin(key, value)
+        self.seen += self.new
+        self.awaits_attention = True
+        key_states.paged_layer = self
+        return key_states, value_states
+
+    def _check_same_use(self, key: torch.Tensor) -> None:
+        held = (self.batch_size, self.num_heads, self.keys.shape[-1], self.dtype, self.device)
+        given = (*key.shape[:2], key.shape[-1], key.dtype, key.device)
+        for name, old, new in zip(("batch size", "KV heads", "head size", "dtype", "device"), held, given, strict=True):
+            if old != new:
+                raise ValueError(
+                    f"This cache holds {self.seen} tokens with {name} {old}, and was given keys with {name} {new}: "
+                    "use a new cache for another input, or call reset() on this one first."
+                )
+
+    def _append(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        self.clock += 1
+        self.decoded += 1
+        raas_kernels.append(
+            self.keys,
+            self.values,
+            self.positions,
+            self.priority,
+            self.open_page,
+            self.clock,
+            key,
+            value,
+            self.page_size,
+            self.minima,
+            self.maxima,
+        )
+
+    def _pin(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        start, end = self.pinned, self.pinned + self.new
+        self._reserve(math.ceil(end / self.page_size))
+        self.keys[:, :, start:end] = key
+        self.values[:, :, start:end] = value
+        self.positions[:, :, start:end] = torch.arange(self.seen, self.seen + self.new, device=self.device)
+        self.clock[0] += self.new
+        self.pinned = end
+
+    def _reserve(self, pinned_pages: int) -> None:
+        """Move to buffers with `pinned_pages` pinned pages; the decode region keeps its size once it is in use."""
+        old_pinned, self.pinned_pages = self.pinned_pages, pinned_pages
+        if not self.decoded:
+            self.decode_pages = max(self.room_for_decode, self.min_decode_pages)
+            self.priority = self.priority.new_full((*self.priority.shape[:2], self.decode_pages), float("-inf"))
+        pages = pinned_pages + self.decode_pages
+
+        def moved(old: torch.Tensor, unit: int, empty: float) -> torch.Tensor:
+            new = old.new_full((*old.shape[:2], pages * unit, *old.shape[3:]), empty)
+            new[:, :, : old_pinned * unit] = old[:, :, : old_pinned * unit]
+            if self.decoded:
+                new[:, :, pinned_pages * unit :] = old[:, :, old_pinned * unit :]
+            return new
+
+        self.keys = moved(self.keys, self.page_size, 0)
+        self.values = moved(self.values, self.page_size, 0)
+        self.positions = moved(self.positions, self.page_size, -1)
+        if self.minima is not None:
+            self.minima, self.maxima = moved(self.minima, 1, 0), moved(self.maxima, 1, 0)
+
+    @property
+    def is_first_forward(self) -> bool:
+        """Whether all tokens held came with the last `update`: plain causal attention over them is then exact."""
+        return self.seen == self.new
+
+    def admit(self, visible: torch.Tensor | None) -> None:
+        """Take note of padding among the tokens of the last `update`, and finish their pages.
+
+        Args:
+            visible: `[batch, new]` bool, False for padding; None if there is none.
+        """
+        self.awaits_attention = False
+        if visible is not None:
+            first = self.seen - self.new
+            index = (self.positions - first).clamp(min=0)
+            shown = visible[:, None].expand(-1, self.num_heads, -1).gather(-1, index.long())
+            hidden = (self.positions >= first) & ~shown
+            self.positions.masked_fill_(hidden, -1)
+            # A padding token's K and V may be anything, NaN too, and 0 * NaN is NaN.
+            self.keys.masked_fill_(hidden[..., None], 0)
+            self.values.masked_fill_(hidden[..., None], 0)
+        if self.minima is not None and (self.new > 1 or self.is_first_forward):
+            self._summarise(slice((self.pinned - self.new) // self.page_size, self.pinned_pages))
+
+    def _summarise(self, pages: slice) -> None:
+        """Min/max representatives of pinned pages, over their resident tokens."""
+        keys = self.keys.unflatten(2, (-1, self.page_size))[:, :, pages]
+        empty = self.positions.unflatten(2, (-1, self.page_size))[:, :, pages, :, None] < 0
+        self.minima[:, :, pages] = keys.masked_fill(empty, float("inf")).amin(3)
+        self.maxima[:, :, pages] = keys.masked_fill(empty, float("-inf")).amax(3)
+
+    def attend(self, query: torch.Tensor, scale: float) -> torch.Tensor:
+        """Attention of the new tokens over all resident ones; then the policy sees the pages' scores.
+
+        Args:
+            query: `[batch, heads, new, head_dim]`, the queries of the tokens of the last `update`.
+            scale: factor on `q . k`.
+
+        Returns:
+            `[batch, heads, new, value_dim]`, in the query's dtype.
+        """
+        store = (self.keys, self.values, self.positions)
+        if self.new == 1:
+            output, scores = raas_kernels.attend(query, *store, scale, self.page_size)
+        else:
+            indices = torch.arange(self.seen - self.new, self.seen, device=self.device)
+            output, scores = raas_kernels.extend(query, *store, indices, scale, self.page_size)
+        if self.decoded:
+            if self.scoring == "minmax":
+                scores = self._representative_scores(query, scale)
+            scores = self._shared(scores[..., self.pinned_pages :])
+            first = self.positions[..., self.pinned_pages * self.page_size :: self.page_size]
+            self.policy.on_scores(self.priority, scores, first, self.clock)
+        return output
+
+    def _representative_scores(self, query: torch.Tensor, scale: float) -> torch.Tensor:
+        """Softmax over the resident pages' upper bounds, the max over the new queries: `[batch, kv_heads, pages]`."""
+        representatives = (self.minima, self.maxima, self.positions)
+        scores = [
+            self._shared(raas_kernels.page_bounds(one, *representatives, scale, self.page_size)).softmax(-1)
+            for one in query.split(1, dim=2)
+        ]
+        return torch.stack(scores).amax(0)
+
+    def _shared(self, scores: torch.Tensor) -> torch.Tensor:
+        """With `granularity="layer"`, every head gets the row's largest score."""
+        return scores if self.granularity == "head" else scores.amax(1, keepdim=True).expand_as(scores)
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, evicted ones included: positions go on from here."""
+        return self.seen
+
+    def get_max_length(self) -> int:
+        """-1: however small the store, the sequence may go on."""
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(length, offset) of the mask: the new tokens only, for what is visible of the past is known here."""
+        return query_length, self.seen
+
+    def reset(self) -> None:
+        """Forget everything, buffers included: the next prompt sizes new ones."""
+        self._forget()
+
+    def _apply_to_rows(self, function) -> None:
+        for name in ("keys", "values", "positions", "priority", "open_page", "minima", "maxima"):
+            if getattr(self, name) is not None:
+                setattr(self, name, function(getattr(self, name)).contiguous())
+        if self.is_initialized:
+            self.batch_size = self.keys.shape[0]
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Row i becomes a copy of row `beam_idx[i]`, its page table included."""
+        self._apply_to_rows(lambda state: state.index_select(0, beam_idx.to(state.device)))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep only the rows `indices`."""
+        self._apply_to_rows(lambda state: state[indices])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row `repeats` times, side by side."""
+        self._apply_to_rows(lambda state: state.repeat_interleave(repeats, dim=0))

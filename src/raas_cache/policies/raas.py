@@ -1,0 +1,44 @@
+"""RaaS: Reasoning-Aware Attention Sparsity (Hu et al., Findings of ACL 2025, arXiv 2502.11147)."""
+
+from dataclasses import dataclass
+
+import torch
+
+import raas_kernels
+
+from .base import Policy
+
+
+@dataclass(frozen=True)
+class RaaSPolicy(Policy):
+    """Evict the page whose last milestone stamp is oldest (section 3): the priority of a page is its timestamp.
+
+    Args:
+        alpha: a page whose score is at least `alpha` is a milestone now and gets the present timestamp. In (0, 1).
+        top_ratio: instead of `alpha`, stamp this share of the held decode pages, those with the highest scores
+            (the paper's variant uses 0.5). In (0, 1].
+
+    Raises:
+        TypeError: an argument is not a number.
+        ValueError: an argument is out of range, or not exactly one of the two is given.
+    """
+
+    alpha: float | None = 1e-4
+    top_ratio: float | None = None
+
+    def __post_init__(self):
+        if (self.alpha is None) == (self.top_ratio is None):
+            raise ValueError(
+                f"alpha={self.alpha} and top_ratio={self.top_ratio}: give exactly one of the two stamping rules "
+                "(alpha=None with a top_ratio, or top_ratio=None with an alpha)."
+            )
+        for name, value in (("alpha", self.alpha), ("top_ratio", self.top_ratio)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+                raise TypeError(f"{name}={value!r} must be a float, not {type(value).__name__}.")
+        if self.alpha is not None and not 0 < self.alpha < 1:
+            raise ValueError(f"alpha={self.alpha} must lie in (0, 1): it is a share of the attention; try 1e-4.")
+        if self.top_ratio is not None and not 0 < self.top_ratio <= 1:
+            raise ValueError(f"top_ratio={self.top_ratio} must lie in (0, 1]: it is a share of the pages; try 0.5.")
+
+    def on_scores(self, priority: torch.Tensor, scores: torch.Tensor, first: torch.Tensor, clock: torch.Tensor) -> None:
+        raas_kernels.stamp(priority, scores, first, clock, self.alpha, self.top_ratio)

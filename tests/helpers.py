@@ -1,0 +1,61 @@
+"""Small models and comparisons that several test files share."""
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+
+
+VOCAB = 97
+
+
+def tiny_model(
+    heads=4, kv_heads=2, layers=2, head_dim=8, dtype=torch.float64, sharp=True, seed=0, cls=LlamaConfig, **kw
+):
+    """A random decoder; `sharp` scales queries and keys up so that attention has clear favourites, as trained ones do."""
+    torch.manual_seed(seed)
+    config = cls(
+        vocab_size=VOCAB, hidden_size=heads * head_dim, intermediate_size=32, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim, max_position_embeddings=1 << 17,
+        bos_token_id=None, eos_token_id=None, pad_token_id=0, **kw,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    if sharp:
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if "q_proj.weight" in name or "k_proj.weight" in name:
+                    weight.mul_(12)
+                if "embed" in name:
+                    weight.mul_(20)
+    return model
+
+
+def prompt(batch=1, length=20, padding=(), seed=0):
+    """Random token ids and mask; `padding[row]` tokens of row `row` are left padding."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, VOCAB, (batch, length), generator=generator)
+    mask = torch.ones_like(ids)
+    for row, count in enumerate(padding):
+        ids[row, :count], mask[row, :count] = 0, 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def generate(model, inputs, cache, steps, sample=True, seed=0, **kw):
+    torch.manual_seed(seed)
+    return model.generate(
+        **inputs,
+        past_key_values=cache,
+        max_new_tokens=steps,
+        min_new_tokens=steps,
+        do_sample=sample,
+        pad_token_id=0,
+        **kw,
+    )
+
+
+def resident_set(cache, layer, row, head):
+    positions = cache.resident_positions(layer)[row, head]
+    kept = positions[positions >= 0].tolist()
+    assert len(kept) == len(set(kept)), "a position is held twice"
+    return set(kept)
+
+
+__all__ = ["VOCAB", "Qwen2Config", "generate", "prompt", "resident_set", "tiny_model"]

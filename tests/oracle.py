@@ -1,0 +1,179 @@
+"""Brute-force simulation of RaaS: full cache, boolean residency, Python loops, float64.
+
+Written from the algorithm's text, sharing no code with the package: it runs as a `DynamicCache` that keeps everything,
+with an attention function that looks only at what would be resident.
+"""
+
+import math
+
+import numpy as np
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.masking_utils import sdpa_mask
+
+
+class Page:
+    def __init__(self, tokens, pinned):
+        self.tokens = tokens
+        self.pinned = pinned
+        self.timestamp = -1
+
+
+class Head:
+    """What one (layer, row, KV head) holds."""
+
+    def __init__(self):
+        self.pages = []
+        self.evicted = 0
+
+
+class OracleCache(DynamicCache):
+    def __init__(
+        self,
+        budget,
+        page_size=16,
+        alpha=1e-4,
+        top_ratio=None,
+        scoring="exact",
+        granularity="head",
+        min_decode_pages=8,
+        window=False,
+    ):
+        super().__init__()
+        self.budget, self.page_size, self.min_decode_pages = budget, page_size, min_decode_pages
+        self.alpha, self.top_ratio, self.scoring, self.granularity = alpha, top_ratio, scoring, granularity
+        self.window = window  # evict the oldest page, whatever its stamp: prompt + sliding window
+        self.heads = {}
+        self.padding = {}
+        self.seen = {}
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        keys.oracle = (self, layer_idx, key_states.shape[2])
+        return keys, values
+
+    def resident_set(self, layer, row, head):
+        pages = self.heads[layer, row, head].pages
+        return {token for page in pages for token in page.tokens if token not in self.padding[layer, row]}
+
+    def evicted(self, layer, row, head):
+        return self.heads[layer, row, head].evicted
+
+    def append(self, state, token):
+        """One new token: open a page if need be, evicting first if all D are held."""
+        decode = [page for page in state.pages if not page.pinned]
+        pinned_pages = len(state.pages) - len(decode)
+        if not decode:
+            state.limit = max(self.budget // self.page_size - pinned_pages, self.min_decode_pages)
+        open_pages = [page for page in decode if len(page.tokens) < self.page_size]
+        assert len(open_pages) <= 1
+        if open_pages:
+            page = open_pages[0]
+        else:
+            if len(decode) == state.limit:
+                age = (lambda p: p.tokens[0]) if self.window else (lambda p: (p.timestamp, p.tokens[0]))
+                state.pages.remove(min(decode, key=age))
+                state.evicted += 1
+            page = Page([], pinned=False)
+            state.pages.append(page)
+        page.tokens.append(token)
+        page.timestamp = token
+
+    def pin(self, state, tokens):
+        """Input tokens: pinned pages, filled one after the other."""
+        for token in tokens:
+            pinned = [page for page in state.pages if page.pinned]
+            if not pinned or len(pinned[-1].tokens) == self.page_size:
+                pinned.append(Page([], pinned=True))
+                state.pages.append(pinned[-1])
+            pinned[-1].tokens.append(token)
+
+    def attend(self, layer, new, query, keys, values, mask, scale):
+        batch, query_heads, _, _ = query.shape
+        kv_heads, total = keys.shape[1], keys.shape[2]
+        group = query_heads // kv_heads
+        first = total - new
+        query, keys, values = (x.detach().double().numpy() for x in (query, keys, values))
+        output = np.zeros((batch, query_heads, new, values.shape[-1]))
+        for row in range(batch):
+            padding = self.padding.setdefault((layer, row), set())
+            if mask is not None:
+                padding |= {token for token in range(first, total) if not mask[row, 0, -1, token]}
+            scores = {}
+            for head in range(kv_heads):
+                state = self.heads.setdefault((layer, row, head), Head())
+                if new == 1 and first > 0:
+                    self.append(state, first)
+                else:
+                    self.pin(state, range(first, total))
+                for i in range(new):
+                    self.attend_one(
+                        state, padding, first + i, slice(head * group, (head + 1) * group), i,
+                        query[row], keys[row, head], values[row, head], scale, output[row], scores.setdefault(head, {}),
+                    )  # fmt: skip
+            if self.granularity == "layer":
+                self.share_scores(row, layer, scores, kv_heads)
+            if self.scoring == "minmax":
+                for head, raw in scores.items():
+                    scores[head] = self.softmax_over_pages(raw)
+            for head in range(kv_heads):
+                self.stamp(self.heads[layer, row, head], scores[head], total - 1)
+        return torch.from_numpy(output)
+
+    def attend_one(self, state, padding, position, heads, i, query, keys, values, scale, output, scores):
+        tokens = [t for page in state.pages for t in page.tokens if t <= position and t not in padding]
+        if not tokens:
+            return
+        for g in range(heads.start, heads.stop):
+            logits = keys[tokens] @ query[g, i] * scale
+            weights = np.exp(logits - logits.max())
+            weights /= weights.sum()
+            output[g, i] = weights @ values[tokens]
+            weight_of = dict(zip(tokens, weights, strict=True))
+            for number, page in enumerate(state.pages):
+                resident = [t for t in page.tokens if t not in padding]
+                if self.scoring == "exact":
+                    score = max((weight_of.get(t, 0.0) for t in resident), default=0.0)
+                    scores[number] = max(scores.get(number, 0.0), score)
+                elif resident:
+                    low, high = keys[resident].min(0), keys[resident].max(0)
+                    bound = np.maximum(query[g, i] * low, query[g, i] * high).sum() * scale
+                    scores[number, i] = max(scores.get((number, i), -math.inf), bound)
+
+    def share_scores(self, row, layer, scores, kv_heads):
+        for number in scores[0]:
+            best = max(scores[head][number] for head in range(kv_heads))
+            for head in range(kv_heads):
+                scores[head][number] = best
+
+    def softmax_over_pages(self, bounds):
+        """Of each query's bounds; a page's score is its largest over the new queries."""
+        scores = {}
+        for i in {i for _, i in bounds}:
+            mine = {number: bound for (number, j), bound in bounds.items() if j == i}
+            largest = max(mine.values())
+            total = sum(math.exp(bound - largest) for bound in mine.values())
+            for number, bound in mine.items():
+                scores[number] = max(scores.get(number, 0.0), math.exp(bound - largest) / total)
+        return scores
+
+    def stamp(self, state, scores, now):
+        decode = [(scores.get(number, 0.0), page) for number, page in enumerate(state.pages) if not page.pinned]
+        if self.top_ratio is None:
+            milestones = [page for score, page in decode if score >= self.alpha]
+        else:
+            decode.sort(key=lambda pair: (-pair[0], pair[1].tokens[0]))
+            milestones = [page for _, page in decode[: math.ceil(self.top_ratio * len(decode))]]
+        for page in milestones:
+            page.timestamp = now
+
+
+def oracle_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    cache, layer, new = key.oracle
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    output = cache.attend(layer, new, query, key, value, attention_mask, scale)
+    return output.to(query.dtype).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("oracle", oracle_attention)
+AttentionMaskInterface.register("oracle", sdpa_mask)
