@@ -15,7 +15,7 @@ TARGET_PROGRAMS = 264  # two waves of a 132-SM GPU: enough slices that a batch o
 
 @triton.jit
 def append_kernel(
-    keys, values, positions, priority, open_page, clock, key, value, minima, maxima,
+    keys, values, bias, positions, priority, open_slot, clock, key, value, minima, maxima,
     pages, decode_pages, stride_key, stride_value,
     PAGE: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BOUNDS: tl.constexpr,
     BLOCK_PAGES: tl.constexpr, BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -25,28 +25,30 @@ def append_kernel(
     offset = tl.load(clock + 1) % PAGE
     opening = offset == 0
     first_decode_page = pages - decode_pages
+    lane = tl.arange(0, PAGE)
 
-    page = tl.load(open_page + row)
+    start = tl.load(open_slot + row)
     if opening:
         candidate = tl.arange(0, BLOCK_PAGES)
         exists = candidate < decode_pages
         rank = tl.load(priority + row * decode_pages + candidate, mask=exists, other=float("inf"))
         first = tl.load(positions + (row * pages + first_decode_page + candidate) * PAGE, mask=exists, other=0x7FFFFFFF)
         oldest = (rank == tl.min(rank, 0)) & exists
-        page = tl.argmin(tl.where(oldest, first, 0x7FFFFFFF), 0).to(tl.int64)
-        tl.store(open_page + row, page)
-    tl.store(priority + row * decode_pages + page, now.to(tl.float64))
-
-    physical = row * pages + first_decode_page + page
-    lane = tl.arange(0, PAGE)
+        victim = tl.argmin(tl.where(oldest, first, 0x7FFFFFFF), 0)
+        start = (first_decode_page + victim).to(tl.int64) * PAGE
+        tl.store(open_slot + row, start)
+        tl.store(positions + row * pages * PAGE + start + lane, (now + lane).to(tl.int32))
     # An opening page (offset 0) is wiped in the same store: its mask is all lanes, otherwise one.
     tl.store(
-        positions + physical * PAGE + lane,
-        tl.where(lane == offset, now, -1).to(tl.int32),
+        bias + row * pages * PAGE + start + lane,
+        tl.where(lane == offset, 0.0, float("-inf")),
         mask=(lane == offset) | (lane >= offset * PAGE),
     )
+    page = start // PAGE
+    if opening | (offset == PAGE - 1):
+        tl.store(priority + row * decode_pages + page - first_decode_page, now.to(tl.float64))
 
-    slot = physical * PAGE + offset
+    slot = row * pages * PAGE + start + offset
     dk = tl.arange(0, BLOCK_DK)
     new_key = tl.load(key + row * stride_key + dk, mask=dk < DK)
     tl.store(keys + slot * DK + dk, new_key, mask=dk < DK)
@@ -55,13 +57,16 @@ def append_kernel(
     tl.store(values + slot * DV + dv, new_value, mask=dv < DV)
 
     if BOUNDS:
-        low = tl.load(minima + physical * DK + dk, mask=dk < DK)
-        high = tl.load(maxima + physical * DK + dk, mask=dk < DK)
-        tl.store(minima + physical * DK + dk, tl.where(opening, new_key, tl.minimum(low, new_key)), mask=dk < DK)
-        tl.store(maxima + physical * DK + dk, tl.where(opening, new_key, tl.maximum(high, new_key)), mask=dk < DK)
+        extreme = (row * pages + page) * DK + dk
+        low = tl.load(minima + extreme, mask=dk < DK)
+        high = tl.load(maxima + extreme, mask=dk < DK)
+        tl.store(minima + extreme, tl.where(opening, new_key, tl.minimum(low, new_key)), mask=dk < DK)
+        tl.store(maxima + extreme, tl.where(opening, new_key, tl.maximum(high, new_key)), mask=dk < DK)
 
 
-def append(keys, values, positions, priority, open_page, clock, key, value, page_size, minima=None, maxima=None):
+def append(
+    keys, values, bias, positions, priority, open_slot, clock, key, value, page_size, minima=None, maxima=None
+):
     """See `raas_kernels.reference.append`."""
     batch, heads, slots, dk = keys.shape
     dv = values.shape[-1]
@@ -69,7 +74,7 @@ def append(keys, values, positions, priority, open_page, clock, key, value, page
     key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (key, value))
     bounds = minima is not None
     append_kernel[(batch * heads,)](
-        keys, values, positions, priority, open_page, clock, key, value,
+        keys, values, bias, positions, priority, open_slot, clock, key, value,
         minima if bounds else keys, maxima if bounds else keys,
         slots // page_size, priority.shape[-1], key.stride(0), value.stride(0),
         PAGE=page_size, DK=dk, DV=dv, BOUNDS=bounds,
@@ -80,7 +85,7 @@ def append(keys, values, positions, priority, open_page, clock, key, value, page
 
 @triton.jit
 def attend_kernel(
-    query, keys, values, positions, scale, part_output, part_max, part_sum, page_max,
+    query, keys, values, bias, scale, part_output, part_max, part_sum, page_max,
     slots, slots_per_slice,
     GROUP: tl.constexpr, PAGE: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     BLOCK_GROUP: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -108,13 +113,12 @@ def attend_kernel(
     for start in range(begin, end, BLOCK_SLOTS):
         slot = start + lane
         inside = slot < end
-        resident = tl.load(positions + row * slots + slot, mask=inside, other=-1) >= 0
+        absent = tl.load(bias + row * slots + slot, mask=inside, other=float("-inf"))
         k = tl.load(
             keys + (row * slots + slot[:, None]) * DK + dk[None, :],
             mask=inside[:, None] & (dk[None, :] < DK), other=0.0,
         )  # fmt: skip
-        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        logits = tl.where(resident[None, :], logits, float("-inf"))
+        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale + absent[None, :]
 
         pages = tl.max(tl.reshape(logits, [BLOCK_GROUP, BLOCK_SLOTS // PAGE, PAGE]), 2)
         page = start // PAGE + tl.arange(0, BLOCK_SLOTS // PAGE)
@@ -194,7 +198,7 @@ def _attend_tiles(page_size: int, dk: int, itemsize: int) -> int:
     return max(min(tile, 128), MIN_DOT, page_size)
 
 
-def attend(query, keys, values, positions, scale, page_size):
+def attend(query, keys, values, bias, scale, page_size):
     """See `raas_kernels.reference.attend`."""
     batch, heads, slots, dk = keys.shape
     dv, rows = values.shape[-1], batch * heads
@@ -217,7 +221,7 @@ def attend(query, keys, values, positions, scale, page_size):
         "BLOCK_DV": max(MIN_DOT, triton.next_power_of_2(dv)),
     }  # fmt: skip
     attend_kernel[(rows, slices)](
-        query.contiguous(), keys, values, positions, scale, part_output, part_max, part_sum, page_max,
+        query.contiguous(), keys, values, bias, scale, part_output, part_max, part_sum, page_max,
         slots, slots_per_slice,
         PAGE=page_size, DK=dk, BLOCK_SLOTS=tile, BLOCK_DK=max(MIN_DOT, triton.next_power_of_2(dk)), **shape,
     )  # fmt: skip
@@ -230,7 +234,7 @@ def attend(query, keys, values, positions, scale, page_size):
 
 @triton.jit
 def page_bounds_kernel(
-    query, minima, maxima, positions, bounds, scale, pages,
+    query, minima, maxima, bias, bounds, scale, pages,
     GROUP: tl.constexpr, PAGE: tl.constexpr, DK: tl.constexpr, BLOCK_PAGES: tl.constexpr, BLOCK_DK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -242,22 +246,24 @@ def page_bounds_kernel(
     low = tl.load(minima + address, mask=inside, other=0.0).to(tl.float32)
     high = tl.load(maxima + address, mask=inside, other=0.0).to(tl.float32)
     lane = tl.arange(0, PAGE)
-    held = tl.load(positions + (row * pages + page[:, None]) * PAGE + lane[None, :], mask=exists[:, None], other=-1)
+    absent = tl.load(
+        bias + (row * pages + page[:, None]) * PAGE + lane[None, :], mask=exists[:, None], other=float("-inf")
+    )
     best = tl.full([BLOCK_PAGES], float("-inf"), tl.float32)
     for g in range(GROUP):
         q = tl.load(query + (row * GROUP + g) * DK + dk, mask=dk < DK, other=0.0).to(tl.float32)
         best = tl.maximum(best, tl.sum(tl.maximum(q[None, :] * low, q[None, :] * high), 1))
-    best = tl.where(tl.max(held, 1) >= 0, best * scale, float("-inf"))
+    best = tl.where(tl.max(absent, 1) == 0, best * scale, float("-inf"))
     tl.store(bounds + row * pages + page, best, mask=exists)
 
 
-def page_bounds(query, minima, maxima, positions, scale, page_size):
+def page_bounds(query, minima, maxima, bias, scale, page_size):
     """See `raas_kernels.reference.page_bounds`."""
     batch, heads, pages, dk = minima.shape
     bounds = torch.empty(batch, heads, pages, dtype=torch.float32, device=query.device)
     block_pages = min(32, triton.next_power_of_2(pages))
     page_bounds_kernel[(batch * heads, triton.cdiv(pages, block_pages))](
-        query.contiguous(), minima, maxima, positions, bounds, scale, pages,
+        query.contiguous(), minima, maxima, bias, bounds, scale, pages,
         GROUP=query.shape[1] // heads, PAGE=page_size, DK=dk,
         BLOCK_PAGES=block_pages, BLOCK_DK=triton.next_power_of_2(dk),
     )  # fmt: skip
@@ -266,7 +272,8 @@ def page_bounds(query, minima, maxima, positions, scale, page_size):
 
 @triton.jit
 def stamp_kernel(
-    priority, scores, first, clock, score_row, score_head, first_row, first_head, first_page, heads, decode_pages, alpha,
+    priority, scores, first, clock, score_row, score_head, first_row, first_head, first_page,
+    heads, decode_pages, alpha,
     TOP_RATIO: tl.constexpr, BLOCK_PAGES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -275,10 +282,9 @@ def stamp_kernel(
     target = priority + row * decode_pages
     page = tl.program_id(1) * BLOCK_PAGES + tl.arange(0, BLOCK_PAGES)
     exists = page < decode_pages
-    held = tl.load(target + page, mask=exists, other=float("-inf")) > float("-inf")
     score = tl.load(source + page, mask=exists, other=0.0)
     if TOP_RATIO is None:
-        milestone = held & (score >= alpha)
+        milestone = exists & (score >= alpha)
     else:
         # A page is in the top k if fewer than k held pages beat it: no sort, no data-dependent shape.
         birth = tl.load(born + page * first_page, mask=exists, other=0)
@@ -295,6 +301,7 @@ def stamp_kernel(
             )
             better += tl.sum((beats & alive[None, :]).to(tl.int32), 1)
             count += tl.sum(alive.to(tl.int32), 0)
+        held = tl.load(target + page, mask=exists, other=float("-inf")) > float("-inf")
         milestone = held & (better < tl.ceil(count.to(tl.float64) * TOP_RATIO))
     tl.store(target + page, tl.load(clock).to(tl.float64), mask=milestone)
 

@@ -4,9 +4,10 @@ A layer's store is a set of static buffers, written in place (shapes as in the p
 
     keys        [B, H, N, Dk]   one page = S consecutive slots; K has RoPE applied, so slots need no order
     values      [B, H, N, Dv]
-    positions   [B, H, N]       int32, sequence index of the token in a slot; -1 where empty or padding
+    bias        [B, H, N]       float32 (float64 for float64 keys): 0 where a token is resident, -inf where none is
+    positions   [B, H, N]       int32, sequence index of the token in a slot; meaningless where the bias is -inf
     priority    [B, H, E]       float64, page with the smallest value is evicted first; -inf = holds nothing
-    open_page   [B, H]          int64, decode page (0 .. E-1) that takes the next token
+    open_slot   [B, H]          int64, first slot of the decode page that takes the next token
     clock       [2]             int64, (sequence index, decode-token index) of the present token
     minima, maxima [B, H, P, Dk]  element-wise bounds of each page's keys (only for min/max scoring)
 """
@@ -17,9 +18,10 @@ import torch
 def append(
     keys: torch.Tensor,
     values: torch.Tensor,
+    bias: torch.Tensor,
     positions: torch.Tensor,
     priority: torch.Tensor,
-    open_page: torch.Tensor,
+    open_slot: torch.Tensor,
     clock: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -30,7 +32,8 @@ def append(
     """Write one decode token a row into the open page; when that is full, first recycle the victim page in place.
 
     The victim is the decode page with the smallest `(priority, first sequence index)`, so an empty page goes first.
-    The open page's priority becomes the present token's sequence index (RaaS, section 3: its timestamp).
+    A page's priority becomes the present sequence index when the page opens and when its last slot is filled: until
+    then it cannot be a victim, so this is "the open page's timestamp becomes t" at every token (RaaS, section 3).
 
     Args:
         key, value: `[B, H, 1, Dk]` and `[B, H, 1, Dv]`, dtype of `keys` / `values`.
@@ -39,34 +42,34 @@ def append(
     """
     now, decoded = clock.tolist()
     offset = decoded % page_size
-    batch, heads, slots, _ = keys.shape
-    pages = slots // page_size
-    first_decode_page = pages - priority.shape[-1]
+    first_decode_slot = keys.shape[2] - priority.shape[-1] * page_size
     if offset == 0:
-        first = positions[..., first_decode_page * page_size :: page_size]
+        first = positions[..., first_decode_slot::page_size]
+        # An empty page has no first token; among empty pages any will do.
         oldest = priority == priority.amin(-1, keepdim=True)
-        open_page.copy_(first.masked_fill(~oldest, torch.iinfo(first.dtype).max).argmin(-1))
-    row = torch.arange(batch * heads, device=keys.device)
-    page = row * pages + first_decode_page + open_page.view(-1)
-    slot = page * page_size + offset
-    if offset == 0:
-        positions.view(-1, page_size).index_fill_(0, page, -1)
-    keys.view(-1, keys.shape[-1]).index_copy_(0, slot, key.reshape(-1, key.shape[-1]))
-    values.view(-1, values.shape[-1]).index_copy_(0, slot, value.reshape(-1, value.shape[-1]))
-    positions.view(-1).index_fill_(0, slot, now)
-    priority.scatter_(-1, open_page[..., None], now)
+        victim = first.masked_fill(~oldest, torch.iinfo(first.dtype).max).argmin(-1)
+        torch.add(victim * page_size, first_decode_slot, out=open_slot)
+        lane = torch.arange(page_size, device=keys.device)
+        page = open_slot[..., None] + lane
+        bias.scatter_(2, page, float("-inf"))
+        positions.scatter_(2, page, (now + lane).int().expand_as(page))
+    slot = (open_slot + offset)[..., None]
+    keys.scatter_(2, slot[..., None].expand(-1, -1, -1, keys.shape[-1]), key)
+    values.scatter_(2, slot[..., None].expand(-1, -1, -1, values.shape[-1]), value)
+    bias.scatter_(2, slot, 0)
+    if offset in (0, page_size - 1):
+        priority.scatter_(2, (open_slot[..., None] - first_decode_slot) // page_size, now)
     if minima is not None:
-        fresh = key.reshape(-1, key.shape[-1])
+        page = (open_slot // page_size)[..., None, None].expand_as(key)
         for bounds, fold in ((minima, torch.minimum), (maxima, torch.maximum)):
-            flat = bounds.view(-1, bounds.shape[-1])
-            flat[page] = fresh if offset == 0 else fold(flat[page], fresh)
+            bounds.scatter_(2, page, key if offset == 0 else fold(bounds.gather(2, page), key))
 
 
 def attend(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    positions: torch.Tensor,
+    bias: torch.Tensor,
     scale: float,
     page_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,12 +87,12 @@ def attend(
     """
     batch, heads, slots, _ = keys.shape
     accumulate = torch.promote_types(query.dtype, torch.float32)
-    grouped = query.reshape(batch * heads, -1, query.shape[-1]).to(accumulate) * scale
-    logits = grouped @ keys.flatten(0, 1).transpose(1, 2).to(accumulate)
-    logits.view(batch, heads, -1, slots).masked_fill_((positions < 0)[:, :, None], float("-inf"))
-    weights = logits.softmax(-1)
-    output = (weights @ values.flatten(0, 1).to(accumulate)).to(query.dtype)
-    scores = weights.view(batch, heads, -1, slots // page_size, page_size).amax((2, 4))
+    grouped = query.reshape(batch * heads, -1, query.shape[-1]).to(accumulate)
+    # baddbmm and bmm, not @: on the CPU matmul copies the strided K and V, at twice the time of the whole attention.
+    transposed, contents = keys.flatten(0, 1).to(accumulate).mT, values.flatten(0, 1).to(accumulate)
+    weights = torch.baddbmm(bias.view(-1, 1, slots), grouped, transposed, alpha=scale).softmax(-1)
+    output = torch.bmm(weights, contents).to(query.dtype)
+    scores = weights.amax(1).view(batch, heads, -1, page_size).amax(-1)
     return output.view(batch, -1, 1, values.shape[-1]), scores
 
 
@@ -97,6 +100,7 @@ def extend(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
+    bias: torch.Tensor,
     positions: torch.Tensor,
     query_positions: torch.Tensor,
     scale: float,
@@ -127,7 +131,7 @@ def extend(
     for start in range(0, length, block):
         window = slice(start, start + block)
         logits = grouped[:, :, :, window].to(accumulate) * scale @ transposed
-        visible = (positions >= 0)[:, :, None] & (positions[:, :, None] <= query_positions[window, None])
+        visible = (bias == 0)[:, :, None] & (positions[:, :, None] <= query_positions[window, None])
         # A padding query sees nothing: its row of the softmax is 0 / 0, and its output is never used.
         weights = logits.masked_fill_(~visible[:, :, None], float("-inf")).softmax(-1).nan_to_num_(0.0)
         output[:, :, :, window] = (weights @ contents).to(query.dtype)
@@ -139,7 +143,7 @@ def page_bounds(
     query: torch.Tensor,
     minima: torch.Tensor,
     maxima: torch.Tensor,
-    positions: torch.Tensor,
+    bias: torch.Tensor,
     scale: float,
     page_size: int,
 ) -> torch.Tensor:
@@ -150,7 +154,7 @@ def page_bounds(
     Args:
         query: `[B, H * G, 1, Dk]`.
         minima, maxima: `[B, H, P, Dk]`.
-        positions: `[B, H, N]` int32; a page without a resident token gets -inf.
+        bias: `[B, H, N]`; a page without a resident token gets -inf.
 
     Returns:
         `[B, H, P]` float32 (float64 for float64 inputs).
@@ -158,7 +162,7 @@ def page_bounds(
     batch, heads, pages, _ = minima.shape
     accumulate = torch.promote_types(query.dtype, torch.float32)
     grouped = query.reshape(batch, heads, -1, query.shape[-1]).to(accumulate)
-    resident = (positions.view(batch, heads, pages, page_size) >= 0).any(-1)
+    resident = bias.view(batch, heads, pages, page_size).amax(-1) == 0
     # max(q * min, q * max) picks max where q > 0 and min where q < 0: two matrix products instead of a 5-d tensor.
     low = minima.to(accumulate).masked_fill(~resident[..., None], 0)
     high = maxima.to(accumulate).masked_fill(~resident[..., None], 0)
@@ -177,21 +181,20 @@ def stamp(
     """Set the timestamp of every milestone page to the present token's sequence index (RaaS, section 3).
 
     Args:
-        priority: `[B, H, E]`, updated in place; empty pages (-inf) stay empty.
-        scores: `[B, H, E]`, any float dtype.
+        priority: `[B, H, E]`, updated in place.
+        scores: `[B, H, E]`, any float dtype; 0 for empty pages.
         first: `[B, H, E]` int32, sequence index of each page's first token.
-        alpha: stamp the held pages with `score >= alpha`; None for `top_ratio`.
+        alpha: stamp the pages with `score >= alpha`; None for `top_ratio`.
         top_ratio: stamp the `ceil(top_ratio * held)` highest scores, ties to the older page; None for `alpha`.
     """
-    held = priority > float("-inf")
     if alpha is not None:
-        milestone = (scores >= alpha) & held
+        milestone = scores >= alpha
     else:
+        held = priority > float("-inf")
         by_age = first.argsort(-1)
         aged_scores = scores.masked_fill(~held, -1.0).gather(-1, by_age)
         ranked = by_age.gather(-1, aged_scores.argsort(dim=-1, descending=True, stable=True))
         wanted = (held.sum(-1, keepdim=True).double() * top_ratio).ceil()
-        milestone = torch.zeros_like(held).scatter_(
-            -1, ranked, torch.arange(scores.shape[-1], device=scores.device) < wanted
-        )
-    priority.masked_fill_(milestone, clock[0])
+        in_top = torch.arange(scores.shape[-1], device=scores.device) < wanted
+        milestone = torch.zeros_like(held).scatter_(-1, ranked, in_top)
+    priority.masked_fill_(milestone, clock.tolist()[0])

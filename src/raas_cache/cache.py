@@ -136,11 +136,12 @@ class RaaSCache(Cache):
 
     def resident_positions(self, layer_idx: int) -> torch.Tensor:
         """Sequence index held in each slot: int64 `[batch, kv_heads, slots]`, -1 where empty or padding."""
-        return self._paged(layer_idx).positions.long()
+        layer = self._paged(layer_idx)
+        return layer.positions.long().masked_fill(layer.bias != 0, -1)
 
     def resident_tokens(self, layer_idx: int) -> torch.Tensor:
         """Tokens held, padding not counted: int64 `[batch, kv_heads]`."""
-        return (self._paged(layer_idx).positions >= 0).sum(-1)
+        return (self._paged(layer_idx).bias == 0).sum(-1)
 
     def evicted_pages(self, layer_idx: int) -> torch.Tensor:
         """Pages evicted so far: int64 `[batch, kv_heads]`."""

@@ -48,7 +48,7 @@ class PagedLayer(CacheLayerMixin):
         self._forget()
 
     def _forget(self) -> None:
-        self.keys = self.values = self.positions = self.priority = self.open_page = self.clock = None
+        self.keys = self.values = self.bias = self.positions = self.priority = self.open_slot = self.clock = None
         self.minima = self.maxima = None
         self.pinned_pages = self.decode_pages = 0
         self.seen = self.pinned = self.decoded = self.new = 0
@@ -62,9 +62,11 @@ class PagedLayer(CacheLayerMixin):
         rows = (self.batch_size, self.num_heads)
         self.keys = key_states.new_empty(*rows, 0, key_states.shape[-1])
         self.values = value_states.new_empty(*rows, 0, value_states.shape[-1])
+        accumulate = torch.promote_types(self.dtype, torch.float32)
+        self.bias = torch.empty(*rows, 0, dtype=accumulate, device=self.device)
         self.positions = torch.empty(*rows, 0, dtype=torch.int32, device=self.device)
         self.priority = torch.empty(*rows, 0, dtype=torch.float64, device=self.device)
-        self.open_page = torch.zeros(rows, dtype=torch.int64, device=self.device)
+        self.open_slot = torch.zeros(rows, dtype=torch.int64, device=self.device)
         self.clock = torch.tensor([-1, -1], device=self.device)
         if self.scoring == "minmax":
             self.minima, self.maxima = self.keys.clone(), self.keys.clone()
@@ -132,9 +134,10 @@ class PagedLayer(CacheLayerMixin):
         raas_kernels.append(
             self.keys,
             self.values,
+            self.bias,
             self.positions,
             self.priority,
-            self.open_page,
+            self.open_slot,
             self.clock,
             key,
             value,
@@ -148,6 +151,9 @@ class PagedLayer(CacheLayerMixin):
         self._reserve(math.ceil(end / self.page_size))
         self.keys[:, :, start:end] = key
         self.values[:, :, start:end] = value
+        # The open page goes on behind these tokens: what its unfilled slots will hold moves up.
+        self.positions.add_(self.new * (self.bias != 0))
+        self.bias[:, :, start:end] = 0
         self.positions[:, :, start:end] = torch.arange(self.seen, self.seen + self.new, device=self.device)
         self.clock[0] += self.new
         self.pinned = end
@@ -169,7 +175,9 @@ class PagedLayer(CacheLayerMixin):
 
         self.keys = moved(self.keys, self.page_size, 0)
         self.values = moved(self.values, self.page_size, 0)
-        self.positions = moved(self.positions, self.page_size, -1)
+        self.bias = moved(self.bias, self.page_size, float("-inf"))
+        self.positions = moved(self.positions, self.page_size, 0)
+        self.open_slot += (pinned_pages - old_pinned) * self.page_size
         if self.minima is not None:
             self.minima, self.maxima = moved(self.minima, 1, 0), moved(self.maxima, 1, 0)
 
@@ -187,10 +195,10 @@ class PagedLayer(CacheLayerMixin):
         self.awaits_attention = False
         if visible is not None:
             first = self.seen - self.new
-            index = (self.positions - first).clamp(min=0)
+            index = (self.positions - first).clamp(min=0, max=self.new - 1)
             shown = visible[:, None].expand(-1, self.num_heads, -1).gather(-1, index.long())
-            hidden = (self.positions >= first) & ~shown
-            self.positions.masked_fill_(hidden, -1)
+            hidden = (self.positions >= first) & (self.bias == 0) & ~shown
+            self.bias.masked_fill_(hidden, float("-inf"))
             # A padding token's K and V may be anything, NaN too, and 0 * NaN is NaN.
             self.keys.masked_fill_(hidden[..., None], 0)
             self.values.masked_fill_(hidden[..., None], 0)
@@ -200,7 +208,7 @@ class PagedLayer(CacheLayerMixin):
     def _summarise(self, pages: slice) -> None:
         """Min/max representatives of pinned pages, over their resident tokens."""
         keys = self.keys.unflatten(2, (-1, self.page_size))[:, :, pages]
-        empty = self.positions.unflatten(2, (-1, self.page_size))[:, :, pages, :, None] < 0
+        empty = self.bias.unflatten(2, (-1, self.page_size))[:, :, pages, :, None] < 0
         self.minima[:, :, pages] = keys.masked_fill(empty, float("inf")).amin(3)
         self.maxima[:, :, pages] = keys.masked_fill(empty, float("-inf")).amax(3)
 
@@ -214,12 +222,12 @@ class PagedLayer(CacheLayerMixin):
         Returns:
             `[batch, heads, new, value_dim]`, in the query's dtype.
         """
-        store = (self.keys, self.values, self.positions)
+        store = (self.keys, self.values, self.bias)
         if self.new == 1:
             output, scores = raas_kernels.attend(query, *store, scale, self.page_size)
         else:
             indices = torch.arange(self.seen - self.new, self.seen, device=self.device)
-            output, scores = raas_kernels.extend(query, *store, indices, scale, self.page_size)
+            output, scores = raas_kernels.extend(query, *store, self.positions, indices, scale, self.page_size)
         if self.decoded:
             if self.scoring == "minmax":
                 scores = self._representative_scores(query, scale)
@@ -230,7 +238,7 @@ class PagedLayer(CacheLayerMixin):
 
     def _representative_scores(self, query: torch.Tensor, scale: float) -> torch.Tensor:
         """Softmax over the resident pages' upper bounds, the max over the new queries: `[batch, kv_heads, pages]`."""
-        representatives = (self.minima, self.maxima, self.positions)
+        representatives = (self.minima, self.maxima, self.bias)
         scores = [
             self._shared(raas_kernels.page_bounds(one, *representatives, scale, self.page_size)).softmax(-1)
             for one in query.split(1, dim=2)
@@ -258,7 +266,7 @@ class PagedLayer(CacheLayerMixin):
         self._forget()
 
     def _apply_to_rows(self, function) -> None:
-        for name in ("keys", "values", "positions", "priority", "open_page", "minima", "maxima"):
+        for name in ("keys", "values", "bias", "positions", "priority", "open_slot", "minima", "maxima"):
             if getattr(self, name) is not None:
                 setattr(self, name, function(getattr(self, name)).contiguous())
         if self.is_initialized:
