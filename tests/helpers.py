@@ -1,7 +1,7 @@
 """Small models and comparisons that several test files share."""
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 
 VOCAB = 97
@@ -10,18 +10,20 @@ VOCAB = 97
 def tiny_model(
     heads=4, kv_heads=2, layers=2, head_dim=8, dtype=torch.float64, sharp=True, seed=0, cls=LlamaConfig, **kw
 ):
-    """A random decoder; `sharp` scales queries and keys up so that attention has clear favourites, as trained ones do."""
+    """A random decoder; `sharp` makes its attention have clear favourites, as a trained one's has."""
     torch.manual_seed(seed)
     config = cls(
         vocab_size=VOCAB, hidden_size=heads * head_dim, intermediate_size=32, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim, max_position_embeddings=1 << 17,
-        bos_token_id=None, eos_token_id=None, pad_token_id=0, **kw,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=1 << 17,
+        bos_token_id=None, eos_token_id=None, pad_token_id=0, **{"head_dim": head_dim, **kw},
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
     if sharp:
         with torch.no_grad():
             for name, weight in model.named_parameters():
-                if "q_proj.weight" in name or "k_proj.weight" in name:
+                if "q_proj.weight" in name:
+                    weight.mul_(36)
+                if "k_proj.weight" in name:
                     weight.mul_(12)
                 if "embed" in name:
                     weight.mul_(20)
@@ -40,15 +42,8 @@ def prompt(batch=1, length=20, padding=(), seed=0):
 
 def generate(model, inputs, cache, steps, sample=True, seed=0, **kw):
     torch.manual_seed(seed)
-    return model.generate(
-        **inputs,
-        past_key_values=cache,
-        max_new_tokens=steps,
-        min_new_tokens=steps,
-        do_sample=sample,
-        pad_token_id=0,
-        **kw,
-    )
+    kw = {"min_new_tokens": steps, "pad_token_id": 0, "do_sample": sample, **kw}
+    return model.generate(**inputs, past_key_values=cache, max_new_tokens=steps, **kw)
 
 
 def resident_set(cache, layer, row, head):
@@ -57,5 +52,3 @@ def resident_set(cache, layer, row, head):
     assert len(kept) == len(set(kept)), "a position is held twice"
     return set(kept)
 
-
-__all__ = ["VOCAB", "Qwen2Config", "generate", "prompt", "resident_set", "tiny_model"]

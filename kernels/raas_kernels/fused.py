@@ -58,10 +58,13 @@ def append_kernel(
 
     if BOUNDS:
         extreme = (row * pages + page) * DK + dk
-        low = tl.load(minima + extreme, mask=dk < DK)
-        high = tl.load(maxima + extreme, mask=dk < DK)
-        tl.store(minima + extreme, tl.where(opening, new_key, tl.minimum(low, new_key)), mask=dk < DK)
-        tl.store(maxima + extreme, tl.where(opening, new_key, tl.maximum(high, new_key)), mask=dk < DK)
+        wide = new_key.to(tl.float32)
+        low = tl.load(minima + extreme, mask=dk < DK).to(tl.float32)
+        high = tl.load(maxima + extreme, mask=dk < DK).to(tl.float32)
+        low = tl.where(opening, wide, tl.minimum(low, wide))
+        high = tl.where(opening, wide, tl.maximum(high, wide))
+        tl.store(minima + extreme, low.to(new_key.dtype), mask=dk < DK)
+        tl.store(maxima + extreme, high.to(new_key.dtype), mask=dk < DK)
 
 
 def append(
@@ -89,6 +92,7 @@ def attend_kernel(
     slots, slots_per_slice,
     GROUP: tl.constexpr, PAGE: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     BLOCK_GROUP: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr,
+    OPERAND: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over one slice of a row's pages; the largest logit of each (query head, page) is kept."""
     row = tl.program_id(0).to(tl.int64)
@@ -103,7 +107,7 @@ def attend_kernel(
     q = tl.load(
         query + (row * GROUP + group[:, None]) * DK + dk[None, :],
         mask=in_group[:, None] & (dk[None, :] < DK), other=0.0,
-    )  # fmt: skip
+    ).to(OPERAND)  # fmt: skip
     running_max = tl.full([BLOCK_GROUP], float("-inf"), tl.float32)
     running_sum = tl.zeros([BLOCK_GROUP], tl.float32)
     output = tl.zeros([BLOCK_GROUP, BLOCK_DV], tl.float32)
@@ -117,7 +121,7 @@ def attend_kernel(
         k = tl.load(
             keys + (row * slots + slot[:, None]) * DK + dk[None, :],
             mask=inside[:, None] & (dk[None, :] < DK), other=0.0,
-        )  # fmt: skip
+        ).to(OPERAND)  # fmt: skip
         logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale + absent[None, :]
 
         pages = tl.max(tl.reshape(logits, [BLOCK_GROUP, BLOCK_SLOTS // PAGE, PAGE]), 2)
@@ -135,9 +139,9 @@ def attend_kernel(
         v = tl.load(
             values + (row * slots + slot[:, None]) * DV + dv[None, :],
             mask=inside[:, None] & (dv[None, :] < DV), other=0.0,
-        )  # fmt: skip
+        ).to(OPERAND)  # fmt: skip
         running_sum = running_sum * rescale + tl.sum(weights, 1)
-        output = output * rescale[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        output = output * rescale[:, None] + tl.dot(weights.to(OPERAND), v, input_precision="ieee")
         running_max = new_max
 
     part = (row * slices + slice_id) * GROUP + group
@@ -198,6 +202,14 @@ def _attend_tiles(page_size: int, dk: int, itemsize: int) -> int:
     return max(min(tile, 128), MIN_DOT, page_size)
 
 
+def _dot_operand(dtype: torch.dtype) -> tl.dtype:
+    """What `tl.dot` multiplies: the cache's dtype, but float32 in the interpreter, which multiplies bfloat16 as bits."""
+    operands = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+    if dtype not in operands:
+        raise TypeError(f"The Triton kernels take float16, bfloat16 or float32, not {dtype}: set RAAS_KERNELS=torch.")
+    return tl.float32 if triton.knobs.runtime.interpret else operands[dtype]
+
+
 def attend(query, keys, values, bias, scale, page_size):
     """See `raas_kernels.reference.attend`."""
     batch, heads, slots, dk = keys.shape
@@ -223,7 +235,8 @@ def attend(query, keys, values, bias, scale, page_size):
     attend_kernel[(rows, slices)](
         query.contiguous(), keys, values, bias, scale, part_output, part_max, part_sum, page_max,
         slots, slots_per_slice,
-        PAGE=page_size, DK=dk, BLOCK_SLOTS=tile, BLOCK_DK=max(MIN_DOT, triton.next_power_of_2(dk)), **shape,
+        PAGE=page_size, DK=dk, BLOCK_SLOTS=tile, BLOCK_DK=max(MIN_DOT, triton.next_power_of_2(dk)),
+        OPERAND=_dot_operand(keys.dtype), **shape,
     )  # fmt: skip
     block_pages = min(128, triton.next_power_of_2(pages))
     reduce_kernel[(rows, triton.cdiv(pages, block_pages))](

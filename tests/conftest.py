@@ -1,0 +1,20 @@
+import os
+
+import torch
+
+
+# Without a GPU the Triton kernels run in Triton's interpreter; it must be chosen before their first import.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+# The tests run side by side, and their models are too small to gain from threads that would spin against each other.
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config, items):
+    """GPU tests run where there is a GPU, and only there."""
+    import pytest
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))

@@ -1,0 +1,190 @@
+"""Each Triton kernel against the torch reference in float64: in the interpreter here, on the device under `-m gpu`."""
+
+import pytest
+import torch
+
+from raas_kernels import dispatch, reference
+
+
+fused = pytest.importorskip("raas_kernels.fused", reason="triton is not installed here", exc_type=ImportError)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+
+
+def relative_error(result, expected):
+    result, expected = result.double(), expected.double()
+    finite = torch.isfinite(expected)
+    assert torch.equal(result[~finite], expected[~finite])
+    return ((result - expected)[finite].norm() / expected[finite].norm()).item()
+
+
+def make_store(batch=1, heads=2, pages=5, decode_pages=3, page_size=8, dk=16, dv=16, dtype=torch.float32, seed=0):
+    """A store mid-generation: a padded prompt, one decode page that holds nothing, one partly filled."""
+    torch.manual_seed(seed)
+    slots, rows = pages * page_size, (batch, heads)
+    store = {
+        "keys": torch.randn(*rows, slots, dk, dtype=dtype, device=DEVICE),
+        "values": torch.randn(*rows, slots, dv, dtype=dtype, device=DEVICE),
+        "bias": torch.zeros(*rows, slots, device=DEVICE),
+        "positions": torch.arange(slots, dtype=torch.int32, device=DEVICE).expand(*rows, -1).contiguous(),
+        "priority": torch.randint(0, 9, (*rows, decode_pages), device=DEVICE).double(),
+        "open_slot": torch.full(rows, slots - 2 * page_size, device=DEVICE),
+    }
+    store["bias"][..., :3] = float("-inf")
+    store["bias"][..., -page_size - page_size // 2 :] = float("-inf")
+    store["priority"][..., -1] = float("-inf")
+    pages_of_keys = store["keys"].unflatten(2, (-1, page_size))
+    empty = store["bias"].unflatten(2, (-1, page_size))[..., None] < 0
+    bounds = (
+        pages_of_keys.masked_fill(empty, float("inf")).amin(3),
+        pages_of_keys.masked_fill(empty, float("-inf")).amax(3),
+    )
+    return store, bounds
+
+
+def check_attend(group, page_size, dk, dv, dtype, **shape):
+    store, _ = make_store(page_size=page_size, dk=dk, dv=dv, dtype=dtype, **shape)
+    batch, heads = store["keys"].shape[:2]
+    query = torch.randn(batch, heads * group, 1, dk, dtype=dtype, device=DEVICE)
+    output, scores = fused.attend(query, store["keys"], store["values"], store["bias"], dk**-0.5, page_size)
+    exact = [t.double() for t in (query, store["keys"], store["values"], store["bias"])]
+    expected_output, expected_scores = reference.attend(*exact, dk**-0.5, page_size)
+    assert output.dtype == dtype and scores.dtype == torch.float32
+    assert relative_error(output, expected_output) < TOLERANCE[dtype]
+    assert relative_error(scores, expected_scores) < TOLERANCE[dtype]
+
+
+def check_page_bounds(group, page_size, dk, dtype, **shape):
+    store, (minima, maxima) = make_store(page_size=page_size, dk=dk, dtype=dtype, **shape)
+    batch, heads = store["keys"].shape[:2]
+    query = torch.randn(batch, heads * group, 1, dk, dtype=dtype, device=DEVICE)
+    bounds = fused.page_bounds(query, minima, maxima, store["bias"], 0.3, page_size)
+    exact = [t.double() for t in (query, minima, maxima, store["bias"])]
+    assert relative_error(bounds, reference.page_bounds(*exact, 0.3, page_size)) < TOLERANCE[dtype]
+
+
+def check_append(page_size, dk, dv, dtype, with_bounds, steps, **shape):
+    store, bounds = make_store(page_size=page_size, dk=dk, dv=dv, dtype=dtype, **shape)
+    states = [
+        {**{name: t.clone() for name, t in store.items()}, "bounds": [t.clone() for t in bounds]} for _ in range(2)
+    ]
+    batch, heads = store["keys"].shape[:2]
+    for step in range(steps):
+        clock = torch.tensor([1000 + step, step], device=DEVICE)
+        # As a model gives them: the heads of one token side by side, so a (row, head) is not contiguous with the next.
+        key = torch.randn(batch, 1, heads, dk, dtype=dtype, device=DEVICE).transpose(1, 2)
+        value = torch.randn(batch, 1, heads, dv, dtype=dtype, device=DEVICE).transpose(1, 2)
+        for state, engine in zip(states, (reference, fused), strict=True):
+            tensors = [state[name] for name in ("keys", "values", "bias", "positions", "priority", "open_slot")]
+            extremes = state["bounds"] if with_bounds else ()
+            engine.append(*tensors, clock, key, value, page_size, *extremes)
+    for name in store:
+        assert torch.equal(states[0][name], states[1][name]), name
+    for ours, theirs in zip(*(state["bounds"] for state in states), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def check_stamp(alpha, top_ratio, decode_pages):
+    torch.manual_seed(1)
+    # Scores on a coarse grid: ties are common, and must go to the older page.
+    scores = (torch.rand(2, 2, decode_pages + 3, device=DEVICE) * 8).round()[..., 3:] / 8
+    positions = torch.argsort(torch.rand(2, 2, 4 * decode_pages, device=DEVICE)).int()
+    priority = torch.randint(0, 9, scores.shape, device=DEVICE).double()
+    priority[..., -2:] = float("-inf")
+    scores[..., -2:] = 0
+    clock = torch.tensor([77, 5], device=DEVICE)
+    expected = priority.clone()
+    reference.stamp(expected, scores, positions[..., ::4], clock, alpha, top_ratio)
+    fused.stamp(priority, scores, positions[..., ::4], clock, alpha, top_ratio)
+    assert torch.equal(priority, expected)
+    assert (expected == 77).any() and (expected != 77).any()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("dk", "dv"), [(64, 64), (80, 80), (96, 64), (128, 128), (256, 256)])
+def test_attend(dk, dv, dtype):
+    check_attend(group=2, page_size=8, dk=dk, dv=dv, dtype=dtype)
+
+
+@pytest.mark.parametrize(("group", "page_size"), [(1, 4), (3, 16), (7, 32), (17, 8)])
+def test_attend_groups_and_pages(group, page_size):
+    check_attend(group=group, page_size=page_size, dk=16, dv=24, dtype=torch.float32, batch=2, heads=1)
+
+
+def test_attend_more_pages_than_a_reduction_block():
+    check_attend(group=2, page_size=4, dk=16, dv=16, dtype=torch.float32, heads=1, pages=150, decode_pages=100)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("dk", [64, 80, 96, 128, 256])
+def test_page_bounds(dk, dtype):
+    check_page_bounds(group=3, page_size=8, dk=dk, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("with_bounds", [False, True])
+def test_append(dtype, with_bounds):
+    check_append(page_size=4, dk=80, dv=64, dtype=dtype, with_bounds=with_bounds, steps=30)
+
+
+@pytest.mark.parametrize("decode_pages", [5, 70])
+@pytest.mark.parametrize(("alpha", "top_ratio"), [(0.5, None), (None, 0.5), (None, 0.07)])
+def test_stamp(alpha, top_ratio, decode_pages):
+    check_stamp(alpha, top_ratio, decode_pages)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("dk", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("budget", [1024, 8192, 65536])
+def test_attend_at_size(budget, dk, dtype):
+    pages = budget // 16
+    batch = 4 if budget < 65536 else 1
+    for group in (1, 4, 8):
+        check_attend(
+            group=group, page_size=16, dk=dk, dv=dk, dtype=dtype,
+            batch=batch, heads=4, pages=pages, decode_pages=pages - 8,
+        )  # fmt: skip
+    check_page_bounds(group=4, page_size=16, dk=dk, dtype=dtype, batch=2, heads=4, pages=pages, decode_pages=8)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("decode_pages", [64, 4096])
+def test_append_and_stamp_at_size(decode_pages, dtype):
+    check_append(
+        page_size=16, dk=128, dv=128, dtype=dtype, with_bounds=True, steps=200,
+        batch=4, heads=4, pages=decode_pages + 8, decode_pages=decode_pages,
+    )  # fmt: skip
+    check_stamp(0.5, None, decode_pages)
+    check_stamp(None, 0.3, decode_pages)
+
+
+class TestDispatch:
+    def test_cpu_gets_torch(self, monkeypatch):
+        monkeypatch.delenv("RAAS_KERNELS", raising=False)
+        assert dispatch.engine(torch.device("cpu")) is reference
+
+    @pytest.mark.gpu
+    def test_cuda_gets_triton(self, monkeypatch):
+        monkeypatch.delenv("RAAS_KERNELS", raising=False)
+        assert dispatch.engine(torch.device("cuda")) is fused
+
+    @pytest.mark.parametrize(("name", "module"), [("torch", reference), ("triton", fused)])
+    def test_forced(self, monkeypatch, name, module):
+        monkeypatch.setenv("RAAS_KERNELS", name)
+        assert dispatch.engine(torch.device(DEVICE)) is module
+
+    def test_unknown_engine_is_named(self, monkeypatch):
+        monkeypatch.setenv("RAAS_KERNELS", "cuda")
+        with pytest.raises(ValueError, match=r"RAAS_KERNELS='cuda'.*'torch' or 'triton'"):
+            dispatch.engine(torch.device("cpu"))
+
+    def test_triton_on_cpu_without_the_interpreter_is_refused(self, monkeypatch):
+        dispatch._load.cache_clear()
+        monkeypatch.setenv("RAAS_KERNELS", "triton")
+        monkeypatch.setenv("TRITON_INTERPRET", "0")
+        with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
+            dispatch.engine(torch.device("cpu"))
+        dispatch._load.cache_clear()
