@@ -93,7 +93,7 @@ class OracleCache(DynamicCache):
         kv_heads, total = keys.shape[1], keys.shape[2]
         group = query_heads // kv_heads
         first = total - new
-        query, keys, values = (x.detach().double().numpy() for x in (query, keys, values))
+        query, keys, values = (x.detach().double().cpu().numpy() for x in (query, keys, values))
         output = np.zeros((batch, query_heads, new, values.shape[-1]))
         for row in range(batch):
             padding = self.padding.setdefault((layer, row), set())
@@ -172,7 +172,7 @@ def oracle_attention(module, query, key, value, attention_mask, scaling=None, **
     cache, layer, new = key.oracle
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     output = cache.attend(layer, new, query, key, value, attention_mask, scale)
-    return output.to(query.dtype).transpose(1, 2).contiguous(), None
+    return output.to(query).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register("oracle", oracle_attention)

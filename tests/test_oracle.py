@@ -101,8 +101,7 @@ def test_prefill_in_chunks_and_a_second_turn(stamping, scoring):
     mask[1, 87:90] = 0  # the second turn is padded for the other row
     settings = {"page_size": 4, "min_decode_pages": 2, "scoring": scoring, **stamping}
     caches = RaaSCache(48, **settings), OracleCache(48, **settings)
-    with pytest.warns(UserWarning, match="leaves"):
-        forward_both(model, caches, tokens.split(sizes, dim=1), mask)
+    forward_both(model, caches, tokens.split(sizes, dim=1), mask)
     for layer, row, head in itertools.product(range(2), range(2), range(2)):
         assert resident_set(caches[0], layer, row, head) == caches[1].resident_set(layer, row, head)
     assert caches[0].evicted_pages(0).min() > 20

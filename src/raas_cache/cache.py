@@ -7,14 +7,7 @@ from typing import Literal
 
 import torch
 from transformers import PreTrainedConfig
-from transformers.cache_utils import (
-    Cache,
-    DummyLayer,
-    DynamicCache,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    LinearAttentionLayer,
-)
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from .layer import PagedLayer
 from .policies import RaaSPolicy
@@ -22,7 +15,7 @@ from .policies import RaaSPolicy
 
 DEFAULT_ALPHA = 1e-4
 # Layers that a hybrid model may keep beside the paged ones: none of them grows with the sequence.
-KEPT_LAYERS = (DynamicSlidingWindowLayer, LinearAttentionLayer, DummyLayer)
+KEPT_LAYERS = ("DynamicSlidingWindowLayer", "LinearAttentionLayer", "DummyLayer")
 
 
 class RaaSCache(Cache):
@@ -192,7 +185,7 @@ def _hybrid_layers(config: PreTrainedConfig, new_layer: partial) -> list:
     for index, layer in enumerate(layers):
         if type(layer) is DynamicLayer:
             layers[index] = new_layer()
-        elif type(layer) not in KEPT_LAYERS:
+        elif type(layer).__name__ not in KEPT_LAYERS:
             raise ValueError(
                 f"config: layer {index} of {config.model_type!r} needs a {type(layer).__name__}, which this cache "
                 "cannot hold: use a DynamicCache for this model."
