@@ -1,0 +1,64 @@
+"""The budget bounds memory: the buffers, and the process."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from raas_cache import RaaSCache
+
+from .helpers import generate, prompt, tiny_model
+
+
+@pytest.mark.parametrize(("length", "budget", "page_size"), [(21, 64, 4), (20, 64, 4), (33, 128, 16)])
+def test_nbytes_is_pages_times_page_bytes(length, budget, page_size):
+    model = tiny_model(dtype=torch.float32)
+    cache = RaaSCache(budget, page_size=page_size, min_decode_pages=2)
+    generate(model, prompt(2, length), cache, 1)
+    prompt_pages = math.ceil(length / page_size)
+    slots = (prompt_pages + max(budget // page_size - prompt_pages, 2)) * page_size
+    assert cache.nbytes == 2 * 2 * 2 * 2 * slots * 8 * 4  # K and V, layers, rows, KV heads, slots, head size, fp32
+    assert cache.resident_positions(0).shape == (2, 2, slots)
+
+
+def test_nbytes_is_the_same_after_5000_steps():
+    model = tiny_model(layers=1, dtype=torch.float32)
+    cache = RaaSCache(64, page_size=4)
+    sizes, pointers = set(), set()
+    with torch.no_grad():
+        model(**prompt(1, 21), past_key_values=cache)
+        for step in range(5000):
+            model(torch.tensor([[1 + step % 90]]), past_key_values=cache)
+            if step >= 99:
+                sizes.add(cache.nbytes)
+                pointers.add(cache.layers[0].keys.data_ptr())
+    assert len(sizes) == 1 and len(pointers) == 1
+    assert cache.get_seq_length() == 5021
+    assert cache.evicted_pages(0).tolist() == [[1240, 1240]]
+    assert cache.resident_tokens(0).tolist() == [[61, 61]]
+
+
+SCRIPT = """
+import resource, sys, torch
+torch.set_num_threads(1)
+from raas_cache import RaaSCache
+from tests.helpers import prompt, tiny_model
+model, cache = tiny_model(layers=1, head_dim=64, dtype=torch.float32), RaaSCache(256)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+with torch.no_grad():
+    model(**prompt(1, 21), past_key_values=cache)
+    for step in range(20_000):
+        model(torch.tensor([[1 + step % 90]]), past_key_values=cache)
+        if step == 2_000:
+            early = peak()
+print(early, peak())
+"""
+
+
+def test_peak_process_memory_is_flat_from_2k_to_20k_steps():
+    """A cache that grew by these 18,000 tokens would add 18 MB of K and V; the allocator may drift by a few."""
+    result = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
+    early, late = map(int, result.stdout.split())
+    assert late - early < 6 * 1024, f"peak grew from {early} KiB to {late} KiB"
