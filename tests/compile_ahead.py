@@ -1,0 +1,79 @@
+"""Compiles every kernel for one GPU architecture, without a GPU: `python -m tests.compile_ahead 90`.
+
+Run as a program of its own, outside Triton's interpreter. Prints one line a kernel, dtype and head size.
+"""
+
+import sys
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from raas_kernels import fused
+
+
+HEAD_SIZES = (64, 80, 96, 128, 256)
+DTYPES = {"fp16": 2, "bf16": 2, "fp32": 4}
+OPERANDS = {"fp16": triton.language.float16, "bf16": triton.language.bfloat16, "fp32": triton.language.float32}
+POINTERS = {
+    "bias": "*fp32", "positions": "*i32", "first": "*i32", "priority": "*fp64", "open_slot": "*i64", "clock": "*i64",
+    "part_output": "*fp32", "part_max": "*fp32", "part_sum": "*fp32", "page_max": "*fp32", "scores": "*fp32",
+    "bounds": "*fp32",
+}  # fmt: skip
+STATES = ("keys", "values", "key", "value", "minima", "maxima", "query", "output")
+GROUP, PAGE = 4, 16
+
+
+def constants_of(kernel: str, head_size: int, dtype: str) -> list[dict]:
+    """The compile-time arguments the launchers would choose for a budget of 1,024 tokens."""
+    block = triton.next_power_of_2(head_size)
+    group = {"GROUP": GROUP, "DV": head_size, "BLOCK_GROUP": fused.MIN_DOT, "BLOCK_DV": block}
+    tile = fused._attend_tiles(PAGE, head_size, DTYPES[dtype])
+    return {
+        "append_kernel": [
+            {
+                "PAGE": PAGE, "DK": head_size, "DV": head_size, "BOUNDS": bounds, "BLOCK_PAGES": 64,
+                "BLOCK_DK": block, "BLOCK_DV": block,
+            }
+            for bounds in (False, True)
+        ],
+        "attend_kernel": [
+            {
+                **group, "PAGE": PAGE, "DK": head_size, "BLOCK_SLOTS": tile, "BLOCK_DK": block,
+                "OPERAND": OPERANDS[dtype],
+            }
+        ],
+        "reduce_kernel": [{**group, "BLOCK_PAGES": 64}],
+        "page_bounds_kernel": [
+            {"GROUP": GROUP, "PAGE": PAGE, "DK": head_size, "BLOCK_PAGES": 32, "BLOCK_DK": block}
+        ],
+        "stamp_kernel": [{"TOP_RATIO": ratio, "BLOCK_PAGES": 64} for ratio in (None, 0.5)],
+    }[kernel]  # fmt: skip
+
+
+def type_of(name: str, dtype: str) -> str:
+    if name in STATES:
+        return f"*{dtype}"
+    return POINTERS.get(name, "fp32" if name in ("scale", "alpha") else "i32")
+
+
+def main(architecture: int) -> None:
+    target = GPUTarget("cuda", architecture, 32)
+    for name in ("append_kernel", "attend_kernel", "reduce_kernel", "page_bounds_kernel", "stamp_kernel"):
+        kernel = getattr(fused, name)
+        for dtype in DTYPES:
+            for head_size in HEAD_SIZES:
+                for constants in constants_of(name, head_size, dtype):
+                    signature = {
+                        argument: "constexpr" if argument in constants else type_of(argument, dtype)
+                        for argument in kernel.arg_names
+                    }
+                    compiled = triton.compile(ASTSource(kernel, signature, constants), target=target)
+                    assert compiled.asm["ptx"] and compiled.asm["cubin"]
+                    print(name, dtype, head_size, compiled.metadata.shared, flush=True)
+                if name == "stamp_kernel":  # knows neither dtype nor head size
+                    return
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
