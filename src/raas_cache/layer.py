@@ -87,11 +87,6 @@ class PagedLayer(CacheLayerMixin):
         """Tokens held now, the same for every row and head, padding counted in."""
         return self.pinned + self.decoded - self.evicted * self.page_size
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the K and V buffers, allocated."""
-        return self.keys.nbytes + self.values.nbytes if self.is_initialized else 0
-
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Store the new tokens; `attend` then reads the store.
 
@@ -102,7 +97,7 @@ class PagedLayer(CacheLayerMixin):
             The two arguments, the key with this layer as attribute `paged_layer`, for the attention function.
 
         Raises:
-            ValueError: batch, heads, dtype or device are not those the cache was filled with.
+            ValueError: batch, heads, head size, dtype or device are not those the cache was filled with.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -120,7 +115,9 @@ class PagedLayer(CacheLayerMixin):
 
     def _check_same_use(self, key: torch.Tensor) -> None:
         held = (self.batch_size, self.num_heads, self.keys.shape[-1], self.dtype, self.device)
-        given = (*key.shape[:2], key.shape[-1], key.dtype, key.device)
+        given = (key.shape[0], key.shape[1], key.shape[-1], key.dtype, key.device)
+        if held == given:
+            return
         for name, old, new in zip(("batch size", "KV heads", "head size", "dtype", "device"), held, given, strict=True):
             if old != new:
                 raise ValueError(
