@@ -17,7 +17,7 @@ DTYPES = {"fp16": 2, "bf16": 2, "fp32": 4}
 OPERANDS = {"fp16": triton.language.float16, "bf16": triton.language.bfloat16, "fp32": triton.language.float32}
 POINTERS = {
     "bias": "*fp32", "positions": "*i32", "first": "*i32", "priority": "*fp64", "open_slot": "*i64", "clock": "*i64",
-    "part_output": "*fp32", "part_max": "*fp32", "part_sum": "*fp32", "page_max": "*fp32", "scores": "*fp32",
+    "part_output": "*fp32", "part_max": "*fp32", "part_sum": "*fp32", "unit_max": "*fp32", "scores": "*fp32",
     "bounds": "*fp32",
 }  # fmt: skip
 STATES = ("keys", "values", "key", "value", "minima", "maxima", "query", "output")
@@ -28,7 +28,7 @@ def constants_of(kernel: str, head_size: int, dtype: str) -> list[dict]:
     """The compile-time arguments the launchers would choose for a budget of 1,024 tokens."""
     block = triton.next_power_of_2(head_size)
     group = {"GROUP": GROUP, "DV": head_size, "BLOCK_GROUP": fused.MIN_DOT, "BLOCK_DV": block}
-    tile = fused._attend_tiles(PAGE, head_size, DTYPES[dtype])
+    tile = fused._attend_tile(head_size, DTYPES[dtype])
     return {
         "append_kernel": [
             {
@@ -39,11 +39,11 @@ def constants_of(kernel: str, head_size: int, dtype: str) -> list[dict]:
         ],
         "attend_kernel": [
             {
-                **group, "PAGE": PAGE, "DK": head_size, "BLOCK_SLOTS": tile, "BLOCK_DK": block,
+                **group, "UNIT": PAGE, "DK": head_size, "BLOCK_SLOTS": tile, "BLOCK_DK": block,
                 "OPERAND": OPERANDS[dtype],
             }
         ],
-        "reduce_kernel": [{**group, "BLOCK_PAGES": 64}],
+        "reduce_kernel": [{**group, "BLOCK_PAGES": 64, "UNITS": 1}],
         "page_bounds_kernel": [
             {"GROUP": GROUP, "PAGE": PAGE, "DK": head_size, "BLOCK_PAGES": 32, "BLOCK_DK": block}
         ],

@@ -51,4 +51,3 @@ def resident_set(cache, layer, row, head):
     kept = positions[positions >= 0].tolist()
     assert len(kept) == len(set(kept)), "a position is held twice"
     return set(kept)
-

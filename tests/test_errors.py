@@ -51,7 +51,7 @@ class TestUsedAgain:
     def test_another_batch_size(self):
         model, cache = tiny_model(), RaaSCache(256)
         generate(model, prompt(2), cache, 5)
-        with pytest.raises(ValueError, match="24 tokens with batch size 2.*keys with batch size 3.*new cache.*reset"):
+        with pytest.raises(ValueError, match=r"24 tokens with batch size 2.*keys with batch size 3.*new cache.*reset"):
             model(torch.ones(3, 1, dtype=torch.long), past_key_values=cache)
 
     def test_another_dtype(self):
@@ -104,7 +104,7 @@ class TestLayersItCannotHold:
     def test_softcap(self):
         model = tiny_model(cls=Gemma2Config, dtype=torch.float32, layer_types=["full_attention"] * 2)
         model.set_attn_implementation("raas")
-        with pytest.raises(ValueError, match="softcap=50.0, which the paged attention does not compute"):
+        with pytest.raises(ValueError, match=r"softcap=50.0, which the paged attention does not compute"):
             generate(model, prompt(), RaaSCache(256, config=model.config), 5)
 
     def test_config_with_an_unknown_layer(self):
@@ -160,5 +160,3 @@ def test_questions_about_a_layer_that_is_not_there(question):
     generate(tiny_model(), prompt(), cache, 2)
     with pytest.raises(ValueError, match="layer_idx=-1"):
         getattr(cache, question)(-1)
-
-

@@ -112,6 +112,10 @@ def test_attend_groups_and_pages(group, page_size):
     check_attend(group=group, page_size=page_size, dk=16, dv=24, dtype=torch.float32, batch=2, heads=1)
 
 
+def test_attend_pages_larger_than_a_tile():
+    check_attend(group=2, page_size=64, dk=256, dv=16, dtype=torch.float32, heads=1)
+
+
 def test_attend_more_pages_than_a_reduction_block():
     check_attend(group=2, page_size=4, dk=16, dv=16, dtype=torch.float32, heads=1, pages=150, decode_pages=100)
 

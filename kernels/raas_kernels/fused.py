@@ -67,9 +67,7 @@ def append_kernel(
         tl.store(maxima + extreme, high.to(new_key.dtype), mask=dk < DK)
 
 
-def append(
-    keys, values, bias, positions, priority, open_slot, clock, key, value, page_size, minima=None, maxima=None
-):
+def append(keys, values, bias, positions, priority, open_slot, clock, key, value, page_size, minima=None, maxima=None):
     """See `raas_kernels.reference.append`."""
     batch, heads, slots, dk = keys.shape
     dv = values.shape[-1]
@@ -88,13 +86,13 @@ def append(
 
 @triton.jit
 def attend_kernel(
-    query, keys, values, bias, scale, part_output, part_max, part_sum, page_max,
+    query, keys, values, bias, scale, part_output, part_max, part_sum, unit_max,
     slots, slots_per_slice,
-    GROUP: tl.constexpr, PAGE: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    GROUP: tl.constexpr, UNIT: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     BLOCK_GROUP: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr,
     OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over one slice of a row's pages; the largest logit of each (query head, page) is kept."""
+    """Online softmax over one slice of a row's slots; the largest logit of each (query head, UNIT slots) is kept."""
     row = tl.program_id(0).to(tl.int64)
     slice_id = tl.program_id(1)
     slices = tl.num_programs(1)
@@ -124,11 +122,11 @@ def attend_kernel(
         ).to(OPERAND)  # fmt: skip
         logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale + absent[None, :]
 
-        pages = tl.max(tl.reshape(logits, [BLOCK_GROUP, BLOCK_SLOTS // PAGE, PAGE]), 2)
-        page = start // PAGE + tl.arange(0, BLOCK_SLOTS // PAGE)
+        largest = tl.max(tl.reshape(logits, [BLOCK_GROUP, BLOCK_SLOTS // UNIT, UNIT]), 2)
+        unit = start // UNIT + tl.arange(0, BLOCK_SLOTS // UNIT)
         tl.store(
-            page_max + (row * GROUP + group[:, None]) * (slots // PAGE) + page[None, :],
-            pages, mask=in_group[:, None] & (page[None, :] < end // PAGE),
+            unit_max + (row * GROUP + group[:, None]) * (slots // UNIT) + unit[None, :],
+            largest, mask=in_group[:, None] & (unit[None, :] < end // UNIT),
         )  # fmt: skip
 
         new_max = tl.maximum(running_max, tl.max(logits, 1))
@@ -152,9 +150,9 @@ def attend_kernel(
 
 @triton.jit
 def reduce_kernel(
-    part_output, part_max, part_sum, page_max, output, scores, pages, slices,
+    part_output, part_max, part_sum, unit_max, output, scores, pages, slices,
     GROUP: tl.constexpr, DV: tl.constexpr, BLOCK_GROUP: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_PAGES: tl.constexpr,
+    BLOCK_PAGES: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
     """Joins the slices: program (row, 0) writes the row's output, program (row, i) the scores of its block of pages."""
     row = tl.program_id(0).to(tl.int64)
@@ -188,22 +186,23 @@ def reduce_kernel(
         )  # fmt: skip
 
     page = block * BLOCK_PAGES + tl.arange(0, BLOCK_PAGES)
-    largest = tl.load(
-        page_max + (row * GROUP + group[:, None]) * pages + page[None, :],
-        mask=in_group[:, None] & (page[None, :] < pages), other=float("-inf"),
-    )  # fmt: skip
+    largest = tl.full([BLOCK_GROUP, BLOCK_PAGES], float("-inf"), tl.float32)
+    for i in range(UNITS):
+        unit = (row * GROUP + group[:, None]) * pages * UNITS + page[None, :] * UNITS + i
+        here = tl.load(unit_max + unit, mask=in_group[:, None] & (page[None, :] < pages), other=float("-inf"))
+        largest = tl.maximum(largest, here)
     weight = tl.exp(largest - total_max[:, None]) * inverse[:, None]
     tl.store(scores + row * pages + page, tl.max(weight, 0), mask=page < pages)
 
 
-def _attend_tiles(page_size: int, dk: int, itemsize: int) -> int:
-    """Slots a tile: about 32 KiB of K, a whole number of pages, no fewer than `tl.dot` takes."""
-    tile = 32768 // (triton.next_power_of_2(dk) * itemsize)
-    return max(min(tile, 128), MIN_DOT, page_size)
+def _attend_tile(dk: int, itemsize: int) -> int:
+    """Slots a tile: no fewer than `tl.dot` takes, few enough that the pipeline fits 99 KiB of shared memory."""
+    tile = (32768 if itemsize == 2 else 16384) // (triton.next_power_of_2(dk) * itemsize)
+    return max(min(tile, 128), MIN_DOT)
 
 
 def _dot_operand(dtype: torch.dtype) -> tl.dtype:
-    """What `tl.dot` multiplies: the cache's dtype, but float32 in the interpreter, which multiplies bfloat16 as bits."""
+    """What `tl.dot` multiplies: the cache's dtype; float32 in the interpreter, which multiplies bfloat16 as bits."""
     operands = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
     if dtype not in operands:
         raise TypeError(f"The Triton kernels take float16, bfloat16 or float32, not {dtype}: set RAAS_KERNELS=torch.")
@@ -216,7 +215,8 @@ def attend(query, keys, values, bias, scale, page_size):
     dv, rows = values.shape[-1], batch * heads
     group = query.shape[1] // heads
     pages = slots // page_size
-    tile = _attend_tiles(page_size, dk, keys.element_size())
+    tile = _attend_tile(dk, keys.element_size())
+    unit = min(page_size, tile)
     slices = max(1, min(TARGET_PROGRAMS // rows, triton.cdiv(slots, tile)))
     slots_per_slice = triton.cdiv(triton.cdiv(slots, slices), tile) * tile
     slices = triton.cdiv(slots, slots_per_slice)
@@ -225,7 +225,7 @@ def attend(query, keys, values, bias, scale, page_size):
     part_output = torch.empty(rows, slices, group, dv, **scratch)
     part_max = torch.empty(rows, slices, group, **scratch)
     part_sum = torch.empty(rows, slices, group, **scratch)
-    page_max = torch.empty(rows, group, pages, **scratch)
+    unit_max = torch.empty(rows, group, slots // unit, **scratch)
     output = torch.empty(batch, heads * group, 1, dv, dtype=query.dtype, device=query.device)
     scores = torch.empty(batch, heads, pages, **scratch)
     shape = {
@@ -233,15 +233,16 @@ def attend(query, keys, values, bias, scale, page_size):
         "BLOCK_DV": max(MIN_DOT, triton.next_power_of_2(dv)),
     }  # fmt: skip
     attend_kernel[(rows, slices)](
-        query.contiguous(), keys, values, bias, scale, part_output, part_max, part_sum, page_max,
+        query.contiguous(), keys, values, bias, scale, part_output, part_max, part_sum, unit_max,
         slots, slots_per_slice,
-        PAGE=page_size, DK=dk, BLOCK_SLOTS=tile, BLOCK_DK=max(MIN_DOT, triton.next_power_of_2(dk)),
+        UNIT=unit, DK=dk, BLOCK_SLOTS=tile, BLOCK_DK=max(MIN_DOT, triton.next_power_of_2(dk)),
         OPERAND=_dot_operand(keys.dtype), **shape,
     )  # fmt: skip
     block_pages = min(128, triton.next_power_of_2(pages))
     reduce_kernel[(rows, triton.cdiv(pages, block_pages))](
-        part_output, part_max, part_sum, page_max, output, scores, pages, slices, BLOCK_PAGES=block_pages, **shape
-    )
+        part_output, part_max, part_sum, unit_max, output, scores, pages, slices,
+        BLOCK_PAGES=block_pages, UNITS=page_size // unit, **shape,
+    )  # fmt: skip
     return output, scores
 
 
