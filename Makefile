@@ -1,0 +1,30 @@
+PYTHON ?= python3
+# The torch that the recorded results were measured with. Installed first and by number, because the package's own
+# range lets pip pass over a CPU build at hand for the newest release and its gigabytes of CUDA.
+TORCH ?= 2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint clean
+.NOTPARALLEL:
+
+demo: $(VENV)/.installed-cli
+	$(BIN)/raas-cache demo
+
+# One thread a worker: the tests' models are too small to share among cores.
+test: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info *.egg-info .pytest_cache .ruff_cache
+
+# The stem is the extra to install.
+$(VENV)/.installed-%: pyproject.toml setup.cfg
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet torch==$(TORCH)
+	$(BIN)/python -m pip install --quiet --editable ".[$*]"
+	touch $@

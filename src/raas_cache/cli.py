@@ -1,0 +1,147 @@
+"""The command line: `raas-cache demo` shows the embedded model reason in a bounded cache, and what that costs."""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
+
+from . import RaaSCache, embedded_model
+from .eval import chains
+from .eval.chains import ChainProblem
+
+
+DEMO_ALPHA = 0.1
+DEMO_PAGE_SIZE = 8
+DEMO_SHARES = (0.75, 0.5, 0.33)
+"""The default budgets, as shares of a problem's tokens, prompt and chain."""
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None)
+
+
+@app.callback()
+def main() -> None:
+    """The KV cache that lets a reasoning model think for 100,000 tokens in the memory of 1,000."""
+
+
+@app.command()
+def demo(
+    problems: Annotated[int, typer.Option(min=1, help="Problems in the table, generated as one batch.")] = 24,
+    lines: Annotated[int, typer.Option(min=1, help="Steps of a problem; the model writes 12 tokens for each.")] = 50,
+    budget: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Tokens to hold for each problem, prompt included; repeat for several.",
+            show_default=", ".join(f"{share:.0%}" for share in DEMO_SHARES) + " of its tokens",
+        ),
+    ] = None,
+    alpha: Annotated[float, typer.Option(help="Attention weight that makes a page a milestone.")] = DEMO_ALPHA,
+    page_size: Annotated[int, typer.Option(min=1, help="Tokens a page, a power of two.")] = DEMO_PAGE_SIZE,
+    seed: Annotated[int, typer.Option(help="Which held-out problems are drawn.")] = 0,
+) -> None:
+    """Stream one chain of thought, then compare RaaS with a dense cache."""
+    with _refusing("--lines"):
+        sample = chains.problems(problems, lines, seed)
+    # The model is too small to share among cores: it gains little, and on a busy machine the waiting costs 20 times.
+    torch.set_num_threads(1)
+    disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(embedded_model())
+    model = AutoModelForCausalLM.from_pretrained(embedded_model(), dtype=torch.float32).eval()
+
+    prompt, chain = len(tokenizer(sample[0].prompt)["input_ids"]), _completion_length(sample)
+    # The prompt and the one decode page that a cache must have: a smaller budget would not be kept to.
+    least = (math.ceil(prompt / page_size) + 1) * page_size
+    budgets = budget or [max(round(share * (prompt + chain)), least) for share in DEMO_SHARES]
+    if min(budgets) < least:
+        reason = f"{min(budgets)} leaves no page beside the prompt's {prompt} tokens: give at least {least}."
+        raise typer.BadParameter(reason, param_hint="--budget")
+    with _refusing():
+        caches = [RaaSCache(b, page_size=page_size, alpha=alpha, min_decode_pages=1) for b in dict.fromkeys(budgets)]
+
+    console = Console(highlight=False)
+    console.print(f"[bold]A problem[/], {prompt} tokens:\n\n{sample[0].prompt}\n")
+    shown = caches[len(caches) // 2]
+    console.print(f"[bold]The model's chain[/] under RaaSCache(budget={shown.budget}, {page_size=}, {alpha=}):\n")
+    _generate(model, tokenizer, sample[:1], shown, _ChainPrinter(console, tokenizer, sample[0], shown))
+    shown.reset()
+
+    table = Table(title=f"\n{problems} problems of {prompt} + {chain} tokens, in one batch; Dense is DynamicCache")
+    table.caption = "Exact: every token of the chain is right. Budget and KV include the prompt."
+    for header in ("Cache", "Budget", "Exact", "Answers", "Tokens/s", "KV", "Pages evicted"):
+        table.add_column(header, justify="left" if header == "Cache" else "right")
+    for cache in (DynamicCache(), *caches):
+        with console.status(f"{type(cache).__name__}: {problems} problems"):
+            completions, speed = _generate(model, tokenizer, sample, cache)
+        exact = sum(map(chains.is_exact, completions, sample))
+        right = sum(chains.answer_of(text) == problem.answer for text, problem in zip(completions, sample, strict=True))
+        name, limit, size, evicted = "Dense", "none", _nbytes(cache), "-"
+        if isinstance(cache, RaaSCache):
+            name, limit = "RaaS", f"{cache.budget} ({cache.budget / (prompt + chain):.0%})"
+            evicted = f"{sum(cache.evicted_pages(layer).sum().item() for layer in range(len(cache.layers))):,}"
+        counts = f"{exact}/{problems}", f"{right}/{problems}"
+        table.add_row(name, limit, *counts, f"{speed:,.0f}", f"{size / 1e6:.1f} MB", evicted)
+    console.print(table)
+
+
+@contextmanager
+def _refusing(option: str | None = None) -> Iterator[None]:
+    """Make a value that the library refuses a usage error: one line and exit code 2."""
+    try:
+        yield
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint=option) from None
+
+
+def _completion_length(sample: list[ChainProblem]) -> int:
+    return max(len(problem.chain.split()) for problem in sample) + 1  # the end token
+
+
+def _nbytes(cache: DynamicCache | RaaSCache) -> int:
+    if isinstance(cache, RaaSCache):
+        return cache.nbytes
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+def _generate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sample: list[ChainProblem], cache, streamer=None
+) -> tuple[list[str], float]:
+    """Greedy completions of a batch, and the new tokens a second."""
+    inputs = tokenizer([p.prompt for p in sample], padding=True, return_tensors="pt", return_token_type_ids=False)
+    options = {"max_new_tokens": _completion_length(sample), "do_sample": False, "streamer": streamer}
+    started = time.perf_counter()
+    new = model.generate(**inputs, past_key_values=cache, **options)[:, inputs["input_ids"].shape[1] :]
+    speed = (new != tokenizer.pad_token_id).sum().item() / (time.perf_counter() - started)
+    return tokenizer.batch_decode(new, skip_special_tokens=True), speed
+
+
+class _ChainPrinter:
+    """A streamer for `generate`: a line of the chain on a line of the terminal, whether it is right, what is held."""
+
+    def __init__(self, console: Console, tokenizer: PreTrainedTokenizerBase, problem: ChainProblem, cache: RaaSCache):
+        self.console, self.tokenizer, self.cache = console, tokenizer, cache
+        self.gold = iter(problem.chain.replace("; ", ";\n").splitlines())
+        self.line: list[str] | None = None
+
+    def put(self, ids: torch.Tensor) -> None:
+        """Take the prompt, then each new token."""
+        if self.line is None:
+            self.line = []
+        elif word := self.tokenizer.decode(ids, skip_special_tokens=True):
+            self.line.append(word)
+            self.console.print(word, end=" ")
+            if word == ";":
+                self.end()
+
+    def end(self) -> None:
+        """Close the present line."""
+        text, self.line = " ".join(self.line), []
+        verdict = "[green]right[/]" if text == next(self.gold, None) else "[red]wrong[/]"
+        held, seen = self.cache.resident_tokens(0)[0, 0], self.cache.get_seq_length()
+        self.console.print(f"{' ' * (36 - len(text))}{verdict}  holds {held} of {seen} tokens")
