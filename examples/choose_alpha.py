@@ -19,7 +19,7 @@ from raas_cache.layer import PagedLayer
 from raas_cache.policies import Policy
 
 
-ALPHAS = (1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.2, 0.3, 0.5)
+ALPHAS = (1e-4, 1e-2, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7)
 TOP_RATIOS = (0.25, 0.5)
 
 
@@ -57,10 +57,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lines", type=int, default=50)
     parser.add_argument("--budget", type=float, nargs="+", default=[0.33, 0.5, 0.75], help="shares of all tokens")
-    parser.add_argument("--page-size", type=int, default=8)
+    parser.add_argument("--page-size", type=int, default=4)
     parser.add_argument("--validate", type=int, default=100, help="validation problems")
     parser.add_argument("--test", type=int, default=200, help="test problems")
-    parser.add_argument("--batch-size", type=int, default=50)
+    parser.add_argument("--batch-size", type=int, default=100)
     parser.add_argument("--model", default=embedded_model())
     args = parser.parse_args()
     model, tokenizer = AutoModelForCausalLM.from_pretrained(args.model), AutoTokenizer.from_pretrained(args.model)

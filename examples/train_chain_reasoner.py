@@ -38,8 +38,10 @@ from raas_cache.eval.chains import (
     VOCABULARY,
     ChainProblem,
     is_exact,
+    lifetimes,
     make_problem,
     problems,
+    reuse_gaps,
 )
 
 
@@ -54,6 +56,8 @@ KINDS = {"left name": 1, "operator": 2, "cited name": 3, "left digit": 5, "cited
 """The tokens of a line that take work to predict, by their place in the line."""
 CITED_WEIGHT = 4.0
 """The cited digit, one token in twelve, is the look-up that a milestone is for: it weighs this much more."""
+EDGE_WEIGHT = 0.1
+"""A chain has one first line and one end however long it is, each a decision of its own: their share of the loss."""
 
 disable_progress_bar()  # of shards and weights: here there is one of each
 app = typer.Typer(add_completion=False, help=__doc__.splitlines()[0])
@@ -130,7 +134,7 @@ def chain_loss(model: LlamaForCausalLM, ids: torch.Tensor, prompt: int) -> torch
     logits = model(ids[:, :-1], use_cache=False, logits_to_keep=ids.shape[1] - prompt).logits
     loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, prompt:], reduction="none")
     loss[:, CITED_DIGIT:-TAIL:TOKENS_PER_LINE] *= CITED_WEIGHT
-    return loss.mean()
+    return loss.mean() + EDGE_WEIGHT * (loss[:, :TOKENS_PER_LINE].mean() + loss[:, -TAIL:].mean())
 
 
 @torch.no_grad()
@@ -256,12 +260,16 @@ def evaluate(
     seed: int = 0,
     split: str = "test",
 ) -> None:
-    """Whole chains that greedy decoding gets right, in fp32, with the 95 % Wilson interval."""
+    """Milestones' gaps and lives, and the chains that greedy decoding gets right in fp32, 95 % Wilson interval."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
     for num_lines in lines:
-        exact = greedy_exact(model, tokenizer, problems(count, num_lines, seed, split=split), batch_size)
+        sample = problems(count, num_lines, seed, split=split)
+        for name, values in (("reuse gap", reuse_gaps(sample)), ("lifetime", lifetimes(sample))):
+            half, nine_tenths = (sorted(values)[int(q * len(values))] for q in (0.5, 0.9))
+            print(f"{num_lines} lines: {name} p50 {half}, p90 {nine_tenths}, max {max(values)} lines", flush=True)
+        exact = greedy_exact(model, tokenizer, sample, batch_size)
         low, high = wilson(exact, count)
         share = f"{exact}/{count} = {exact / count:.1%}"
         print(f"{num_lines} lines, {split}: {share} exact [{low:.1%}, {high:.1%}]", flush=True)

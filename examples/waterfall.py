@@ -24,6 +24,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from raas_cache.eval.chains import TOKENS_PER_LINE, ChainProblem, is_exact, problems
 
+
 ASKS = 6
 """Place in a line of the operator between the two digits: what follows is the cited value, so here it is looked up."""
 
@@ -46,7 +47,7 @@ def lookup_attention(model_folder: Path, problem: ChainProblem) -> np.ndarray:
 
 
 def pick_head(weights: np.ndarray, problem: ChainProblem) -> tuple[int, int, int, float]:
-    """(layer, head, offset, weight): ``offset`` is 0 if the head reads a value where it is derived, 1 where restated."""
+    """(layer, head, offset, weight): offset 0 if the head reads a value where it is derived, 1 where it is restated."""
     cited = [(line, ref - problem.num_givens) for line, ref in enumerate(problem.refs) if ref >= problem.num_givens]
     asking, derived = np.array([(line, source) for line, source in cited if line - source > 2]).T
     mean = np.stack([weights[:, :, asking, 1 + derived + offset].mean(-1) for offset in (0, 1)], axis=-1)
@@ -55,7 +56,7 @@ def pick_head(weights: np.ndarray, problem: ChainProblem) -> tuple[int, int, int
 
 
 def draw(picture: np.ndarray, offset: int, problem: ChainProblem, out: Path) -> None:
-    """Draw ``picture`` ``[lines, 1 + lines]`` (line being written; prompt, lines looked at) and every milestone's life."""
+    """Draw ``picture`` ``[lines, 1 + lines]`` (line being written; prompt, lines looked at) and the milestones' lives."""
     lines = len(picture)
     uses: dict[int, list[int]] = {}
     for line, ref in enumerate(problem.refs):
@@ -77,8 +78,9 @@ def draw(picture: np.ndarray, offset: int, problem: ChainProblem, out: Path) -> 
     right.plot([0, lines - 1], [0, lines - 1], color="0.6", linewidth=1)
     right.plot([star, star], [last + 1, lines - 0.5], color="0.2", linewidth=1.5, linestyle=":")
     right.set(xlabel="line looked at (12 tokens each)", xlim=(-0.5, lines - 0.5), ylim=(lines - 0.5, -0.5))
+    life = f"A milestone: line {star} is looked at\n{len(uses[star])} times, by lines {first} to {last} ..."
     texts = (
-        (f"A milestone: line {star} is looked at\n{len(uses[star])} times, by lines {first} to {last} ...", first, 0.86),
+        (life, first, 0.86),
         ("... and then never again:\nits memory can be freed", (last + lines) / 2, 0.66),
     )
     for text, y, height in texts:

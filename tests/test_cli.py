@@ -47,7 +47,9 @@ def test_demo_shows_the_chain_line_by_line():
     result = run("--problems", 1, "--lines", 6, "--budget", 256)
     lines = [line for line in result.output.splitlines() if " holds " in line]
     assert len(lines) == 7, "six steps and the answer"
-    shape = re.compile(r"(#\d+ v\d+ [+-] v\d+ = \d [+-] \d = v\d+ \d ;|#\d+ v\d+ \? \d) +right  holds (\d+) of \2 tokens")
+    shape = re.compile(
+        r"(#\d+ v\d+ [+-] v\d+ = \d [+-] \d = v\d+ \d ;|#\d+ v\d+ \? \d) +right  holds (\d+) of \2 tokens"
+    )
     assert all(shape.fullmatch(line) for line in lines), lines
 
 
