@@ -56,7 +56,7 @@ def pick_head(weights: np.ndarray, problem: ChainProblem) -> tuple[int, int, int
 
 
 def draw(picture: np.ndarray, offset: int, problem: ChainProblem, out: Path) -> None:
-    """Draw ``picture`` ``[lines, 1 + lines]`` (line being written; prompt, lines looked at) and the milestones' lives."""
+    """Draw ``picture`` ``[lines, 1 + lines]`` (line being written; prompt, lines looked at) and milestones' lives."""
     lines = len(picture)
     uses: dict[int, list[int]] = {}
     for line, ref in enumerate(problem.refs):
