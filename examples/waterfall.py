@@ -55,7 +55,7 @@ def pick_head(weights: np.ndarray, problem: ChainProblem) -> tuple[int, int, int
     return int(layer), int(head), int(mean[layer, head].argmax()), float(mean[layer, head].sum())
 
 
-def draw(picture: np.ndarray, offset: int, problem: ChainProblem, out: Path) -> None:
+def draw(picture: np.ndarray, offset: int, problem: ChainProblem, title: str, out: Path) -> None:
     """Draw ``picture`` ``[lines, 1 + lines]`` (line being written; prompt, lines looked at) and milestones' lives."""
     lines = len(picture)
     uses: dict[int, list[int]] = {}
@@ -86,7 +86,7 @@ def draw(picture: np.ndarray, offset: int, problem: ChainProblem, out: Path) -> 
     for text, y, height in texts:
         arrow = {"arrowstyle": "->", "color": "0.2"}
         right.annotate(text, (star + 0.6, y), (0.5, height), textcoords="axes fraction", fontsize=12, arrowprops=arrow)
-    figure.suptitle("What a model looks at while it reasons", x=0.01, ha="left", fontsize=14)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=14)
     figure.colorbar(image, ax=right, label="attention weight (0 to 1)", shrink=0.5, pad=0.02)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=150)
@@ -94,7 +94,7 @@ def draw(picture: np.ndarray, offset: int, problem: ChainProblem, out: Path) -> 
 
 def main(
     out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("docs/images/waterfall.png"),
-    seed: Annotated[int, typer.Option(help="Seed of the problem.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the problem.")] = 2,
     lines: Annotated[int, typer.Option(help="Lines of the chain.")] = 40,
 ) -> None:
     """Draw the waterfall of one problem."""
@@ -103,7 +103,8 @@ def main(
     weights = lookup_attention(Path(str(files("raas_cache") / "models" / "chain_reasoner")), problem)
     layer, head, offset, weight = pick_head(weights, problem)
     print(f"layer {layer}, head {head}: mean weight {weight:.2f} on the lines that hold the cited value")
-    draw(weights[layer, head], offset, problem, out)
+    title = f"What a model looks at while it reasons (layer {layer}, head {head})"
+    draw(weights[layer, head], offset, problem, title, out)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ from .eval import chains
 from .eval.chains import ChainProblem
 
 
-DEMO_ALPHA = 0.1
-DEMO_PAGE_SIZE = 8
+DEMO_ALPHA = 0.3
+DEMO_PAGE_SIZE = 4
 DEMO_SHARES = (0.75, 0.5, 0.33)
 """The default budgets, as shares of a problem's tokens, prompt and chain."""
 
