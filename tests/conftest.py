@@ -1,5 +1,6 @@
 import os
 
+import pytest
 import torch
 
 
@@ -12,8 +13,6 @@ torch.set_num_threads(1)
 
 def pytest_collection_modifyitems(config, items):
     """GPU tests run where there is a GPU, and only there."""
-    import pytest
-
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from transformers import DynamicCache, Qwen3NextConfig
 
 from raas_cache import RaaSCache
 
@@ -72,8 +73,6 @@ def test_rows_move_with_their_pages(model, tokens, operation, rows, scoring):
 
 
 def test_beam_search_equals_dynamic_cache_at_full_budget(model):
-    from transformers import DynamicCache
-
     inputs = prompt(2, 15, (6, 0))
     beams = [
         generate(model, inputs, cache, 40, sample=False, num_beams=3) for cache in (DynamicCache(), RaaSCache(256))
@@ -107,6 +106,13 @@ def test_repr_says_it_all_in_one_line(model):
     generate(model, prompt(2, 20), cache, 101)
     # 120 tokens seen: 5 prompt pages, 100 decode tokens = 25 pages, of which 11 fit; 14 x 2 layers x 2 rows x 2 heads
     assert repr(cache) == f"RaaSCache(budget=64, held=64, seen=120, evicted=112 pages, {cache.nbytes} bytes)"
+
+
+def test_linear_attention_layers_count_no_kv_bytes():
+    config = Qwen3NextConfig(num_hidden_layers=4)
+    cache = RaaSCache(64, config=config)
+    assert [type(layer).__name__ for layer in cache.layers] == ["LinearAttentionLayer"] * 3 + ["PagedLayer"]
+    assert repr(cache) == "RaaSCache(budget=64, held=0, seen=0, evicted=0 pages, 0 bytes)"
 
 
 def test_answers_of_the_cache_api(model):

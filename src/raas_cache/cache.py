@@ -125,7 +125,9 @@ class RaaSCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of the K and V buffers over all layers, allocated, not used."""
-        return sum(t.nbytes for layer in self.layers for t in (layer.keys, layer.values) if t is not None)
+        # Linear-attention layers have neither attribute, layers not yet filled have None.
+        buffers = (getattr(layer, name, None) for layer in self.layers for name in ("keys", "values"))
+        return sum(buffer.nbytes for buffer in buffers if buffer is not None)
 
     def resident_positions(self, layer_idx: int) -> torch.Tensor:
         """Sequence index held in each slot: int64 `[batch, kv_heads, slots]`, -1 where empty or padding."""
