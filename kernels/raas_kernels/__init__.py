@@ -9,7 +9,7 @@ N = P * S slots, Dk / Dv head sizes of K / V, E evictable (decode) pages: the la
 """
 
 from .dispatch import append, attend, engine, page_bounds, stamp
-from .reference import extend
+from .reference import extend, page_extremes, victim
 
 
-__all__ = ["append", "attend", "engine", "extend", "page_bounds", "stamp"]
+__all__ = ["append", "attend", "engine", "extend", "page_bounds", "page_extremes", "stamp", "victim"]

@@ -14,6 +14,14 @@ TARGET_PROGRAMS = 264  # two waves of a 132-SM GPU: enough slices that a batch o
 
 
 @triton.jit
+def capped(logits, softcap):
+    """softcap * tanh(logits / softcap), tanh by an exponential that cannot overflow."""
+    decay = tl.exp(-2.0 * tl.abs(logits) / softcap)
+    size = softcap * (1.0 - decay) / (1.0 + decay)
+    return tl.where(logits < 0, -size, size)
+
+
+@triton.jit
 def append_kernel(
     keys, values, bias, positions, priority, open_slot, clock, key, value, minima, maxima,
     pages, decode_pages, stride_key, stride_value,
@@ -86,9 +94,9 @@ def append(keys, values, bias, positions, priority, open_slot, clock, key, value
 
 @triton.jit
 def attend_kernel(
-    query, keys, values, bias, scale, part_output, part_max, part_sum, unit_max,
+    query, keys, values, bias, scale, softcap, part_output, part_max, part_sum, unit_max,
     slots, slots_per_slice,
-    GROUP: tl.constexpr, UNIT: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    CAPPED: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     BLOCK_GROUP: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr,
     OPERAND: tl.constexpr,
 ):  # fmt: skip
@@ -120,7 +128,10 @@ def attend_kernel(
             keys + (row * slots + slot[:, None]) * DK + dk[None, :],
             mask=inside[:, None] & (dk[None, :] < DK), other=0.0,
         ).to(OPERAND)  # fmt: skip
-        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale + absent[None, :]
+        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        if CAPPED:
+            logits = capped(logits, softcap)
+        logits += absent[None, :]
 
         largest = tl.max(tl.reshape(logits, [BLOCK_GROUP, BLOCK_SLOTS // UNIT, UNIT]), 2)
         unit = start // UNIT + tl.arange(0, BLOCK_SLOTS // UNIT)
@@ -150,8 +161,8 @@ def attend_kernel(
 
 @triton.jit
 def reduce_kernel(
-    part_output, part_max, part_sum, unit_max, output, scores, pages, slices,
-    GROUP: tl.constexpr, DV: tl.constexpr, BLOCK_GROUP: tl.constexpr, BLOCK_DV: tl.constexpr,
+    part_output, part_max, part_sum, unit_max, sinks, output, scores, pages, slices, heads,
+    SINKS: tl.constexpr, GROUP: tl.constexpr, DV: tl.constexpr, BLOCK_GROUP: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_PAGES: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
     """Joins the slices: program (row, 0) writes the row's output, program (row, i) the scores of its block of pages."""
@@ -164,8 +175,13 @@ def reduce_kernel(
     total_max = tl.full([BLOCK_GROUP], float("-inf"), tl.float32)
     for i in range(slices):
         total_max = tl.maximum(total_max, tl.load(part_max + part + i * GROUP, mask=in_group, other=float("-inf")))
+    if SINKS:
+        sink = tl.load(sinks + (row % heads) * GROUP + group, mask=in_group, other=float("-inf")).to(tl.float32)
+        total_max = tl.maximum(total_max, sink)
     total_max = tl.where(in_group, total_max, 0.0)
     total_sum = tl.zeros([BLOCK_GROUP], tl.float32)
+    if SINKS:
+        total_sum += tl.exp(sink - total_max)
     for i in range(slices):
         slice_max = tl.load(part_max + part + i * GROUP, mask=in_group, other=float("-inf"))
         slice_sum = tl.load(part_sum + part + i * GROUP, mask=in_group, other=0.0)
@@ -209,7 +225,7 @@ def _dot_operand(dtype: torch.dtype) -> tl.dtype:
     return tl.float32 if triton.knobs.runtime.interpret else operands[dtype]
 
 
-def attend(query, keys, values, bias, scale, page_size):
+def attend(query, keys, values, bias, scale, page_size, softcap=None, sinks=None):
     """See `raas_kernels.reference.attend`."""
     batch, heads, slots, dk = keys.shape
     dv, rows = values.shape[-1], batch * heads
@@ -233,23 +249,24 @@ def attend(query, keys, values, bias, scale, page_size):
         "BLOCK_DV": max(MIN_DOT, triton.next_power_of_2(dv)),
     }  # fmt: skip
     attend_kernel[(rows, slices)](
-        query.contiguous(), keys, values, bias, scale, part_output, part_max, part_sum, unit_max,
-        slots, slots_per_slice,
-        UNIT=unit, DK=dk, BLOCK_SLOTS=tile, BLOCK_DK=max(MIN_DOT, triton.next_power_of_2(dk)),
-        OPERAND=_dot_operand(keys.dtype), **shape,
+        query.contiguous(), keys, values, bias, scale, 1.0 if softcap is None else softcap,
+        part_output, part_max, part_sum, unit_max, slots, slots_per_slice,
+        CAPPED=softcap is not None, UNIT=unit, DK=dk, BLOCK_SLOTS=tile,
+        BLOCK_DK=max(MIN_DOT, triton.next_power_of_2(dk)), OPERAND=_dot_operand(keys.dtype), **shape,
     )  # fmt: skip
     block_pages = min(128, triton.next_power_of_2(pages))
     reduce_kernel[(rows, triton.cdiv(pages, block_pages))](
-        part_output, part_max, part_sum, unit_max, output, scores, pages, slices,
-        BLOCK_PAGES=block_pages, UNITS=page_size // unit, **shape,
+        part_output, part_max, part_sum, unit_max, output if sinks is None else sinks, output, scores,
+        pages, slices, heads, SINKS=sinks is not None, BLOCK_PAGES=block_pages, UNITS=page_size // unit, **shape,
     )  # fmt: skip
     return output, scores
 
 
 @triton.jit
 def page_bounds_kernel(
-    query, minima, maxima, bias, bounds, scale, pages,
-    GROUP: tl.constexpr, PAGE: tl.constexpr, DK: tl.constexpr, BLOCK_PAGES: tl.constexpr, BLOCK_DK: tl.constexpr,
+    query, minima, maxima, bias, bounds, scale, softcap, pages,
+    CAPPED: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, DK: tl.constexpr,
+    BLOCK_PAGES: tl.constexpr, BLOCK_DK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     page = tl.program_id(1) * BLOCK_PAGES + tl.arange(0, BLOCK_PAGES)
@@ -267,18 +284,21 @@ def page_bounds_kernel(
     for g in range(GROUP):
         q = tl.load(query + (row * GROUP + g) * DK + dk, mask=dk < DK, other=0.0).to(tl.float32)
         best = tl.maximum(best, tl.sum(tl.maximum(q[None, :] * low, q[None, :] * high), 1))
-    best = tl.where(tl.max(absent, 1) == 0, best * scale, float("-inf"))
+    best *= scale
+    if CAPPED:
+        best = capped(best, softcap)
+    best = tl.where(tl.max(absent, 1) == 0, best, float("-inf"))
     tl.store(bounds + row * pages + page, best, mask=exists)
 
 
-def page_bounds(query, minima, maxima, bias, scale, page_size):
+def page_bounds(query, minima, maxima, bias, scale, page_size, softcap=None):
     """See `raas_kernels.reference.page_bounds`."""
     batch, heads, pages, dk = minima.shape
     bounds = torch.empty(batch, heads, pages, dtype=torch.float32, device=query.device)
     block_pages = min(32, triton.next_power_of_2(pages))
     page_bounds_kernel[(batch * heads, triton.cdiv(pages, block_pages))](
-        query.contiguous(), minima, maxima, bias, bounds, scale, pages,
-        GROUP=query.shape[1] // heads, PAGE=page_size, DK=dk,
+        query.contiguous(), minima, maxima, bias, bounds, scale, 1.0 if softcap is None else softcap, pages,
+        CAPPED=softcap is not None, GROUP=query.shape[1] // heads, PAGE=page_size, DK=dk,
         BLOCK_PAGES=block_pages, BLOCK_DK=triton.next_power_of_2(dk),
     )  # fmt: skip
     return bounds

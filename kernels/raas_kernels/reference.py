@@ -15,6 +15,18 @@ A layer's store is a set of static buffers, written in place (shapes as in the p
 import torch
 
 
+def victim(positions: torch.Tensor, priority: torch.Tensor, page_size: int) -> torch.Tensor:
+    """The page that `append` recycles next: the smallest `(priority, first sequence index)`, so an empty page first.
+
+    Returns:
+        `[B, H]` int64, index among the E decode pages.
+    """
+    first = positions[..., positions.shape[-1] - priority.shape[-1] * page_size :: page_size]
+    # An empty page has no first token; among equals the leftmost is taken, by argmin here and in Triton.
+    oldest = priority == priority.amin(-1, keepdim=True)
+    return first.masked_fill(~oldest, torch.iinfo(first.dtype).max).argmin(-1)
+
+
 def append(
     keys: torch.Tensor,
     values: torch.Tensor,
@@ -31,7 +43,6 @@ def append(
 ) -> None:
     """Write one decode token a row into the open page; when that is full, first recycle the victim page in place.
 
-    The victim is the decode page with the smallest `(priority, first sequence index)`, so an empty page goes first.
     A page's priority becomes the present sequence index when the page opens and when its last slot is filled: until
     then it cannot be a victim, so this is "the open page's timestamp becomes t" at every token (RaaS, section 3).
 
@@ -44,11 +55,7 @@ def append(
     offset = decoded % page_size
     first_decode_slot = keys.shape[2] - priority.shape[-1] * page_size
     if offset == 0:
-        first = positions[..., first_decode_slot::page_size]
-        # An empty page has no first token; among empty pages any will do.
-        oldest = priority == priority.amin(-1, keepdim=True)
-        victim = first.masked_fill(~oldest, torch.iinfo(first.dtype).max).argmin(-1)
-        torch.add(victim * page_size, first_decode_slot, out=open_slot)
+        torch.add(victim(positions, priority, page_size) * page_size, first_decode_slot, out=open_slot)
         lane = torch.arange(page_size, device=keys.device)
         page = open_slot[..., None] + lane
         bias.scatter_(2, page, float("-inf"))
@@ -72,6 +79,8 @@ def attend(
     bias: torch.Tensor,
     scale: float,
     page_size: int,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of one decode token a row over every resident token, and each page's score from the same softmax.
 
@@ -81,6 +90,8 @@ def attend(
         query: `[B, H * G, 1, Dk]`; the G query heads of a KV head are consecutive.
         scale: factor on `q . k`.
         page_size: S, tokens a page.
+        softcap: logits become `softcap * tanh(logits / softcap)` (Gemma 2), or None.
+        sinks: `[H * G]`, one more logit in each query head's softmax, with nothing behind it (gpt-oss), or None.
 
     Returns:
         output `[B, H * G, 1, Dv]` in the query's dtype, scores `[B, H, P]` float32 (float64 for float64 inputs).
@@ -90,10 +101,26 @@ def attend(
     grouped = query.reshape(batch * heads, -1, query.shape[-1]).to(accumulate)
     # baddbmm and bmm, not @: on the CPU matmul copies the strided K and V, at twice the time of the whole attention.
     transposed, contents = keys.flatten(0, 1).to(accumulate).mT, values.flatten(0, 1).to(accumulate)
-    weights = torch.baddbmm(bias.view(-1, 1, slots), grouped, transposed, alpha=scale).softmax(-1)
+    if softcap is None:
+        logits = torch.baddbmm(bias.view(-1, 1, slots), grouped, transposed, alpha=scale)
+    else:
+        logits = _capped(torch.bmm(grouped, transposed) * scale, softcap) + bias.view(-1, 1, slots)
+    if sinks is not None:
+        sinks = sinks.view(1, heads, -1, 1).expand(batch, -1, -1, -1).reshape(batch * heads, -1, 1)
+    weights = _softmax(logits, sinks)
     output = torch.bmm(weights, contents).to(query.dtype)
     scores = weights.amax(1).view(batch, heads, -1, page_size).amax(-1)
     return output.view(batch, -1, 1, values.shape[-1]), scores
+
+
+def _capped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    return logits if softcap is None else (logits / softcap).tanh_() * softcap
+
+
+def _softmax(logits: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+    if sinks is None:
+        return logits.softmax(-1)
+    return torch.cat([logits, sinks.to(logits.dtype).expand(*logits.shape[:-1], 1)], -1).softmax(-1)[..., :-1]
 
 
 def extend(
@@ -105,6 +132,8 @@ def extend(
     query_positions: torch.Tensor,
     scale: float,
     page_size: int,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
     max_logits: int = 1 << 26,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of T new tokens a row over the residents and, causally, over each other; scores as in `attend`.
@@ -128,15 +157,24 @@ def extend(
     output = query.new_empty(*grouped.shape[:-1], values.shape[-1])
     scores = torch.zeros(batch, heads, slots // page_size, dtype=accumulate, device=query.device)
     transposed, contents = keys[:, :, None].mT.to(accumulate), values[:, :, None].to(accumulate)
+    if sinks is not None:
+        sinks = sinks.view(heads, -1, 1, 1)
     for start in range(0, length, block):
         window = slice(start, start + block)
-        logits = grouped[:, :, :, window].to(accumulate) * scale @ transposed
+        logits = _capped(grouped[:, :, :, window].to(accumulate) * scale @ transposed, softcap)
         visible = (bias == 0)[:, :, None] & (positions[:, :, None] <= query_positions[window, None])
         # A padding query sees nothing: its row of the softmax is 0 / 0, and its output is never used.
-        weights = logits.masked_fill_(~visible[:, :, None], float("-inf")).softmax(-1).nan_to_num_(0.0)
+        weights = _softmax(logits.masked_fill_(~visible[:, :, None], float("-inf")), sinks).nan_to_num_(0.0)
         output[:, :, :, window] = (weights @ contents).to(query.dtype)
         torch.maximum(scores, weights.amax((2, 3)).view(*scores.shape, page_size).amax(-1), out=scores)
     return output.view(batch, -1, length, values.shape[-1]), scores
+
+
+def page_extremes(keys: torch.Tensor, bias: torch.Tensor, page_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Element-wise minima and maxima of each page's resident keys, `[B, H, P, Dk]`; infinite where a page has none."""
+    pages = keys.unflatten(2, (-1, page_size))
+    empty = bias.unflatten(2, (-1, page_size))[..., None] < 0
+    return pages.masked_fill(empty, float("inf")).amin(3), pages.masked_fill(empty, float("-inf")).amax(3)
 
 
 def page_bounds(
@@ -146,6 +184,7 @@ def page_bounds(
     bias: torch.Tensor,
     scale: float,
     page_size: int,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """Upper bound of every page's logits from its min/max representative (Quest, section 3.3; RaaS, section 3).
 
@@ -155,6 +194,7 @@ def page_bounds(
         query: `[B, H * G, 1, Dk]`.
         minima, maxima: `[B, H, P, Dk]`.
         bias: `[B, H, N]`; a page without a resident token gets -inf.
+        softcap: as in `attend`; tanh is monotone, so a capped bound still bounds the capped logits.
 
     Returns:
         `[B, H, P]` float32 (float64 for float64 inputs).
@@ -167,7 +207,7 @@ def page_bounds(
     low = minima.to(accumulate).masked_fill(~resident[..., None], 0)
     high = maxima.to(accumulate).masked_fill(~resident[..., None], 0)
     bounds = grouped.clamp(min=0) @ high.mT + grouped.clamp(max=0) @ low.mT
-    return (bounds.amax(2) * scale).masked_fill_(~resident, float("-inf"))
+    return _capped(bounds.amax(2) * scale, softcap).masked_fill_(~resident, float("-inf"))
 
 
 def stamp(

@@ -1,11 +1,14 @@
 """The registered attention functions: the hand-off from a paged cache to its attention.
 
-`Cache.update` never sees the query and an attention function never sees the cache. So `update` returns a key that
-carries its layer as the attribute `paged_layer`, and the functions registered here read it. Keys without it go to the
-original function, untouched.
+`Cache.update` never sees the query and an attention function never sees the cache. So `update` returns a key and a
+value that carry their layer as the attribute `paged_layer`, and the functions registered here read it. Keys without it
+go to the original function, untouched.
 """
 
 import functools
+import inspect
+import threading
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -13,10 +16,38 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from .layer import PagedLayer
 
-DISPATCHED = ("sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+
+DISPATCHED = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 # What changes the softmax or its inputs in a way the paged attention does not: ignored, each would give wrong text.
-UNSUPPORTED = ("softcap", "s_aux", "position_bias", "sliding_window", "dropout", "output_attentions")
+UNSUPPORTED = ("position_bias", "sliding_window", "dropout", "output_attentions")
+
+
+class _Expected(threading.local):
+    """The layer that updated last in this thread, until its attention is called: a latent cannot carry it (MLA)."""
+
+    layer: Callable[[], PagedLayer | None] = staticmethod(lambda: None)
+
+
+_expected = _Expected()
+
+
+def expect(layer: PagedLayer) -> None:
+    """Tell the attention function which layer the next call is for, should the key lose its tag on the way."""
+    if layer.is_latent or layer.is_first_forward:
+        _expected.layer = weakref.ref(layer)
+
+
+def _latent_layer(module: torch.nn.Module) -> PagedLayer | None:
+    """The paged layer behind an untagged key, if the module expands a cached latent (MLA: DeepSeek-V2 and its kin)."""
+    layer = _expected.layer()
+    # Only MLA's own expansion is known to map each token by itself; any other change of the key stays refused.
+    if layer is None or not layer.awaits_attention or not hasattr(module, "expand_kv"):
+        return None
+    if not layer.is_latent:
+        layer.expect_latent()
+    return layer
 
 
 def dispatcher(dense: Callable) -> Callable:
@@ -34,14 +65,34 @@ def dispatcher(dense: Callable) -> Callable:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         layer = getattr(key, "paged_layer", None)
         if layer is None:
+            layer = _latent_layer(module)
+        elif getattr(value, "paged_layer", None) is not layer:
+            raise ValueError(
+                f"{type(module).__name__} changes its values between cache and attention, and the cache would not know "
+                "how: use a DynamicCache for this model."
+            )
+        if layer is None:
             return dense(module, query, key, value, attention_mask, *args, **kwargs)
+        if layer.on_module is not None:
+            settled = layer.on_module(module, key, value)
+            layer.on_module = None
+            if settled is not layer:  # a window or the like, which has taken the tokens over
+                layer.awaits_attention = False
+                key.paged_layer = value.paged_layer = None  # other layers may share this key
+                return dense(module, query, key, value, attention_mask, *args, **kwargs)
         _refuse_unsupported(module, kwargs)
-        visible = _visible_new_tokens(attention_mask, layer.new, check_causal=not layer.is_first_forward)
-        layer.admit(visible)
+        layer.admit(_visible_new_tokens(attention_mask, query.shape[2], is_first=layer.is_first_forward))
         if layer.is_first_forward:
+            _expected.layer = _Expected.layer
             return dense(module, query, key, value, attention_mask, *args, **kwargs)
         scaling = kwargs.get("scaling")
-        output = layer.attend(query, query.shape[-1] ** -0.5 if scaling is None else float(scaling))
+        output = layer.attend(
+            query,
+            query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+            softcap=kwargs.get("softcap"),
+            sinks=kwargs.get("s_aux"),
+            expanded=(key, value) if layer.is_latent else None,
+        )
         return output.transpose(1, 2).contiguous(), None
 
     paged_attention_forward.dense = dense
@@ -54,7 +105,7 @@ def _refuse_unsupported(module: torch.nn.Module, kwargs: dict) -> None:
         if value is None or (isinstance(value, (bool, int, float)) and not value):
             continue
         mends = {
-            "sliding_window": "pass config=model.config to the cache: its window layers then keep their own cache",
+            "sliding_window": "its config does not call this layer a window; use a DynamicCache for this model",
             "dropout": "call model.eval() first: a KV cache is for inference",
             "output_attentions": "leave it out: evicted tokens have no attention weight to return",
         }
@@ -65,7 +116,7 @@ def _refuse_unsupported(module: torch.nn.Module, kwargs: dict) -> None:
         )
 
 
-def _visible_new_tokens(mask: torch.Tensor | None, new: int, check_causal: bool) -> torch.Tensor | None:
+def _visible_new_tokens(mask: torch.Tensor | None, new: int, is_first: bool) -> torch.Tensor | None:
     """`[batch, new]` bool, False for padding, from the mask of the new tokens (4-d bool or additive, or 2-d)."""
     if mask is None:
         return None
@@ -77,9 +128,15 @@ def _visible_new_tokens(mask: torch.Tensor | None, new: int, check_causal: bool)
             "is visible of the past is the cache's own affair. Pass a 2-d mask of ones and zeros, or none."
         )
     allowed = mask if mask.dtype == torch.bool else mask == 0
+    # A decode step is not checked: that would make the host wait for the device. A bias shows at prefill already.
+    if mask.dtype != torch.bool and (is_first or new > 1) and not bool((allowed | (mask < -1e4)).all()):
+        raise ValueError(
+            "attention_mask adds more than visible (0) and hidden (a large negative number) to the attention: such a "
+            "bias goes by where a token stands, which a paged cache changes. Use a DynamicCache for this model."
+        )
     visible = allowed[:, 0, -1]
     causal = visible[:, None, None] & allowed.new_ones(new, new).tril()
-    if check_causal and new > 1 and not torch.equal(allowed, causal.expand_as(allowed)):
+    if not is_first and new > 1 and not torch.equal(allowed, causal.expand_as(allowed)):
         raise ValueError(
             "attention_mask is not causal among the new tokens: after the first forward the paged attention is causal. "
             "Pass a 2-d mask of ones and zeros, or put such tokens into the first forward."
@@ -87,23 +144,61 @@ def _visible_new_tokens(mask: torch.Tensor | None, new: int, check_causal: bool)
     return visible
 
 
+@functools.cache
+def _eager_of(attention: type[torch.nn.Module]) -> Callable:
+    """The modeling file's own eager function, as the class hands it to `AttentionInterface.get_interface`."""
+    for cls in attention.__mro__:
+        for method in vars(cls).values():
+            method = inspect.unwrap(method) if callable(method) else None
+            for name in getattr(getattr(method, "__code__", None), "co_names", ()):
+                if name.endswith("eager_attention_forward"):
+                    return method.__globals__[name]
+    raise RuntimeError(
+        f"raas_cache serves attn_implementation='eager' by the model's own eager_attention_forward, and finds none in "
+        f"{attention.__module__}.{attention.__qualname__}: call raas_cache.unregister() to use this model without it."
+    )
+
+
+def eager_attention_forward(module: torch.nn.Module, *args, **kwargs):
+    """What `attn_implementation="eager"` runs where nothing is registered under that name."""
+    return _eager_of(type(module))(module, *args, **kwargs)
+
+
+def raas_attention_forward(module, query, key, value, attention_mask, *args, **kwargs):
+    """sdpa; the model's own eager function where the softmax has a cap or sinks, which sdpa has not."""
+    if kwargs.get("softcap") is None and kwargs.get("s_aux") is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, *args, **kwargs)
+    new, held = query.shape[2], key.shape[2]
+    if attention_mask is None:  # sdpa's mask function leaves out a mask that is only causal
+        attention_mask = torch.ones(new, held, dtype=torch.bool, device=query.device).tril(held - new)[None, None]
+    if attention_mask.dtype == torch.bool:
+        hidden = torch.finfo(query.dtype).min
+        attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill_(~attention_mask, hidden)
+    return eager_attention_forward(module, query, key, value, attention_mask, *args, **kwargs)
+
+
 def register() -> None:
     """Make the default attention implementations serve paged caches; done once on import, harmless to repeat.
 
-    Registers `"raas"`, and wraps `"sdpa"` and the flash entries in a dispatcher that looks for a paged cache's key
-    and otherwise calls the original. All through transformers' public registries.
+    Registers `"raas"`, and wraps `"eager"`, `"sdpa"` and the flash entries in a dispatcher that looks for a paged
+    cache's key and otherwise calls the original. All through transformers' public registries.
     """
     interface = AttentionInterface()
-    AttentionInterface.register("raas", dispatcher(sdpa_attention_forward))
+    AttentionInterface.register("raas", dispatcher(raas_attention_forward))
     AttentionMaskInterface.register("raas", sdpa_mask)
     for name in DISPATCHED:
-        if name in interface and not hasattr(interface[name], "dense"):
-            AttentionInterface.register(name, dispatcher(interface[name]))
+        dense = interface.get(name, eager_attention_forward if name == "eager" else None)
+        if dense is not None and not hasattr(dense, "dense"):
+            AttentionInterface.register(name, dispatcher(dense))
 
 
 def unregister() -> None:
     """Put the original functions back; `attn_implementation="raas"` stays available."""
     interface = AttentionInterface()
     for name in DISPATCHED:
-        if name in interface and hasattr(interface[name], "dense"):
-            AttentionInterface.register(name, interface[name].dense)
+        dense = getattr(interface.get(name), "dense", None)
+        if dense is eager_attention_forward:
+            # The registry has no public way to take an entry out, and by default has none for eager.
+            del AttentionInterface._global_mapping[name]
+        elif dense is not None:
+            AttentionInterface.register(name, dense)

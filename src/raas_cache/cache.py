@@ -7,15 +7,27 @@ from typing import Literal
 
 import torch
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache
 
+from .attention import expect
+from .hybrid import plan_layers
 from .layer import PagedLayer
 from .policies import RaaSPolicy
 
 
 DEFAULT_ALPHA = 1e-4
-# Layers that a hybrid model may keep beside the paged ones: none of them grows with the sequence.
-KEPT_LAYERS = ("DynamicSlidingWindowLayer", "LinearAttentionLayer", "DummyLayer")
+
+
+class _LayersToCome(list):
+    """Layers of a cache that has yet to learn the model's config; linear attention cannot wait for that."""
+
+    def __getitem__(self, index):
+        if isinstance(index, int) and index >= len(self):
+            raise ValueError(
+                "This model has linear-attention layers, which the cache must know beforehand: use "
+                "RaaSCache(budget, config=model.config)."
+            )
+        return super().__getitem__(index)
 
 
 class RaaSCache(Cache):
@@ -42,8 +54,11 @@ class RaaSCache(Cache):
             representatives of the pages.
         granularity (`str`): `"head"` evicts for every KV head by itself; `"layer"` for all heads of a row alike.
         min_decode_pages (`int`): decode pages held even where the prompt leaves room for fewer (a warning says so).
-        config (`PreTrainedConfig`, *optional*): the model's config; needed by models with other than full-attention
-            layers, whose layers then keep the cache that transformers gives them.
+        config (`PreTrainedConfig`, *optional*): the model's config. Says which layers have full attention and so
+            are paged; the others (sliding windows, linear attention, layers that share another's KV) keep the cache
+            that transformers gives them. Without it the first attention call tells; needed by models whose first
+            layer has linear attention (an error says so).
+        offloading (`bool`): keep each layer's K and V in CPU memory while other layers run. Needs a CUDA GPU.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type or out of range, or `config` has a layer type that
@@ -61,6 +76,7 @@ class RaaSCache(Cache):
         granularity: Literal["head", "layer"] = "head",
         min_decode_pages: int = 8,
         config: PreTrainedConfig | None = None,
+        offloading: bool = False,
     ):
         for name, value in (("budget", budget), ("page_size", page_size), ("min_decode_pages", min_decode_pages)):
             if isinstance(value, bool) or not isinstance(value, int):
@@ -80,15 +96,20 @@ class RaaSCache(Cache):
         # The identity tells a default alpha, which top_ratio replaces, from a given one, which contradicts it.
         if top_ratio is not None and alpha is DEFAULT_ALPHA:
             alpha = None
+        if offloading and not torch.cuda.is_available():
+            raise ValueError("offloading=True moves layers between GPU and CPU memory, and there is no CUDA GPU here.")
         policy = RaaSPolicy(alpha, top_ratio)
-        new_layer = partial(PagedLayer, policy, budget, page_size, min_decode_pages, scoring, granularity)
-        if config is None:
-            super().__init__(layer_class_to_replicate=new_layer)
-        else:
-            super().__init__(layers=_hybrid_layers(config, new_layer))
+        self._new_layer = partial(PagedLayer, policy, budget, page_size, min_decode_pages, scoring, granularity)
+        layers = _LayersToCome() if config is None else plan_layers(config, self._new_layer)
+        super().__init__(layers=layers, offloading=offloading)
         self.budget = budget
+        self._knows_layers = config is not None
+        self._records_past = False
         self._handed_out: PagedLayer | None = None
+        self._not_offloaded: int | None = None
         self._warned = False
+        if config is not None:
+            self._warn_if_nothing_is_paged(config)
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
         """Store the new tokens of a layer, and hand the layer to the attention function (see `PagedLayer.update`).
@@ -103,12 +124,64 @@ class RaaSCache(Cache):
                 'would be wrong. Call model.set_attn_implementation("raas") (or "sdpa") and generate again with a new '
                 "cache; a model that changes its keys between cache and attention cannot use this cache."
             )
-        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        while len(self.layers) <= layer_idx:
+            self._add(self._new_layer())
         layer = self.layers[layer_idx]
+        if self.offloading:
+            layer.prefetch()
+        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if isinstance(layer, PagedLayer):
             self._handed_out = layer
             self._warn_if_prompt_fills_budget(layer)
+            if not self._knows_layers:
+                layer.on_module = partial(self._learn_layers, layer_idx)
+            expect(layer)
         return keys, values
+
+    def _add(self, layer) -> None:
+        if self._records_past and hasattr(layer, "activate_past_recording"):
+            layer.activate_past_recording()
+        self.layers.append(layer)
+
+    def _learn_layers(self, layer_idx: int, module: torch.nn.Module, key: torch.Tensor, value: torch.Tensor):
+        """The first attention call tells the model's config: give every layer the cache it is to have.
+
+        Args:
+            layer_idx: the layer that called, which holds `key` and `value` and nothing else yet.
+            module: its attention module.
+
+        Returns:
+            The layer that now stands at `layer_idx`.
+        """
+        self._knows_layers = True
+        config = getattr(module, "config", None)
+        if not isinstance(config, PreTrainedConfig):
+            return self.layers[layer_idx]
+        held, self.layers = self.layers[layer_idx], []
+        for index, layer in enumerate(plan_layers(config, self._new_layer)):
+            if index == layer_idx and isinstance(layer, PagedLayer):
+                self.layers.append(held)
+                continue
+            self._add(layer)
+            if index == layer_idx:
+                layer.update(key, value)
+        self._warn_if_nothing_is_paged(config)
+        return self.layers[layer_idx]
+
+    def _warn_if_nothing_is_paged(self, config: PreTrainedConfig) -> None:
+        if not any(isinstance(layer, PagedLayer) for layer in self.layers):
+            warnings.warn(
+                f"No layer of {config.model_type!r} has full attention, so there is nothing to evict: budget="
+                f"{self.budget} has no effect, and every layer keeps the bounded cache that transformers gives it.",
+                stacklevel=3,
+            )
+
+    def offload(self, layer_idx: int, only_non_sliding: bool = True) -> None:
+        """Move a layer's K and V to the CPU; a paged layer's only when the next one comes: attention reads it first."""
+        if isinstance(self.layers[layer_idx], PagedLayer):
+            layer_idx, self._not_offloaded = self._not_offloaded, layer_idx
+        if layer_idx is not None:
+            super().offload(layer_idx, only_non_sliding)
 
     def _warn_if_prompt_fills_budget(self, layer: PagedLayer) -> None:
         if self._warned or layer.room_for_decode >= layer.min_decode_pages:
@@ -155,21 +228,40 @@ class RaaSCache(Cache):
         """-1: the cache never ends a generation."""
         return -1
 
-    def activate_past_recording(self):
-        """Refused: see `crop`."""
-        self.crop(-1)
+    def reset(self) -> None:
+        """Forget all tokens, and stop recording the past; the next prompt may be of another size and batch."""
+        super().reset()
+        self._records_past = False
+
+    def activate_past_recording(self) -> None:
+        """From now on, note what each forward overwrites, so that `crop` can take its tokens back; until `reset`.
+
+        `generate` calls this for assisted decoding and prompt look-up. The next forward is input even if it is of
+        several tokens; after that, several tokens in one forward are a draft of generated ones.
+        """
+        self._records_past = True
+        super().activate_past_recording()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refused unless there is nothing to remove: an evicted page cannot come back.
+        """Take back the last `-tokens_to_remove` tokens: the cache is then as if it had never seen them.
+
+        Args:
+            tokens_to_remove (`int`): 0 or negative, as transformers counts them. 0 only ends what can be taken back.
 
         Raises:
-            RuntimeError: `tokens_to_remove` is not 0.
+            ValueError: `tokens_to_remove` is positive.
+            RuntimeError: the past of these tokens was not recorded (`activate_past_recording`), or a layer holds a
+                recurrent state, which cannot go back. Nothing is changed then.
         """
-        if tokens_to_remove != 0:
-            raise RuntimeError(
-                "RaaSCache cannot take tokens back, which assisted decoding and prompt look-up need: leave out "
-                "assistant_model / prompt_lookup_num_tokens, or use a DynamicCache."
-            )
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, PagedLayer):
+                layer.check_crop(tokens_to_remove)
+            if tokens_to_remove and not layer.is_croppable:
+                raise RuntimeError(
+                    f"tokens_to_remove={tokens_to_remove}: layer {index} ({type(layer).__name__}) holds a state that "
+                    "cannot go back. Leave out assistant_model / prompt_lookup_num_tokens for this model."
+                )
+        super().crop(tokens_to_remove)
 
     def __repr__(self) -> str:
         paged = [layer for layer in self.layers if isinstance(layer, PagedLayer) and layer.is_initialized]
@@ -179,20 +271,6 @@ class RaaSCache(Cache):
             f"{type(self).__name__}(budget={self.budget}, held={held}, seen={seen}, evicted={evicted} pages, "
             f"{self.nbytes} bytes)"
         )
-
-
-def _hybrid_layers(config: PreTrainedConfig, new_layer: partial) -> list:
-    """The layers transformers would build for `config`, the full-attention ones paged."""
-    layers = DynamicCache(config=config).layers
-    for index, layer in enumerate(layers):
-        if type(layer) is DynamicLayer:
-            layers[index] = new_layer()
-        elif type(layer).__name__ not in KEPT_LAYERS:
-            raise ValueError(
-                f"config: layer {index} of {config.model_type!r} needs a {type(layer).__name__}, which this cache "
-                "cannot hold: use a DynamicCache for this model."
-            )
-    return layers
 
 
 def _calling_implementation() -> str:

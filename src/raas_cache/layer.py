@@ -1,6 +1,7 @@
 """The page store of one attention layer: static buffers, in-place writes. It knows pages, not policies."""
 
 import math
+from collections import deque
 from typing import Literal
 
 import torch
@@ -9,6 +10,7 @@ from transformers.cache_utils import CacheLayerMixin
 import raas_kernels
 
 from .policies import Policy
+from .recording import Step, Turn
 
 
 class PagedLayer(CacheLayerMixin):
@@ -30,6 +32,7 @@ class PagedLayer(CacheLayerMixin):
     """
 
     is_sliding = False
+    is_croppable = True
     supports_early_init = False  # the sizes wait for the prompt's length
 
     def __init__(
@@ -52,8 +55,12 @@ class PagedLayer(CacheLayerMixin):
         self.minima = self.maxima = None
         self.pinned_pages = self.decode_pages = 0
         self.seen = self.pinned = self.decoded = self.new = 0
-        self.awaits_attention = False
-        self.is_initialized = False
+        self.is_latent = self.awaits_attention = self.is_initialized = False
+        self.record_past = self._expects_turn = False
+        # While recording, enough to take back a budget of tokens, so that recording left on stays O(budget) too.
+        self._past = deque(maxlen=self.budget)
+        self._draft = None
+        self.on_module = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Take batch, heads, sizes, dtype and device from the first key and value; `update` sizes the buffers."""
@@ -90,11 +97,16 @@ class PagedLayer(CacheLayerMixin):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Store the new tokens; `attend` then reads the store.
 
+        A single token after the first forward is a generated one; several are input. While the past is recorded,
+        several are a draft: generated tokens, stored one by one in `attend`. Only the first forward after
+        `activate_past_recording` is input then, for generation starts with it.
+
         Args:
             key_states, value_states: `[batch, kv_heads, new, head_dim]`; RoPE applied to the keys.
 
         Returns:
-            The two arguments, the key with this layer as attribute `paged_layer`, for the attention function.
+            The two arguments, each with this layer as attribute `paged_layer`, for the attention function. If the
+            model expands what it caches (`is_latent`), the whole buffers instead, a draft behind them.
 
         Raises:
             ValueError: batch, heads, head size, dtype or device are not those the cache was filled with.
@@ -103,14 +115,18 @@ class PagedLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         self._check_same_use(key_states)
         key, value = key_states.detach(), value_states.detach()
-        self.new = key.shape[2]
-        if self.new == 1 and self.seen > 0:
-            self._append(key, value)
-        else:
-            self._pin(key, value)
-        self.seen += self.new
+        new = key.shape[2]
+        is_turn, self._expects_turn = self._expects_turn and not self.is_latent, False
         self.awaits_attention = True
-        key_states.paged_layer = self
+        if self.record_past and self.seen and new > 1 and not is_turn:
+            self._draft = key, value, None
+        else:
+            self.store(key, value, pin=new > 1 or not self.seen)
+        if self.is_latent and not self.is_first_forward:
+            if self._draft is None:
+                return self.keys, self.values
+            return torch.cat([self.keys, key], 2), torch.cat([self.values, value], 2)
+        key_states.paged_layer = value_states.paged_layer = self
         return key_states, value_states
 
     def _check_same_use(self, key: torch.Tensor) -> None:
@@ -124,6 +140,17 @@ class PagedLayer(CacheLayerMixin):
                     f"This cache holds {self.seen} tokens with {name} {old}, and was given keys with {name} {new}: "
                     "use a new cache for another input, or call reset() on this one first."
                 )
+
+    def store(self, key: torch.Tensor, value: torch.Tensor, pin: bool) -> None:
+        """Write new tokens: input into pinned pages, one generated token into the open decode page."""
+        self.new = key.shape[2]
+        if self.record_past and self.seen:
+            self._past.append(Turn(self.new, self.priority.clone()) if pin else Step.about_to_append(self))
+        if pin:
+            self._pin(key, value)
+        else:
+            self._append(key, value)
+        self.seen += self.new
 
     def _append(self, key: torch.Tensor, value: torch.Tensor) -> None:
         self.clock += 1
@@ -148,12 +175,30 @@ class PagedLayer(CacheLayerMixin):
         self._reserve(math.ceil(end / self.page_size))
         self.keys[:, :, start:end] = key
         self.values[:, :, start:end] = value
-        # The open page goes on behind these tokens: what its unfilled slots will hold moves up.
-        self.positions.add_(self.new * (self.bias != 0))
         self.bias[:, :, start:end] = 0
         self.positions[:, :, start:end] = torch.arange(self.seen, self.seen + self.new, device=self.device)
+        self._move_open_page(self.new)
         self.clock[0] += self.new
         self.pinned = end
+
+    def unpin(self, length: int) -> None:
+        """Take back the last `length` tokens, all of them pinned; the stamps they gave are the caller's affair."""
+        self.pinned -= length
+        self.seen -= length
+        self.clock[0] -= length
+        self.bias[:, :, self.pinned : self.pinned + length] = float("-inf")
+        self._move_open_page(-length)
+        self._reserve(math.ceil(self.pinned / self.page_size))
+        if self.minima is not None:
+            self._summarise(slice(self.pinned // self.page_size, self.pinned_pages))
+
+    def _move_open_page(self, by: int) -> None:
+        """The open page goes on behind pinned tokens: what its unfilled slots will hold moves."""
+        filled = self.decoded % self.page_size
+        if filled:
+            lane = torch.arange(filled, self.page_size, device=self.device)
+            slots = self.open_slot[..., None] + lane
+            self.positions.scatter_add_(2, slots, torch.full_like(slots, by, dtype=torch.int32))
 
     def _reserve(self, pinned_pages: int) -> None:
         """Move to buffers with `pinned_pages` pinned pages; the decode region keeps its size once it is in use."""
@@ -162,10 +207,11 @@ class PagedLayer(CacheLayerMixin):
             self.decode_pages = max(self.room_for_decode, self.min_decode_pages)
             self.priority = self.priority.new_full((*self.priority.shape[:2], self.decode_pages), float("-inf"))
         pages = pinned_pages + self.decode_pages
+        common = min(old_pinned, pinned_pages)
 
         def moved(old: torch.Tensor, unit: int, empty: float) -> torch.Tensor:
             new = old.new_full((*old.shape[:2], pages * unit, *old.shape[3:]), empty)
-            new[:, :, : old_pinned * unit] = old[:, :, : old_pinned * unit]
+            new[:, :, : common * unit] = old[:, :, : common * unit]
             if self.decoded:
                 new[:, :, pinned_pages * unit :] = old[:, :, old_pinned * unit :]
             return new
@@ -181,7 +227,12 @@ class PagedLayer(CacheLayerMixin):
     @property
     def is_first_forward(self) -> bool:
         """Whether all tokens held came with the last `update`: plain causal attention over them is then exact."""
-        return self.seen == self.new
+        return self._draft is None and self.seen == self.new
+
+    def expect_latent(self) -> None:
+        """From now on `update` hands out all it holds: the model caches a latent (MLA) and expands it afterwards."""
+        self.is_latent = True
+        self.minima = self.maxima = None  # bounds of a latent bound nothing: `attend` takes those of the expanded keys
 
     def admit(self, visible: torch.Tensor | None) -> None:
         """Take note of padding among the tokens of the last `update`, and finish their pages.
@@ -190,6 +241,9 @@ class PagedLayer(CacheLayerMixin):
             visible: `[batch, new]` bool, False for padding; None if there is none.
         """
         self.awaits_attention = False
+        if self._draft is not None:
+            self._draft = *self._draft[:2], visible
+            return
         if visible is not None:
             first = self.seen - self.new
             index = (self.positions - first).clamp(min=0, max=self.new - 1)
@@ -204,46 +258,95 @@ class PagedLayer(CacheLayerMixin):
 
     def _summarise(self, pages: slice) -> None:
         """Min/max representatives of pinned pages, over their resident tokens."""
-        keys = self.keys.unflatten(2, (-1, self.page_size))[:, :, pages]
-        empty = self.bias.unflatten(2, (-1, self.page_size))[:, :, pages, :, None] < 0
-        self.minima[:, :, pages] = keys.masked_fill(empty, float("inf")).amin(3)
-        self.maxima[:, :, pages] = keys.masked_fill(empty, float("-inf")).amax(3)
+        slots = slice(pages.start * self.page_size, pages.stop * self.page_size)
+        bounds = raas_kernels.page_extremes(self.keys[:, :, slots], self.bias[:, :, slots], self.page_size)
+        self.minima[:, :, pages], self.maxima[:, :, pages] = bounds
 
-    def attend(self, query: torch.Tensor, scale: float) -> torch.Tensor:
+    def attend(
+        self,
+        query: torch.Tensor,
+        scale: float,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+        expanded: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
         """Attention of the new tokens over all resident ones; then the policy sees the pages' scores.
 
         Args:
             query: `[batch, heads, new, head_dim]`, the queries of the tokens of the last `update`.
             scale: factor on `q . k`.
+            softcap: logits become `softcap * tanh(logits / softcap)`, or None.
+            sinks: `[heads]`, one more logit in each head's softmax with nothing behind it, or None.
+            expanded: for a latent, what the model made of the tensors that `update` returned:
+                `[batch, heads, slots (+ draft), head_dim]`.
 
         Returns:
             `[batch, heads, new, value_dim]`, in the query's dtype.
+
+        Raises:
+            ValueError: a draft is read a second time (KV sharing between layers), when it is decoded already.
         """
-        store = (self.keys, self.values, self.bias)
+        softmax = {"scale": scale, "softcap": softcap, "sinks": sinks}
+        if self._draft is None:
+            if query.shape[2] != self.new:
+                raise ValueError(
+                    "This model shares the KV of a layer with another layer: RaaSCache serves that for one token at a "
+                    "time, not for drafts. Leave out assistant_model / prompt_lookup_num_tokens."
+                )
+            if self._past and isinstance(self._past[-1], Turn):
+                self._past[-1].reads.append((query.detach(), softmax))
+            return self._attend(query, expanded, **softmax)
+        # Drafted tokens are decoded one after the other, so that what is kept is what plain decoding would hold.
+        (key, value, visible), self._draft = self._draft, None
+        if expanded is not None:
+            slots = self.keys.shape[2]
+            drafted, expanded = [t[:, :, slots:] for t in expanded], [t[:, :, :slots].clone() for t in expanded]
+        outputs = []
+        for token in (slice(i, i + 1) for i in range(key.shape[2])):
+            self.store(key[:, :, token], value[:, :, token], pin=False)
+            self.admit(None if visible is None else visible[:, token])
+            if expanded is not None:
+                slot = self.open_slot + (self.decoded - 1) % self.page_size
+                for whole, new in zip(expanded, drafted, strict=True):
+                    whole.scatter_(2, slot[:, :, None, None].expand_as(new[:, :, token]), new[:, :, token])
+            outputs.append(self._attend(query[:, :, token], expanded, **softmax))
+        return torch.cat(outputs, 2)
+
+    def _attend(self, query: torch.Tensor, expanded, **softmax) -> torch.Tensor:
+        keys, values = (self.keys, self.values) if expanded is None else expanded
+        # All heads read the one latent: each gets the one page table, and the pages get the heads' largest score.
+        bias, positions = (t.expand(-1, keys.shape[1], -1).contiguous() for t in (self.bias, self.positions))
         if self.new == 1:
-            output, scores = raas_kernels.attend(query, *store, scale, self.page_size)
+            output, scores = raas_kernels.attend(query, keys, values, bias, page_size=self.page_size, **softmax)
         else:
             indices = torch.arange(self.seen - self.new, self.seen, device=self.device)
-            output, scores = raas_kernels.extend(query, *store, self.positions, indices, scale, self.page_size)
+            store = (keys, values, bias, positions, indices)
+            output, scores = raas_kernels.extend(query, *store, page_size=self.page_size, **softmax)
         if self.decoded:
             if self.scoring == "minmax":
-                scores = self._representative_scores(query, scale)
+                bounds = (self.minima, self.maxima)
+                if expanded is not None:
+                    bounds = raas_kernels.page_extremes(keys, bias, self.page_size)
+                scores = self._representative_scores(query, *bounds, bias, softmax["scale"], softmax["softcap"])
             scores = self._shared(scores[..., self.pinned_pages :])
             first = self.positions[..., self.pinned_pages * self.page_size :: self.page_size]
             self.policy.on_scores(self.priority, scores, first, self.clock)
         return output
 
-    def _representative_scores(self, query: torch.Tensor, scale: float) -> torch.Tensor:
+    def _representative_scores(self, query, minima, maxima, bias, scale, softcap) -> torch.Tensor:
         """Softmax over the resident pages' upper bounds, the max over the new queries: `[batch, kv_heads, pages]`."""
-        representatives = (self.minima, self.maxima, self.bias)
         scores = [
-            self._shared(raas_kernels.page_bounds(one, *representatives, scale, self.page_size)).softmax(-1)
+            self._shared(raas_kernels.page_bounds(one, minima, maxima, bias, scale, self.page_size, softcap)).softmax(
+                -1
+            )
             for one in query.split(1, dim=2)
         ]
         return torch.stack(scores).amax(0)
 
     def _shared(self, scores: torch.Tensor) -> torch.Tensor:
-        """With `granularity="layer"`, every head gets the row's largest score."""
+        """With `granularity="layer"`, every head gets the row's largest score; a latent serves all heads as one."""
+        if self.is_latent:
+            return scores.amax(1, keepdim=True)
         return scores if self.granularity == "head" else scores.amax(1, keepdim=True).expand_as(scores)
 
     def get_seq_length(self) -> int:
@@ -259,13 +362,56 @@ class PagedLayer(CacheLayerMixin):
         return query_length, self.seen
 
     def reset(self) -> None:
-        """Forget everything, buffers included: the next prompt sizes new ones."""
+        """Forget everything, buffers and recording included: the next prompt sizes new ones."""
         self._forget()
+
+    def activate_past_recording(self) -> None:
+        """From now on note what each forward overwrites, so that `crop` can take its tokens back.
+
+        The next forward may be of several tokens that are input (the prompt, a turn); after it, several tokens are a
+        draft. Recording ends with `reset`.
+        """
+        self.record_past = self._expects_turn = True
+
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Raise what `crop` would raise, and do nothing.
+
+        Raises:
+            ValueError: `tokens_to_remove` is positive: transformers counts them below zero.
+            RuntimeError: the past of these tokens was not recorded, and pages may have been evicted or stamped since.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"tokens_to_remove={tokens_to_remove} must be 0 or the negative number of tokens to crop.")
+        steps = sum(isinstance(entry, Step) for entry in self._past)
+        # As long as no token was generated, input alone is held: it can go without a record.
+        removable = self.seen if steps == self.decoded else sum(entry.length for entry in self._past)
+        if -tokens_to_remove > removable:
+            raise RuntimeError(
+                f"tokens_to_remove={tokens_to_remove}, but RaaSCache can take back only {removable} tokens: later ones "
+                "have evicted or stamped pages, and that was not recorded. Call cache.activate_past_recording() before "
+                "the forwards that are to be taken back."
+            )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last `-tokens_to_remove` tokens: the layer is then as if it had never seen them.
+
+        Also forgets how to take back the tokens before them. Raises as `check_crop` does.
+        """
+        self.check_crop(tokens_to_remove)
+        left = -tokens_to_remove
+        while left and self._past:
+            entry = self._past.pop()
+            left -= entry.undo(self, kept=max(0, entry.length - left))
+        if left:
+            self.unpin(left)
+        self._past.clear()
 
     def _apply_to_rows(self, function) -> None:
         for name in ("keys", "values", "bias", "positions", "priority", "open_slot", "minima", "maxima"):
             if getattr(self, name) is not None:
                 setattr(self, name, function(getattr(self, name)).contiguous())
+        for entry in self._past:
+            entry.apply_to_rows(function)
         if self.is_initialized:
             self.batch_size = self.keys.shape[0]
 
@@ -275,7 +421,7 @@ class PagedLayer(CacheLayerMixin):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep only the rows `indices`."""
-        self._apply_to_rows(lambda state: state[indices])
+        self._apply_to_rows(lambda state: state[indices.to(state.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times, side by side."""

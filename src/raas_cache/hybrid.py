@@ -1,0 +1,80 @@
+"""Which layer of a model gets which cache: RaaS pages full attention; what is bounded already stays as it is."""
+
+from functools import partial
+
+from transformers import PreTrainedConfig
+from transformers.cache_utils import DynamicCache, LinearAttentionLayer
+
+from .layer import PagedLayer
+
+
+# Layers of transformers that stay beside the paged ones: none of them grows with the sequence.
+KEPT_LAYERS = (
+    "DynamicSlidingWindowLayer",
+    "LinearAttentionLayer",
+    "LinearAttentionAndSlidingWindowAttentionLayer",
+    "DummyLayer",
+)
+
+
+class LinearAttentionAndPagedLayer(LinearAttentionLayer, PagedLayer):
+    """A layer with a linear-attention state and full attention side by side (Falcon-H1, Zamba): the latter is paged."""
+
+    is_compileable = False
+
+    def __init__(self, number_of_states: int, *args):
+        PagedLayer.__init__(self, *args)
+        LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
+
+    def lazy_initialization(self, *args, **kwargs) -> None:
+        # `update` gives key and value by position, the linear-attention methods give their states by name.
+        (PagedLayer if args else LinearAttentionLayer).lazy_initialization(self, *args, **kwargs)
+
+    def reset(self) -> None:
+        LinearAttentionLayer.reset(self)
+        PagedLayer.reset(self)
+
+    def offload(self) -> None:
+        LinearAttentionLayer.offload(self)
+        PagedLayer.offload(self)
+
+    def prefetch(self) -> None:
+        LinearAttentionLayer.prefetch(self)
+        PagedLayer.prefetch(self)
+
+    def reorder_cache(self, beam_idx) -> None:
+        LinearAttentionLayer.reorder_cache(self, beam_idx)
+        PagedLayer.reorder_cache(self, beam_idx)
+
+    def activate_past_recording(self) -> None:
+        LinearAttentionLayer.activate_past_recording(self)
+        PagedLayer.activate_past_recording(self)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        PagedLayer.crop(self, tokens_to_remove)
+        LinearAttentionLayer.crop(self, tokens_to_remove)
+
+
+def plan_layers(config: PreTrainedConfig, new_layer: partial) -> list:
+    """The cache layers that transformers would build for `config`, the full-attention ones paged.
+
+    Args:
+        config: the model's config, or that of its text decoder.
+        new_layer: makes a `PagedLayer`.
+
+    Raises:
+        ValueError: a layer of the model needs a cache that is neither bounded nor paged.
+    """
+    layers = DynamicCache(config=config).layers
+    for index, layer in enumerate(layers):
+        kind = type(layer).__name__
+        if kind == "DynamicLayer":
+            layers[index] = new_layer()
+        elif kind == "LinearAttentionAndFullAttentionLayer":
+            layers[index] = LinearAttentionAndPagedLayer(layer.number_of_states, *new_layer.args)
+        elif kind not in KEPT_LAYERS:
+            raise ValueError(
+                f"config: layer {index} of {config.model_type!r} needs a {kind}, which this cache cannot hold: use a "
+                "DynamicCache for this model."
+            )
+    return layers

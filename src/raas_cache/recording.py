@@ -1,0 +1,104 @@
+"""Taking tokens back: what a paged layer notes while it records the past, so that `crop` leaves no trace."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+import raas_kernels
+
+
+if TYPE_CHECKING:
+    from .layer import PagedLayer
+
+BOUNDS = ("minima", "maxima")
+PAGED = ("keys", "values", "bias", "positions", *BOUNDS)
+
+
+def _pages_of(layer: "PagedLayer", name: str) -> torch.Tensor:
+    """A paged tensor as `[batch, kv_heads, pages, width]`, in place."""
+    tensor = getattr(layer, name)
+    return tensor.view(*tensor.shape[:2], layer.pinned_pages + layer.decode_pages, -1)
+
+
+@dataclass
+class Step:
+    """What one decode step overwrites: the page it recycles if it opens one, otherwise the open page's bounds.
+
+    Args:
+        page: `[batch, kv_heads]` int64, index of that page.
+        state: name -> tensor of the layer as it was: that page's contents `[batch, kv_heads, width]`, and the whole
+            `priority` and `open_slot`.
+    """
+
+    page: torch.Tensor
+    state: dict[str, torch.Tensor]
+    length: ClassVar[int] = 1
+
+    @classmethod
+    def about_to_append(cls, layer: "PagedLayer") -> "Step":
+        """Note what the next `append` on `layer`, and the stamps after it, will overwrite."""
+        opening = layer.decoded % layer.page_size == 0
+        if opening:
+            page = raas_kernels.victim(layer.positions, layer.priority, layer.page_size) + layer.pinned_pages
+        else:
+            page = layer.open_slot // layer.page_size
+        state = {"priority": layer.priority.clone(), "open_slot": layer.open_slot.clone()}
+        for name in PAGED if opening else BOUNDS:
+            if getattr(layer, name) is not None:
+                state[name] = torch.take_along_dim(_pages_of(layer, name), page[..., None, None], 2).squeeze(2)
+        return cls(page, state)
+
+    def undo(self, layer: "PagedLayer", kept: int) -> int:
+        """Put `layer` back as it was before the step (`kept` is 0); returns the tokens taken back: 1."""
+        layer.decoded -= 1
+        layer.seen -= 1
+        layer.clock -= 1
+        # The token's slot, in case the page stays: a page that goes brings its own bias back.
+        slot = layer.open_slot[..., None] + layer.decoded % layer.page_size
+        layer.bias.scatter_(2, slot, float("-inf"))
+        for name, before in self.state.items():
+            if name in PAGED:
+                index = self.page[..., None, None].expand_as(before[:, :, None])
+                _pages_of(layer, name).scatter_(2, index, before[:, :, None])
+            else:
+                getattr(layer, name).copy_(before)
+        return 1
+
+    def apply_to_rows(self, function) -> None:
+        self.page = function(self.page)
+        self.state = {name: function(tensor) for name, tensor in self.state.items()}
+
+
+@dataclass
+class Turn:
+    """Input tokens pinned in one forward after the first: a user's turn with the first draft behind it.
+
+    Args:
+        length: tokens of the forward.
+        priority: `[batch, kv_heads, decode_pages]` before the forward.
+        reads: the attention calls of the forward: query, and what else `PagedLayer.attend` was given.
+    """
+
+    length: int
+    priority: torch.Tensor
+    reads: list[tuple[torch.Tensor, dict]] = field(default_factory=list)
+
+    def undo(self, layer: "PagedLayer", kept: int) -> int:
+        """Take the turn back, then give its first `kept` tokens to `layer` again; returns the tokens taken back."""
+        slots = slice(layer.pinned - self.length, layer.pinned - self.length + kept)
+        key, value = layer.keys[:, :, slots].clone(), layer.values[:, :, slots].clone()
+        visible = layer.bias[:, 0, slots] == 0
+        layer.unpin(self.length)
+        if layer.decoded:
+            layer.priority.copy_(self.priority)
+        if kept:
+            layer.store(key, value, pin=kept > 1)
+            layer.admit(visible)
+            for query, settings in self.reads:
+                layer.attend(query[:, :, :kept], **settings)
+        return self.length - kept
+
+    def apply_to_rows(self, function) -> None:
+        self.priority = function(self.priority)
+        self.reads = [(function(query), settings) for query, settings in self.reads]
