@@ -4,6 +4,7 @@ Written from the algorithm's text, sharing no code with the package: it runs as 
 with an attention function that looks only at what would be resident.
 """
 
+import copy
 import math
 
 import numpy as np
@@ -38,19 +39,32 @@ class OracleCache(DynamicCache):
         granularity="head",
         min_decode_pages=8,
         window=False,
+        config=None,
     ):
-        super().__init__()
+        super().__init__(config=config)
         self.budget, self.page_size, self.min_decode_pages = budget, page_size, min_decode_pages
         self.alpha, self.top_ratio, self.scoring, self.granularity = alpha, top_ratio, scoring, granularity
         self.window = window  # evict the oldest page, whatever its stamp: prompt + sliding window
+        self.drafting = False  # several tokens after the first forward are generated ones, not input
         self.heads = {}
         self.padding = {}
-        self.seen = {}
+        self.placed = {}
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        keys.oracle = (self, layer_idx, key_states.shape[2])
+        if not self.layers[layer_idx].is_sliding:
+            # A latent cannot carry the attribute: the next attention call is this one's.
+            OracleCache.latest = keys.oracle = (self, layer_idx, key_states.shape[2])
         return keys, values
+
+    def rows(self, indices):
+        """Row i becomes a copy of row `indices[i]`, in the page tables and in the K and V of the `DynamicCache`."""
+        for name in ("heads", "padding"):
+            old = getattr(self, name)
+            where = {(key[0], new, *key[2:]): key for key in old for new, row in enumerate(indices) if key[1] == row}
+            setattr(self, name, {new: copy.deepcopy(old[key]) for new, key in where.items()})
+        for layer in self.layers:
+            layer.keys, layer.values = layer.keys[indices], layer.values[indices]
 
     def resident_set(self, layer, row, head):
         pages = self.heads[layer, row, head].pages
@@ -88,59 +102,69 @@ class OracleCache(DynamicCache):
                 state.pages.append(pinned[-1])
             pinned[-1].tokens.append(token)
 
-    def attend(self, layer, new, query, keys, values, mask, scale):
+    def attend(self, layer, new, query, keys, values, mask, scale, latent=False, softcap=None, sinks=None):
         batch, query_heads, _, _ = query.shape
-        kv_heads, total = keys.shape[1], keys.shape[2]
-        group = query_heads // kv_heads
+        kv_heads, total = 1 if latent else keys.shape[1], keys.shape[2]
         first = total - new
+        # With KV sharing a second layer reads what is in its place already.
+        is_new, self.placed[layer] = self.placed.get(layer) != total, total
         query, keys, values = (x.detach().double().cpu().numpy() for x in (query, keys, values))
+        sinks = None if sinks is None else sinks.detach().double().cpu().numpy()
         output = np.zeros((batch, query_heads, new, values.shape[-1]))
+        steps = [[i] for i in range(new)] if self.drafting and first else [list(range(new))]
         for row in range(batch):
             padding = self.padding.setdefault((layer, row), set())
             if mask is not None:
-                padding |= {token for token in range(first, total) if not mask[row, 0, -1, token]}
-            scores = {}
-            for head in range(kv_heads):
-                state = self.heads.setdefault((layer, row, head), Head())
-                if new == 1 and first > 0:
-                    self.append(state, first)
-                else:
-                    self.pin(state, range(first, total))
-                for i in range(new):
-                    self.attend_one(
-                        state, padding, first + i, slice(head * group, (head + 1) * group), i,
-                        query[row], keys[row, head], values[row, head], scale, output[row], scores.setdefault(head, {}),
-                    )  # fmt: skip
-            if self.granularity == "layer":
-                self.share_scores(row, layer, scores, kv_heads)
-            if self.scoring == "minmax":
-                for head, raw in scores.items():
-                    scores[head] = self.softmax_over_pages(raw)
-            for head in range(kv_heads):
-                self.stamp(self.heads[layer, row, head], scores[head], total - 1)
+                padding |= {first + i for i in range(new) if not mask[row, 0, -1, mask.shape[-1] - new + i]}
+            for step in steps:
+                scores = {}
+                for head in range(kv_heads):
+                    state = self.heads.setdefault((layer, row, head), Head())
+                    if is_new and len(step) == 1 and first + step[0] > 0:
+                        self.append(state, first + step[0])
+                    elif is_new:
+                        self.pin(state, [first + i for i in step])
+                    group = query_heads // kv_heads
+                    for i in step:
+                        for g in range(head * group, (head + 1) * group):
+                            source = g * keys.shape[1] // query_heads
+                            self.attend_one(
+                                state, padding, first + i, query[row, g, i], keys[row, source], values[row, source],
+                                scale, softcap, None if sinks is None else sinks[g], output[row, g, i], i,
+                                scores.setdefault(head, {}),
+                            )  # fmt: skip
+                if self.granularity == "layer":
+                    self.share_scores(scores, kv_heads)
+                if self.scoring == "minmax":
+                    for head, raw in scores.items():
+                        scores[head] = self.softmax_over_pages(raw)
+                for head in range(kv_heads):
+                    self.stamp(self.heads[layer, row, head], scores[head], first + step[-1])
         return torch.from_numpy(output)
 
-    def attend_one(self, state, padding, position, heads, i, query, keys, values, scale, output, scores):
+    def attend_one(self, state, padding, position, query, keys, values, scale, softcap, sink, output, i, scores):
+        """One query head's attention, added to the page's scores (numbered by page, for minmax also by query)."""
+        cap = (lambda x: softcap * np.tanh(x / softcap)) if softcap else (lambda x: x)
         tokens = [t for page in state.pages for t in page.tokens if t <= position and t not in padding]
         if not tokens:
             return
-        for g in range(heads.start, heads.stop):
-            logits = keys[tokens] @ query[g, i] * scale
-            weights = np.exp(logits - logits.max())
-            weights /= weights.sum()
-            output[g, i] = weights @ values[tokens]
-            weight_of = dict(zip(tokens, weights, strict=True))
-            for number, page in enumerate(state.pages):
-                resident = [t for t in page.tokens if t not in padding]
-                if self.scoring == "exact":
-                    score = max((weight_of.get(t, 0.0) for t in resident), default=0.0)
-                    scores[number] = max(scores.get(number, 0.0), score)
-                elif resident:
-                    low, high = keys[resident].min(0), keys[resident].max(0)
-                    bound = np.maximum(query[g, i] * low, query[g, i] * high).sum() * scale
-                    scores[number, i] = max(scores.get((number, i), -math.inf), bound)
+        logits = cap(keys[tokens] @ query * scale)
+        largest = max(logits.max(), -math.inf if sink is None else sink)
+        weights = np.exp(logits - largest)
+        weights /= weights.sum() + (0 if sink is None else np.exp(sink - largest))
+        output[:] = weights @ values[tokens]
+        weight_of = dict(zip(tokens, weights, strict=True))
+        for number, page in enumerate(state.pages):
+            resident = [t for t in page.tokens if t not in padding]
+            if self.scoring == "exact":
+                score = max((weight_of.get(t, 0.0) for t in resident), default=0.0)
+                scores[number] = max(scores.get(number, 0.0), score)
+            elif resident:
+                low, high = keys[resident].min(0), keys[resident].max(0)
+                bound = cap(np.maximum(query * low, query * high).sum() * scale)
+                scores[number, i] = max(scores.get((number, i), -math.inf), bound)
 
-    def share_scores(self, row, layer, scores, kv_heads):
+    def share_scores(self, scores, kv_heads):
         for number in scores[0]:
             best = max(scores[head][number] for head in range(kv_heads))
             for head in range(kv_heads):
@@ -168,11 +192,30 @@ class OracleCache(DynamicCache):
             page.timestamp = now
 
 
-def oracle_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    cache, layer, new = key.oracle
+def oracle_attention(module, query, key, value, attention_mask, scaling=None, softcap=None, s_aux=None, **kwargs):
+    latent = hasattr(module, "expand_kv")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    output = cache.attend(layer, new, query, key, value, attention_mask, scale)
+    cache, layer, new = OracleCache.latest if latent else getattr(key, "oracle", (None, None, None))
+    if cache is None:
+        output = dense_attention(query, key, value, attention_mask, scale, softcap, s_aux)
+    else:
+        output = cache.attend(layer, new, query, key, value, attention_mask, scale, latent, softcap, s_aux)
     return output.to(query).transpose(1, 2).contiguous(), None
+
+
+def dense_attention(query, key, value, mask, scale, softcap, sinks):
+    """What layers that RaaS leaves alone compute."""
+    new, held = query.shape[2], key.shape[2]
+    key, value = (t.repeat_interleave(query.shape[1] // key.shape[1], 1) for t in (key, value))
+    logits = query @ key.mT * scale
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    if mask is None:
+        mask = torch.ones(new, held, dtype=torch.bool, device=query.device).tril(held - new)
+    logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
+    if sinks is not None:
+        logits = torch.cat([logits, sinks[:, None, None].expand(*logits.shape[:-1], 1)], -1)
+    return logits.softmax(-1)[..., :held] @ value
 
 
 AttentionInterface.register("oracle", oracle_attention)

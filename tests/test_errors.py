@@ -2,12 +2,28 @@
 
 import pytest
 import torch
-from transformers import AttentionInterface, DeepseekV3Config, FalconH1Config, Gemma2Config, MistralConfig
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    DiffLlamaConfig,
+    GlmMoeDsaConfig,
+    MistralConfig,
+    Qwen3NextConfig,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from raas_cache import RaaSCache
 
 from .helpers import generate, prompt, tiny_model
+
+
+def tiny_qwen3_next():
+    return Qwen3NextConfig(
+        vocab_size=97, hidden_size=32, num_hidden_layers=2, layer_types=["linear_attention", "full_attention"],
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, linear_key_head_dim=8, linear_value_head_dim=8,
+        linear_num_key_heads=2, linear_num_value_heads=2, num_experts=4, num_experts_per_tok=2,
+        moe_intermediate_size=16, shared_expert_intermediate_size=16,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -71,7 +87,7 @@ class TestUsedAgain:
 
 
 class TestAttentionThatDoesNotRead:
-    @pytest.mark.parametrize("implementation", ["eager", "somebodys_own"])
+    @pytest.mark.parametrize("implementation", ["flex_attention", "somebodys_own"])
     def test_is_named_before_a_wrong_token(self, implementation):
         AttentionInterface.register("somebodys_own", sdpa_attention_forward)
         model = tiny_model(dtype=torch.float32)
@@ -80,36 +96,42 @@ class TestAttentionThatDoesNotRead:
             generate(model, prompt(), RaaSCache(256), 5)
 
     def test_with_a_single_layer(self):
+        AttentionInterface.register("somebodys_own", sdpa_attention_forward)
         model = tiny_model(layers=1, dtype=torch.float32)
-        model.set_attn_implementation("eager")
-        with pytest.raises(RuntimeError, match="eager"):
+        model.set_attn_implementation("somebodys_own")
+        with pytest.raises(RuntimeError, match="somebodys_own"):
             generate(model, prompt(), RaaSCache(256), 5)
 
-    def test_a_latent_expanded_after_update(self):
-        """DeepSeek-V3 caches a latent and expands it: the attention sees another key."""
-        model = tiny_model(
-            cls=DeepseekV3Config, dtype=torch.float32, head_dim=8, kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=8,
-            qk_nope_head_dim=8, v_head_dim=8, first_k_dense_replace=2, kv_heads=4,
-        )  # fmt: skip
-        with pytest.raises((RuntimeError, ValueError), match="did not read the paged cache"):
+    def test_a_model_that_changes_its_values(self):
+        """Differential attention reads each key twice, with values mixed between the heads."""
+        model = tiny_model(cls=DiffLlamaConfig, dtype=torch.float32)
+        with pytest.raises(ValueError, match="DiffLlamaAttention changes its values between cache and attention"):
             generate(model, prompt(), RaaSCache(256), 5)
+
+    def test_eager_attention_that_cannot_be_found(self):
+        class Attention(torch.nn.Module):
+            def forward(self, states):
+                return states
+
+        message = r"finds none in .*Attention: call raas_cache.unregister\(\)"
+        with pytest.raises(RuntimeError, match=message):
+            AttentionInterface()["eager"](Attention(), *torch.zeros(3, 1, 1, 1, 8), None)
 
 
 class TestLayersItCannotHold:
-    def test_a_window_without_config_says_config(self):
-        model = tiny_model(cls=MistralConfig, sliding_window=16, dtype=torch.float32)
-        with pytest.raises(ValueError, match=r"sliding_window=16.*pass config=model.config"):
+    def test_linear_attention_without_config_says_config(self):
+        model = AutoModelForCausalLM.from_config(tiny_qwen3_next())
+        with pytest.raises(ValueError, match=r"linear-attention layers.*RaaSCache\(budget, config=model.config\)"):
             generate(model, prompt(), RaaSCache(256), 5)
 
-    def test_softcap(self):
-        model = tiny_model(cls=Gemma2Config, dtype=torch.float32, layer_types=["full_attention"] * 2)
-        model.set_attn_implementation("raas")
-        with pytest.raises(ValueError, match=r"softcap=50.0, which the paged attention does not compute"):
-            generate(model, prompt(), RaaSCache(256, config=model.config), 5)
+    def test_only_windows(self):
+        config = MistralConfig(sliding_window=16, num_hidden_layers=2)
+        with pytest.warns(UserWarning, match=r"No layer of 'mistral' has full attention.*budget=256 has no effect"):
+            RaaSCache(256, config=config)
 
     def test_config_with_an_unknown_layer(self):
-        with pytest.raises(ValueError, match="layer 0 of 'falcon_h1' needs a LinearAttentionAndFullAttentionLayer"):
-            RaaSCache(256, config=FalconH1Config(num_hidden_layers=2))
+        with pytest.raises(ValueError, match="layer 0 of 'glm_moe_dsa' needs a DynamicIndexedLayer"):
+            RaaSCache(256, config=GlmMoeDsaConfig(num_hidden_layers=2))
 
     def test_attention_of_evicted_tokens(self):
         model = tiny_model(dtype=torch.float32)
@@ -144,12 +166,43 @@ class TestMasks:
             )
 
 
-@pytest.mark.parametrize("mode", ["prompt_lookup", "assistant"])
-def test_assisted_decoding_is_refused(mode):
-    model = tiny_model(dtype=torch.float32)
-    extra = {"prompt_lookup_num_tokens": 3} if mode == "prompt_lookup" else {"assistant_model": tiny_model(seed=1)}
-    with pytest.raises(RuntimeError, match="cannot take tokens back"):
-        generate(model, prompt(), RaaSCache(256), 20, sample=False, **extra)
+class TestCrop:
+    def test_without_a_record(self):
+        cache = RaaSCache(256)
+        generate(tiny_model(), prompt(), cache, 5)
+        with pytest.raises(RuntimeError, match=r"tokens_to_remove=-1.*only 0 tokens.*activate_past_recording\(\)"):
+            cache.crop(-1)
+
+    def test_beyond_the_record_changes_nothing(self):
+        model, cache = tiny_model(), RaaSCache(256)
+        generate(model, prompt(), cache, 5)
+        cache.activate_past_recording()
+        model(torch.ones(1, 1, dtype=torch.long), past_key_values=cache)
+        with pytest.raises(RuntimeError, match=r"tokens_to_remove=-2.*only 1 tokens"):
+            cache.crop(-2)
+        assert cache.get_seq_length() == 25
+        cache.crop(-1)
+        assert cache.get_seq_length() == 24
+
+    def test_positive(self):
+        cache = RaaSCache(256)
+        generate(tiny_model(), prompt(), cache, 5)
+        with pytest.raises(ValueError, match="tokens_to_remove=3 must be 0 or the negative number"):
+            cache.crop(3)
+
+    def test_a_recurrent_state(self):
+        config = tiny_qwen3_next()
+        cache = RaaSCache(256, config=config)
+        with torch.no_grad():
+            AutoModelForCausalLM.from_config(config)(**prompt(), past_key_values=cache)
+        with pytest.raises(RuntimeError, match=r"layer 0 \(LinearAttentionLayer\) holds a state that cannot go back"):
+            cache.crop(-1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to offload from")
+def test_offloading_without_a_gpu():
+    with pytest.raises(ValueError, match="offloading=True moves layers between GPU and CPU memory, and there is no"):
+        RaaSCache(256, offloading=True)
 
 
 @pytest.mark.parametrize("question", ["resident_positions", "resident_tokens", "evicted_pages"])
