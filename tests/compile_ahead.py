@@ -20,7 +20,7 @@ POINTERS = {
     "part_output": "*fp32", "part_max": "*fp32", "part_sum": "*fp32", "unit_max": "*fp32", "scores": "*fp32",
     "bounds": "*fp32",
 }  # fmt: skip
-STATES = ("keys", "values", "key", "value", "minima", "maxima", "query", "output")
+STATES = ("keys", "values", "key", "value", "minima", "maxima", "query", "output", "sinks")
 GROUP, PAGE = 4, 16
 
 
@@ -40,12 +40,17 @@ def constants_of(kernel: str, head_size: int, dtype: str) -> list[dict]:
         "attend_kernel": [
             {
                 **group, "UNIT": PAGE, "DK": head_size, "BLOCK_SLOTS": tile, "BLOCK_DK": block,
-                "OPERAND": OPERANDS[dtype],
+                "OPERAND": OPERANDS[dtype], "CAPPED": is_capped,
             }
+            for is_capped in (False, True)
         ],
-        "reduce_kernel": [{**group, "BLOCK_PAGES": 64, "UNITS": 1}],
+        "reduce_kernel": [{**group, "BLOCK_PAGES": 64, "UNITS": 1, "SINKS": has_sinks} for has_sinks in (False, True)],
         "page_bounds_kernel": [
-            {"GROUP": GROUP, "PAGE": PAGE, "DK": head_size, "BLOCK_PAGES": 32, "BLOCK_DK": block}
+            {
+                "GROUP": GROUP, "PAGE": PAGE, "DK": head_size, "BLOCK_PAGES": 32, "BLOCK_DK": block,
+                "CAPPED": is_capped,
+            }
+            for is_capped in (False, True)
         ],
         "stamp_kernel": [{"TOP_RATIO": ratio, "BLOCK_PAGES": 64} for ratio in (None, 0.5)],
     }[kernel]  # fmt: skip
@@ -54,7 +59,7 @@ def constants_of(kernel: str, head_size: int, dtype: str) -> list[dict]:
 def type_of(name: str, dtype: str) -> str:
     if name in STATES:
         return f"*{dtype}"
-    return POINTERS.get(name, "fp32" if name in ("scale", "alpha") else "i32")
+    return POINTERS.get(name, "fp32" if name in ("scale", "softcap", "alpha") else "i32")
 
 
 def main(architecture: int) -> None:

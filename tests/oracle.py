@@ -110,8 +110,9 @@ class OracleCache(DynamicCache):
         is_new, self.placed[layer] = self.placed.get(layer) != total, total
         query, keys, values = (x.detach().double().cpu().numpy() for x in (query, keys, values))
         sinks = None if sinks is None else sinks.detach().double().cpu().numpy()
-        output = np.zeros((batch, query_heads, new, values.shape[-1]))
-        steps = [[i] for i in range(new)] if self.drafting and first else [list(range(new))]
+        output = np.zeros((batch, query_heads, query.shape[2], values.shape[-1]))
+        skipped = new - query.shape[2]  # a second reader may come for the last token only
+        steps = [[i] for i in range(new)] if self.drafting and first else [list(range(skipped, new))]
         for row in range(batch):
             padding = self.padding.setdefault((layer, row), set())
             if mask is not None:
@@ -127,10 +128,10 @@ class OracleCache(DynamicCache):
                     group = query_heads // kv_heads
                     for i in step:
                         for g in range(head * group, (head + 1) * group):
-                            source = g * keys.shape[1] // query_heads
+                            kv = (row, g * keys.shape[1] // query_heads)
                             self.attend_one(
-                                state, padding, first + i, query[row, g, i], keys[row, source], values[row, source],
-                                scale, softcap, None if sinks is None else sinks[g], output[row, g, i], i,
+                                state, padding, first + i, query[row, g, i - skipped], keys[kv], values[kv], scale,
+                                softcap, None if sinks is None else sinks[g], output[row, g, i - skipped], i,
                                 scores.setdefault(head, {}),
                             )  # fmt: skip
                 if self.granularity == "layer":

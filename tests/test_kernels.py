@@ -43,25 +43,28 @@ def make_store(batch=1, heads=2, pages=5, decode_pages=3, page_size=8, dk=16, dv
     return store, bounds
 
 
-def check_attend(group, page_size, dk, dv, dtype, **shape):
+def check_attend(group, page_size, dk, dv, dtype, softcap=None, has_sinks=False, **shape):
     store, _ = make_store(page_size=page_size, dk=dk, dv=dv, dtype=dtype, **shape)
     batch, heads = store["keys"].shape[:2]
     query = torch.randn(batch, heads * group, 1, dk, dtype=dtype, device=DEVICE)
-    output, scores = fused.attend(query, store["keys"], store["values"], store["bias"], dk**-0.5, page_size)
+    sinks = torch.linspace(-3, 3, heads * group, dtype=dtype, device=DEVICE) if has_sinks else None
+    settings = {"scale": dk**-0.5, "page_size": page_size, "softcap": softcap}
+    output, scores = fused.attend(query, store["keys"], store["values"], store["bias"], **settings, sinks=sinks)
     exact = [t.double() for t in (query, store["keys"], store["values"], store["bias"])]
-    expected_output, expected_scores = reference.attend(*exact, dk**-0.5, page_size)
+    exact_sinks = sinks if sinks is None else sinks.double()
+    expected_output, expected_scores = reference.attend(*exact, **settings, sinks=exact_sinks)
     assert output.dtype == dtype and scores.dtype == torch.float32
     assert relative_error(output, expected_output) < TOLERANCE[dtype]
     assert relative_error(scores, expected_scores) < TOLERANCE[dtype]
 
 
-def check_page_bounds(group, page_size, dk, dtype, **shape):
+def check_page_bounds(group, page_size, dk, dtype, softcap=None, **shape):
     store, (minima, maxima) = make_store(page_size=page_size, dk=dk, dtype=dtype, **shape)
     batch, heads = store["keys"].shape[:2]
     query = torch.randn(batch, heads * group, 1, dk, dtype=dtype, device=DEVICE)
-    bounds = fused.page_bounds(query, minima, maxima, store["bias"], 0.3, page_size)
+    bounds = fused.page_bounds(query, minima, maxima, store["bias"], 0.3, page_size, softcap)
     exact = [t.double() for t in (query, minima, maxima, store["bias"])]
-    assert relative_error(bounds, reference.page_bounds(*exact, 0.3, page_size)) < TOLERANCE[dtype]
+    assert relative_error(bounds, reference.page_bounds(*exact, 0.3, page_size, softcap)) < TOLERANCE[dtype]
 
 
 def check_append(page_size, dk, dv, dtype, with_bounds, steps, **shape):
@@ -112,6 +115,27 @@ def test_attend_groups_and_pages(group, page_size):
     check_attend(group=group, page_size=page_size, dk=16, dv=24, dtype=torch.float32, batch=2, heads=1)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("softcap", "has_sinks"), [(2.0, False), (None, True), (0.5, True)])
+def test_attend_with_softcap_and_sinks(softcap, has_sinks, dtype):
+    check_attend(group=3, page_size=8, dk=64, dv=64, dtype=dtype, softcap=softcap, has_sinks=has_sinks, batch=2)
+
+
+def test_reference_softcap_and_sinks_by_hand():
+    """One head, three tokens, one of them padding: written out."""
+    keys, bias = torch.tensor([1.0, 2.0, 9.0]).view(1, 1, 3, 1), torch.tensor([[[0.0, 0.0, float("-inf")]]])
+    values, query, sinks = (
+        torch.tensor([10.0, 20.0, 99.0]).view(1, 1, 3, 1),
+        torch.ones(1, 1, 1, 1),
+        torch.tensor([0.7]),
+    )
+    logits = 1.5 * torch.tanh(torch.tensor([3.0, 6.0]) / 1.5)
+    weights = logits.exp() / (logits.exp().sum() + sinks.exp())
+    output, scores = reference.attend(query, keys, values, bias, 3.0, 1, softcap=1.5, sinks=sinks)
+    torch.testing.assert_close(output.item(), (10 * weights[0] + 20 * weights[1]).item())
+    torch.testing.assert_close(scores.flatten(), torch.tensor([weights[0], weights[1], 0.0]))
+
+
 def test_attend_pages_larger_than_a_tile():
     check_attend(group=2, page_size=64, dk=256, dv=16, dtype=torch.float32, heads=1)
 
@@ -124,6 +148,7 @@ def test_attend_more_pages_than_a_reduction_block():
 @pytest.mark.parametrize("dk", [64, 80, 96, 128, 256])
 def test_page_bounds(dk, dtype):
     check_page_bounds(group=3, page_size=8, dk=dk, dtype=dtype)
+    check_page_bounds(group=3, page_size=8, dk=dk, dtype=dtype, softcap=2.0)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

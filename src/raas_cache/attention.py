@@ -81,7 +81,8 @@ def dispatcher(dense: Callable) -> Callable:
                 key.paged_layer = value.paged_layer = None  # other layers may share this key
                 return dense(module, query, key, value, attention_mask, *args, **kwargs)
         _refuse_unsupported(module, kwargs)
-        layer.admit(_visible_new_tokens(attention_mask, query.shape[2], is_first=layer.is_first_forward))
+        if layer.awaits_attention:  # not where a layer that shares the KV of another reads it once more
+            layer.admit(_visible_new_tokens(attention_mask, query.shape[2], is_first=layer.is_first_forward))
         if layer.is_first_forward:
             _expected.layer = _Expected.layer
             return dense(module, query, key, value, attention_mask, *args, **kwargs)
@@ -135,6 +136,10 @@ def _visible_new_tokens(mask: torch.Tensor | None, new: int, is_first: bool) -> 
             "bias goes by where a token stands, which a paged cache changes. Use a DynamicCache for this model."
         )
     visible = allowed[:, 0, -1]
+    if is_first and new > 1:
+        # The last token need not see all others (packed or branching prompts); a padding token does not see itself, or
+        # sees everything, which some masks do to keep its softmax finite.
+        visible = visible | (allowed[:, 0].diagonal(dim1=1, dim2=2) & ~allowed[:, 0].all(-1))
     causal = visible[:, None, None] & allowed.new_ones(new, new).tril()
     if not is_first and new > 1 and not torch.equal(allowed, causal.expand_as(allowed)):
         raise ValueError(

@@ -122,7 +122,8 @@ class RaaSCache(Cache):
             raise RuntimeError(
                 f"The attention implementation {_calling_implementation()} did not read the paged cache, so its output "
                 'would be wrong. Call model.set_attn_implementation("raas") (or "sdpa") and generate again with a new '
-                "cache; a model that changes its keys between cache and attention cannot use this cache."
+                "cache. A model whose attention bypasses transformers' attention interface, or that changes its keys "
+                "between cache and attention, needs a DynamicCache."
             )
         while len(self.layers) <= layer_idx:
             self._add(self._new_layer())
@@ -227,6 +228,13 @@ class RaaSCache(Cache):
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """-1: the cache never ends a generation."""
         return -1
+
+    def update_indexer(self, indexer_key_states: torch.Tensor, layer_idx: int) -> torch.Tensor:
+        """Refused: an indexer (DeepSeek Sparse Attention) picks tokens by their place in the sequence."""
+        raise ValueError(
+            f"Layer {layer_idx} of this model picks the tokens that it attends to by an indexer of its own, over the "
+            "whole sequence, which no budget bounds: use a DynamicCache for this model."
+        )
 
     def reset(self) -> None:
         """Forget all tokens, and stop recording the past; the next prompt may be of another size and batch."""

@@ -273,7 +273,8 @@ class PagedLayer(CacheLayerMixin):
         """Attention of the new tokens over all resident ones; then the policy sees the pages' scores.
 
         Args:
-            query: `[batch, heads, new, head_dim]`, the queries of the tokens of the last `update`.
+            query: `[batch, heads, new, head_dim]`, the queries of the tokens of the last `update`; a layer that shares
+                this one's KV may come for a second read, and with the last token's query only.
             scale: factor on `q . k`.
             softcap: logits become `softcap * tanh(logits / softcap)`, or None.
             sinks: `[heads]`, one more logit in each head's softmax with nothing behind it, or None.
@@ -288,12 +289,12 @@ class PagedLayer(CacheLayerMixin):
         """
         softmax = {"scale": scale, "softcap": softcap, "sinks": sinks}
         if self._draft is None:
-            if query.shape[2] != self.new:
+            if query.shape[2] > self.new:
                 raise ValueError(
                     "This model shares the KV of a layer with another layer: RaaSCache serves that for one token at a "
                     "time, not for drafts. Leave out assistant_model / prompt_lookup_num_tokens."
                 )
-            if self._past and isinstance(self._past[-1], Turn):
+            if self._past and isinstance(self._past[-1], Turn) and query.shape[2] == self.new:
                 self._past[-1].reads.append((query.detach(), softmax))
             return self._attend(query, expanded, **softmax)
         # Drafted tokens are decoded one after the other, so that what is kept is what plain decoding would hold.
@@ -316,10 +317,10 @@ class PagedLayer(CacheLayerMixin):
         keys, values = (self.keys, self.values) if expanded is None else expanded
         # All heads read the one latent: each gets the one page table, and the pages get the heads' largest score.
         bias, positions = (t.expand(-1, keys.shape[1], -1).contiguous() for t in (self.bias, self.positions))
-        if self.new == 1:
+        if query.shape[2] == 1:
             output, scores = raas_kernels.attend(query, keys, values, bias, page_size=self.page_size, **softmax)
         else:
-            indices = torch.arange(self.seen - self.new, self.seen, device=self.device)
+            indices = torch.arange(self.seen - query.shape[2], self.seen, device=self.device)
             store = (keys, values, bias, positions, indices)
             output, scores = raas_kernels.extend(query, *store, page_size=self.page_size, **softmax)
         if self.decoded:
@@ -420,8 +421,8 @@ class PagedLayer(CacheLayerMixin):
         self._apply_to_rows(lambda state: state.index_select(0, beam_idx.to(state.device)))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep only the rows `indices`."""
-        self._apply_to_rows(lambda state: state[indices.to(state.device)])
+        """Keep only the rows `indices`, in any form that indexes a tensor."""
+        self._apply_to_rows(lambda state: state[indices.to(state.device) if torch.is_tensor(indices) else indices, ...])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times, side by side."""

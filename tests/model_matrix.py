@@ -1,0 +1,186 @@
+"""What RaaSCache does on every architecture: `python -m tests.model_matrix > docs/models.md` writes the table."""
+
+import importlib.metadata
+import itertools
+import re
+import warnings
+from dataclasses import dataclass
+
+import torch
+from transformers import DynamicCache
+
+from raas_cache import RaaSCache
+from raas_cache.layer import PagedLayer
+
+from .architectures import LEFT_OUT, build, names
+from .helpers import generate, prompt, resident_set
+from .oracle import OracleCache
+
+
+STEPS = 200
+SMALL = {"budget": 48, "page_size": 4, "min_decode_pages": 4, "alpha": 0.1}
+# float64 leaves no doubt about a near tie; these have a part that insists on float32.
+FLOAT32 = {"inkling2_text", "xglm"}
+# Their eager attention gives NaN to a padded row in float64: the mask's minimum overflows in a float32 softmax.
+FLOAT32_IF_PADDED = {"gemma2", "granite_swa", "granitemoe_swa", "vaultgemma"}
+# Why an architecture is refused, and what the error says. All are refused before a token that could be wrong.
+BYPASS = "computes attention by itself, not through transformers' attention interface"
+MIXED = "changes keys or values between cache and attention"
+INDEXER = "picks tokens by an indexer over the whole sequence (sparse attention)"
+BIASED = "adds a bias that goes by where a token stands"
+ERRORS = {
+    BYPASS: "did not read the paged cache",
+    MIXED: "did not read the paged cache|changes its values between cache and attention",
+    INDEXER: "indexer of its own|needs a (DynamicIndexedLayer|DeepseekV4HCACache|MiniMaxM3VLSparseCacheLayer)",
+    BIASED: "position_bias=Tensor|adds more than visible",
+}
+REFUSED = {
+    **dict.fromkeys(
+        ["big_bird", "bloom", "codegen", "cpmant", "falcon", "git", "gpt_neo", "gpt_neox_japanese", "gptj"], BYPASS
+    ),
+    **dict.fromkeys(["megatron-bert", "mpt", "mvp", "prophetnet", "rembert", "roformer", "trocr", "xglm"], BYPASS),
+    **dict.fromkeys(["diffllama", "jetmoe"], MIXED),
+    **dict.fromkeys(
+        ["axk2", "deepseek_v32", "deepseek_v4", "dots3_note_text", "glm_moe_dsa", "hy_v4", "minimax_m3_vl_text"],
+        INDEXER,
+    ),
+    "qwen4_exp_text": INDEXER,
+    **dict.fromkeys(["doge", "inkling_text", "inkling2_text"], BIASED),
+}
+
+
+@dataclass
+class Outcome:
+    """What came of one architecture; `refusal` is the error's message, None where the cache serves the model."""
+
+    attention: str
+    layers: list[str]
+    needs_config: bool = False
+    refusal: str | None = None
+
+    @property
+    def paged(self) -> int:
+        return sum("Paged" in layer for layer in self.layers)
+
+
+def dtype_of(name: str, padded: bool) -> torch.dtype:
+    return torch.float32 if name in FLOAT32 or (padded and name in FLOAT32_IF_PADDED) else torch.float64
+
+
+def generate_quietly(model, inputs, cache, steps):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a model of windows only has nothing to evict, and says so
+        return generate(model, inputs, cache, steps, sample=False)
+
+
+def full_budget(name: str) -> Outcome:
+    """A padded batch, nothing evicted: must equal DynamicCache token for token, or be refused."""
+    model = build(name, dtype_of(name, padded=True))
+    inputs = prompt(2, 12, (5, 0))
+    outcome = Outcome(model.config._attn_implementation, [])
+    cache = RaaSCache(512)
+    try:
+        try:
+            tokens = generate_quietly(model, inputs, cache, 40)
+        except ValueError as error:
+            if "config=model.config" not in str(error):
+                raise
+            outcome.needs_config = True
+            cache = RaaSCache(512, config=model.config)
+            tokens = generate_quietly(model, inputs, cache, 40)
+    except (RuntimeError, ValueError) as error:
+        outcome.refusal = str(error)
+        return outcome
+    outcome.layers = [type(layer).__name__ for layer in cache.layers]
+    expected = generate_quietly(model, inputs, DynamicCache(config=model.config), 40)
+    assert torch.equal(tokens, expected), f"{name}: other tokens than with DynamicCache"
+    return outcome
+
+
+def small_budget(name: str) -> int:
+    """200 tokens with evictions: same tokens and residents as the oracle, within the bound; returns pages evicted."""
+    model = build(name, dtype_of(name, padded=False))
+    inputs = prompt(1, 12)
+    settings = {key: value for key, value in SMALL.items() if key != "budget"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        cache = RaaSCache(SMALL["budget"], **settings, config=model.config)
+    tokens = generate_quietly(model, inputs, cache, STEPS)
+    original = model.config._attn_implementation
+    model.set_attn_implementation("oracle")
+    oracle = OracleCache(SMALL["budget"], **settings, config=model.config)
+    expected = generate_quietly(model, inputs, oracle, STEPS)
+    model.set_attn_implementation(original)
+    assert torch.equal(tokens, expected), f"{name}: other tokens than the oracle's"
+    evicted = 0
+    for index, layer in enumerate(cache.layers):
+        if not isinstance(layer, PagedLayer) or not layer.is_initialized:
+            continue
+        assert not layer.keys.isnan().any() and not layer.values.isnan().any()
+        assert layer.keys.shape[2] <= SMALL["budget"]
+        for row, head in itertools.product(range(layer.batch_size), range(layer.num_heads)):
+            assert resident_set(cache, index, row, head) == oracle.resident_set(index, row, head)
+            assert cache.evicted_pages(index)[row, head] == oracle.evicted(index, row, head)
+        evicted += int(cache.evicted_pages(index).sum())
+    return evicted
+
+
+PAGE = """# Models
+
+`python -m tests.model_matrix > docs/models.md` wrote this page with transformers {version}: {served} of the {built}
+architectures that `AutoModelForCausalLM` builds from a tiny random config are served by
+`RaaSCache(budget=...)`, {refused} are refused with an error that says why, before a token that could be wrong.
+
+- *full budget*: a left-padded batch generates, token for token, what it generates with `DynamicCache`.
+- *small budget*: over {steps} tokens at a budget of {budget}, tokens and residents are those of the brute-force oracle,
+  on every layer that is paged; the column counts the pages evicted.
+- *paged*: layers with full attention, of all layers. The others (sliding windows, chunks, linear attention, layers that
+  share another's KV) keep the bounded cache that transformers gives them.
+- *config*: the layers must be known before the first attention call: `RaaSCache(budget, config=model.config)`.
+  Without it an error says so. Elsewhere the argument is welcome and not needed.
+
+| architecture | attention | paged | config | full budget | small budget |
+|---|---|---|---|---|---|
+{rows}
+
+## Refused
+
+| architecture | because it |
+|---|---|
+{refusals}
+
+## Not tried
+
+| architecture | why |
+|---|---|
+{left_out}
+"""
+
+
+def main() -> None:
+    rows, refusals = [], []
+    for name in names():
+        outcome = full_budget(name)
+        if outcome.refusal is not None:
+            assert re.search(ERRORS[REFUSED[name]], outcome.refusal), (name, outcome.refusal)
+            refusals.append(f"| {name} | {REFUSED[name]} |")
+            continue
+        paged = f"{outcome.paged} of {len(outcome.layers)}"
+        evicted = small_budget(name)
+        small = f"equal, {evicted} evicted" if evicted else "equal, nothing to evict"
+        needs_config = "needed" if outcome.needs_config else ""
+        rows.append(f"| {name} | {outcome.attention} | {paged} | {needs_config} | equal | {small} |")
+    version = importlib.metadata.version("transformers")
+    left_out = "\n".join(f"| {name} | {reason} |" for name, reason in LEFT_OUT.items())
+    print(
+        PAGE.format(
+            version=version, served=len(rows), built=len(rows) + len(refusals), refused=len(refusals), steps=STEPS,
+            budget=SMALL["budget"], rows="\n".join(rows), refusals="\n".join(refusals), left_out=left_out,
+        ),
+        end="",
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()

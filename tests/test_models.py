@@ -1,0 +1,27 @@
+"""Every architecture of transformers that builds from a tiny config: served exactly, or refused with the reason."""
+
+import re
+
+import pytest
+
+from .architectures import LEFT_OUT, names
+from .model_matrix import ERRORS, REFUSED, full_budget, small_budget
+
+
+def test_enough_architectures():
+    served = set(names()) - set(REFUSED)
+    assert len(served) >= 120 and not set(names()) & set(LEFT_OUT)
+
+
+@pytest.mark.parametrize("name", names())
+def test_full_budget_equals_dynamic_cache_or_is_refused(name):
+    refusal = full_budget(name).refusal
+    if name in REFUSED:
+        assert refusal and re.search(ERRORS[REFUSED[name]], refusal)
+    else:
+        assert refusal is None
+
+
+@pytest.mark.parametrize("name", [name for name in names() if name not in REFUSED])
+def test_small_budget_equals_the_oracle(name):
+    small_budget(name)
