@@ -45,7 +45,8 @@ class OracleCache(DynamicCache):
         self.budget, self.page_size, self.min_decode_pages = budget, page_size, min_decode_pages
         self.alpha, self.top_ratio, self.scoring, self.granularity = alpha, top_ratio, scoring, granularity
         self.window = window  # evict the oldest page, whatever its stamp: prompt + sliding window
-        self.drafting = False  # several tokens after the first forward are generated ones, not input
+        # One token after the first forward is a generated one, several are input: unless this says "draft" or "input".
+        self.treat_as = None
         self.heads = {}
         self.padding = {}
         self.placed = {}
@@ -65,6 +66,9 @@ class OracleCache(DynamicCache):
             setattr(self, name, {new: copy.deepcopy(old[key]) for new, key in where.items()})
         for layer in self.layers:
             layer.keys, layer.values = layer.keys[indices], layer.values[indices]
+
+    def reorder_cache(self, beam_idx):
+        self.rows(beam_idx.tolist())
 
     def resident_set(self, layer, row, head):
         pages = self.heads[layer, row, head].pages
@@ -112,7 +116,7 @@ class OracleCache(DynamicCache):
         sinks = None if sinks is None else sinks.detach().double().cpu().numpy()
         output = np.zeros((batch, query_heads, query.shape[2], values.shape[-1]))
         skipped = new - query.shape[2]  # a second reader may come for the last token only
-        steps = [[i] for i in range(new)] if self.drafting and first else [list(range(skipped, new))]
+        steps = [[i] for i in range(new)] if self.treat_as == "draft" and first else [list(range(skipped, new))]
         for row in range(batch):
             padding = self.padding.setdefault((layer, row), set())
             if mask is not None:
@@ -121,7 +125,7 @@ class OracleCache(DynamicCache):
                 scores = {}
                 for head in range(kv_heads):
                     state = self.heads.setdefault((layer, row, head), Head())
-                    if is_new and len(step) == 1 and first + step[0] > 0:
+                    if is_new and len(step) == 1 and first + step[0] > 0 and self.treat_as != "input":
                         self.append(state, first + step[0])
                     elif is_new:
                         self.pin(state, [first + i for i in step])

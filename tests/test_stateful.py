@@ -92,8 +92,8 @@ class CacheMachine(RuleBasedStateMachine):
             else:
                 self.ask_oracle(*entry)
 
-    def ask_oracle(self, query, key, value, visible, is_draft):
-        self.oracle.drafting = is_draft
+    def ask_oracle(self, query, key, value, visible, kind):
+        self.oracle.treat_as = kind
         keys, values = self.oracle.update(key, value, 0)
         return oracle_attention(self.module, query, keys, values, self.mask(visible), **self.softmax)[0]
 
@@ -115,7 +115,7 @@ class CacheMachine(RuleBasedStateMachine):
         if self.settings["scoring"] == "minmax" and self.seen and (is_draft or length == 1):
             visible[:] = True  # a page's bounds cover its generated tokens, padding or not
         self.expects_turn = False
-        entry = (query, key, value, visible, is_draft)
+        entry = (query, key, value, visible, "draft" if is_draft else "input" if length > 1 else None)
         self.log.append(entry)
         expected = self.ask_oracle(*entry)
         keys, values = self.cache.update(key.clone(), value.clone(), 0)
@@ -150,11 +150,11 @@ class CacheMachine(RuleBasedStateMachine):
             index -= 1
             if isinstance(self.log[index], list):
                 continue
-            *tensors, visible, is_draft = self.log[index]
+            *tensors, visible, kind = self.log[index]
             kept = max(0, visible.shape[1] - left)
             left -= visible.shape[1] - kept
             if kept:
-                self.log[index] = (*(t[:, :, :kept] for t in tensors), visible[:, :kept], is_draft)
+                self.log[index] = (*(t[:, :, :kept] for t in tensors), visible[:, :kept], kind)
             else:
                 del self.log[index]
         self.replay()

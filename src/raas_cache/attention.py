@@ -52,6 +52,8 @@ def _latent_layer(module: torch.nn.Module) -> PagedLayer | None:
 
 def dispatcher(dense: Callable) -> Callable:
     """An attention function that serves keys from a paged cache, and hands every other key to `dense`."""
+    # transformers' sdpa leaves these out where a model gives them, so that is what equals it.
+    extras = () if dense is sdpa_attention_forward else ("softcap", "s_aux")
 
     @functools.wraps(dense)
     def paged_attention_forward(
@@ -87,13 +89,9 @@ def dispatcher(dense: Callable) -> Callable:
             _expected.layer = _Expected.layer
             return dense(module, query, key, value, attention_mask, *args, **kwargs)
         scaling = kwargs.get("scaling")
-        output = layer.attend(
-            query,
-            query.shape[-1] ** -0.5 if scaling is None else float(scaling),
-            softcap=kwargs.get("softcap"),
-            sinks=kwargs.get("s_aux"),
-            expanded=(key, value) if layer.is_latent else None,
-        )
+        scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+        softcap, sinks = (kwargs.get(name) if name in extras else None for name in ("softcap", "s_aux"))
+        output = layer.attend(query, scale, softcap, sinks, expanded=(key, value) if layer.is_latent else None)
         return output.transpose(1, 2).contiguous(), None
 
     paged_attention_forward.dense = dense

@@ -16,6 +16,10 @@ from .policies import RaaSPolicy
 
 
 DEFAULT_ALPHA = 1e-4
+NEEDS_CONFIG = (
+    "This model has linear-attention layers, which the cache must know beforehand: use "
+    "RaaSCache(budget, config=model.config)."
+)
 
 
 class _LayersToCome(list):
@@ -23,10 +27,7 @@ class _LayersToCome(list):
 
     def __getitem__(self, index):
         if isinstance(index, int) and index >= len(self):
-            raise ValueError(
-                "This model has linear-attention layers, which the cache must know beforehand: use "
-                "RaaSCache(budget, config=model.config)."
-            )
+            raise ValueError(NEEDS_CONFIG)
         return super().__getitem__(index)
 
 
@@ -228,6 +229,12 @@ class RaaSCache(Cache):
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """-1: the cache never ends a generation."""
         return -1
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        """See `Cache.has_previous_state`; a ValueError if the cache was not told of linear-attention layers."""
+        if not self._knows_layers:
+            raise ValueError(NEEDS_CONFIG)
+        return super().has_previous_state(layer_idx, state_idx)
 
     def update_indexer(self, indexer_key_states: torch.Tensor, layer_idx: int) -> torch.Tensor:
         """Refused: an indexer (DeepSeek Sparse Attention) picks tokens by their place in the sequence."""

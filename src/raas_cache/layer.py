@@ -296,7 +296,7 @@ class PagedLayer(CacheLayerMixin):
                 )
             if self._past and isinstance(self._past[-1], Turn) and query.shape[2] == self.new:
                 self._past[-1].reads.append((query.detach(), softmax))
-            return self._attend(query, expanded, **softmax)
+            return self.attend_stored(query, expanded, **softmax)
         # Drafted tokens are decoded one after the other, so that what is kept is what plain decoding would hold.
         (key, value, visible), self._draft = self._draft, None
         if expanded is not None:
@@ -310,10 +310,11 @@ class PagedLayer(CacheLayerMixin):
                 slot = self.open_slot + (self.decoded - 1) % self.page_size
                 for whole, new in zip(expanded, drafted, strict=True):
                     whole.scatter_(2, slot[:, :, None, None].expand_as(new[:, :, token]), new[:, :, token])
-            outputs.append(self._attend(query[:, :, token], expanded, **softmax))
+            outputs.append(self.attend_stored(query[:, :, token], expanded, **softmax))
         return torch.cat(outputs, 2)
 
-    def _attend(self, query: torch.Tensor, expanded, **softmax) -> torch.Tensor:
+    def attend_stored(self, query: torch.Tensor, expanded=None, **softmax) -> torch.Tensor:
+        """Attention of the last `query.shape[2]` tokens, which are stored, and the stamps it gives; as `attend`."""
         keys, values = (self.keys, self.values) if expanded is None else expanded
         # All heads read the one latent: each gets the one page table, and the pages get the heads' largest score.
         bias, positions = (t.expand(-1, keys.shape[1], -1).contiguous() for t in (self.bias, self.positions))

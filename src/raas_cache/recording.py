@@ -77,7 +77,7 @@ class Turn:
     Args:
         length: tokens of the forward.
         priority: `[batch, kv_heads, decode_pages]` before the forward.
-        reads: the attention calls of the forward: query, and what else `PagedLayer.attend` was given.
+        reads: the attention calls of the forward: query, and settings of the softmax.
     """
 
     length: int
@@ -85,20 +85,15 @@ class Turn:
     reads: list[tuple[torch.Tensor, dict]] = field(default_factory=list)
 
     def undo(self, layer: "PagedLayer", kept: int) -> int:
-        """Take the turn back, then give its first `kept` tokens to `layer` again; returns the tokens taken back."""
-        slots = slice(layer.pinned - self.length, layer.pinned - self.length + kept)
-        key, value = layer.keys[:, :, slots].clone(), layer.values[:, :, slots].clone()
-        visible = layer.bias[:, 0, slots] == 0
-        layer.unpin(self.length)
+        """Take back all but the first `kept` tokens, and the stamps of those; returns the tokens taken back."""
+        layer.unpin(self.length - kept)
         if layer.decoded:
             layer.priority.copy_(self.priority)
         if kept:
-            layer.store(key, value, pin=kept > 1)
-            layer.admit(visible)
-            for query, settings in self.reads:
-                layer.attend(query[:, :, :kept], **settings)
+            for query, softmax in self.reads:
+                layer.attend_stored(query[:, :, :kept], **softmax)
         return self.length - kept
 
     def apply_to_rows(self, function) -> None:
         self.priority = function(self.priority)
-        self.reads = [(function(query), settings) for query, settings in self.reads]
+        self.reads = [(function(query), softmax) for query, softmax in self.reads]
