@@ -9,8 +9,9 @@ from transformers import AttentionInterface, DynamicCache
 
 import raas_cache
 from raas_cache import RaaSCache
-from raas_cache.attention import DISPATCHED, dispatcher
+from raas_cache.attention import DISPATCHED, _find_eager, dispatcher
 
+from .architectures import build
 from .helpers import generate, prompt, tiny_model
 
 
@@ -36,6 +37,37 @@ def test_another_cache_gets_the_original_once_a_call_bit_for_bit(monkeypatch):
         logits = model(**inputs, past_key_values=DynamicCache()).logits
     assert torch.equal(logits, expected)
     assert calls == [layer.self_attn for layer in model.model.layers]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "qwen3_next"])
+def test_eager_is_the_models_own_bit_for_bit(name):
+    model, inputs = build(name), prompt(2, 12, (5, 0))
+    model.set_attn_implementation("eager")
+    logits = []
+    for register in (raas_cache.unregister, raas_cache.register):
+        register()
+        assert ("eager" in AttentionInterface()) == (register is raas_cache.register)
+        with torch.no_grad():
+            logits.append(model(**inputs, past_key_values=DynamicCache(config=model.config)).logits)
+    assert torch.equal(*logits)
+
+
+def test_eager_with_another_name_is_found():
+    """phi4_multimodal's file has two eager functions: its vision and audio layers use the simple one."""
+    from transformers.models.phi4_multimodal import modeling_phi4_multimodal as modeling
+
+    assert _find_eager(modeling.Phi4MultimodalAttention) is modeling.eager_attention_forward
+    assert _find_eager(modeling.Phi4MultimodalVisionAttention) is modeling.simple_eager_attention_forward
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_compiles_as_before_without_a_graph_break(implementation, recwarn):
+    model, inputs = tiny_model(dtype=torch.float32), prompt(2, 12, (5, 0))
+    model.set_attn_implementation(implementation)
+    with torch.no_grad():
+        compiled = torch.compile(model.forward, fullgraph=True, backend="eager")
+        assert torch.equal(compiled(**inputs, use_cache=False).logits, model(**inputs, use_cache=False).logits)
+    assert not [warning for warning in recwarn if "raas_cache" in str(warning.message)]
 
 
 def test_without_a_cache_training_is_untouched():

@@ -133,10 +133,19 @@ class TestLayersItCannotHold:
         with pytest.raises(ValueError, match="layer 0 of 'glm_moe_dsa' needs a DynamicIndexedLayer"):
             RaaSCache(256, config=GlmMoeDsaConfig(num_hidden_layers=2))
 
-    def test_attention_of_evicted_tokens(self):
+    @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+    def test_attention_of_evicted_tokens(self, implementation):
         model = tiny_model(dtype=torch.float32)
-        with pytest.raises(ValueError, match="output_attentions"):
+        model.set_attn_implementation(implementation)
+        with pytest.raises(ValueError, match=r"output_attentions=True.*evicted tokens have no attention weight"):
             model(**prompt(), past_key_values=RaaSCache(256), output_attentions=True)
+
+    def test_attention_of_evicted_tokens_asked_for_by_the_config(self):
+        model = tiny_model(dtype=torch.float32)
+        model.set_attn_implementation("eager")
+        model.config.output_attentions = True
+        with pytest.raises(ValueError, match="output_attentions=True"):
+            model(**prompt(), past_key_values=RaaSCache(256))
 
     def test_training(self):
         model = tiny_model(dtype=torch.float32, attention_dropout=0.1).train()

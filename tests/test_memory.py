@@ -40,6 +40,25 @@ def test_nbytes_is_the_same_after_5000_steps():
     assert cache.resident_tokens(0).tolist() == [[61, 61]]
 
 
+def test_recording_left_on_stays_within_a_budget():
+    """`generate` never says that assisted decoding is over: what is noted must not grow either."""
+    model, cache = tiny_model(layers=1, dtype=torch.float32), RaaSCache(64, page_size=4)
+    cache.activate_past_recording()
+    sizes = set()
+    with torch.no_grad():
+        model(**prompt(1, 21), past_key_values=cache)
+        for step in range(600):
+            model(torch.tensor([[1 + step % 90]]), past_key_values=cache)
+            if step > 200:
+                states = [tensor for entry in cache.layers[0]._past for tensor in entry.state.values()]
+                sizes.add(sum(tensor.numel() for tensor in states))
+    assert max(sizes) < 1.1 * min(sizes)
+    with pytest.raises(RuntimeError, match="can take back only 64 tokens"):
+        cache.crop(-65)
+    cache.crop(-64)
+    assert cache.get_seq_length() == 621 - 64
+
+
 SCRIPT = """
 import resource, sys, torch
 torch.set_num_threads(1)

@@ -99,6 +99,7 @@ def dispatcher(dense: Callable) -> Callable:
 
 
 def _refuse_unsupported(module: torch.nn.Module, kwargs: dict) -> None:
+    kwargs = {"output_attentions": getattr(getattr(module, "config", None), "output_attentions", False), **kwargs}
     for name in UNSUPPORTED:
         value = kwargs.get(name)
         if value is None or (isinstance(value, (bool, int, float)) and not value):
@@ -147,8 +148,10 @@ def _visible_new_tokens(mask: torch.Tensor | None, new: int, is_first: bool) -> 
     return visible
 
 
-@functools.cache
-def _eager_of(attention: type[torch.nn.Module]) -> Callable:
+_EAGER: dict[type[torch.nn.Module], Callable] = {}
+
+
+def _find_eager(attention: type[torch.nn.Module]) -> Callable:
     """The modeling file's own eager function, as the class hands it to `AttentionInterface.get_interface`."""
     for cls in attention.__mro__:
         for method in vars(cls).values():
@@ -164,7 +167,10 @@ def _eager_of(attention: type[torch.nn.Module]) -> Callable:
 
 def eager_attention_forward(module: torch.nn.Module, *args, **kwargs):
     """What `attn_implementation="eager"` runs where nothing is registered under that name."""
-    return _eager_of(type(module))(module, *args, **kwargs)
+    attention = type(module)
+    if attention not in _EAGER:
+        _EAGER[attention] = _find_eager(attention)
+    return _EAGER[attention](module, *args, **kwargs)
 
 
 def raas_attention_forward(module, query, key, value, attention_mask, *args, **kwargs):

@@ -268,6 +268,7 @@ class RaaSCache(Cache):
             RuntimeError: the past of these tokens was not recorded (`activate_past_recording`), or a layer holds a
                 recurrent state, which cannot go back. Nothing is changed then.
         """
+        tokens_to_remove = int(tokens_to_remove)  # assisted decoding counts in tensors
         for index, layer in enumerate(self.layers):
             if isinstance(layer, PagedLayer):
                 layer.check_crop(tokens_to_remove)

@@ -400,7 +400,7 @@ class PagedLayer(CacheLayerMixin):
         Also forgets how to take back the tokens before them. Raises as `check_crop` does.
         """
         self.check_crop(tokens_to_remove)
-        left = -tokens_to_remove
+        left = -int(tokens_to_remove)
         while left and self._past:
             entry = self._past.pop()
             left -= entry.undo(self, kept=max(0, entry.length - left))
