@@ -136,13 +136,25 @@ def test_a_turn_with_drafts_is_pinned(model, kept, scoring):
     assert resident_set(cache, 0, 0, 0) >= {*range(12), *range(72, 72 + kept)}
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gemma3_text", "gpt_oss", "deepseek_v3", "longcat_flash"])
+@pytest.mark.parametrize("name", ["gemma3_text", "gpt_oss", "gemma3n_text", "deepseek_v3", "llama4_text", "qwen3_next"])
+@pytest.mark.parametrize("mode", [{"prefill_chunk_size": 5}, {"num_beams": 3}], ids=str)
+def test_modes_on_other_layers_equal_dynamic_cache(name, mode):
+    """Also where the layers are learnt from the first attention call, in the middle of the first chunk's forward."""
+    model, inputs = build(name, torch.float64), prompt(2, 24, (7, 0))
+    caches = [DynamicCache(config=model.config), RaaSCache(256, config=model.config)]
+    if name != "qwen3_next":
+        caches.append(RaaSCache(256))
+    tokens = [generate(model, inputs, cache, 40, sample=False, **mode) for cache in caches]
+    assert all(torch.equal(tokens[0], other) for other in tokens[1:])
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3_text", "gpt_oss", "deepseek_v3", "longcat_flash", "lfm2"])
 def test_prompt_lookup_on_other_layers(name):
     model = build(name, torch.float64)
     inputs = prompt(1, 12)
     kw = {"sample": False, "prompt_lookup_num_tokens": 4, "max_matching_ngram_size": 1}
     expected = generate(model, inputs, DynamicCache(config=model.config), 60, **kw)
-    assert torch.equal(generate(model, inputs, RaaSCache(256), 60, **kw), expected)
+    assert torch.equal(generate(model, inputs, RaaSCache(256, config=model.config), 60, **kw), expected)
 
 
 @pytest.mark.parametrize("name", ["llama", "youtu"])

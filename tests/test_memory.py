@@ -50,7 +50,7 @@ def test_recording_left_on_stays_within_a_budget():
         for step in range(600):
             model(torch.tensor([[1 + step % 90]]), past_key_values=cache)
             if step > 200:
-                states = [tensor for entry in cache.layers[0]._past for tensor in entry.state.values()]
+                states = [tensor for entry in cache.layers[0]._past.entries for tensor in entry.state.values()]
                 sizes.add(sum(tensor.numel() for tensor in states))
     assert max(sizes) < 1.1 * min(sizes)
     with pytest.raises(RuntimeError, match="can take back only 64 tokens"):

@@ -277,7 +277,9 @@ class RaaSCache(Cache):
                     f"tokens_to_remove={tokens_to_remove}: layer {index} ({type(layer).__name__}) holds a state that "
                     "cannot go back. Leave out assistant_model / prompt_lookup_num_tokens for this model."
                 )
-        super().crop(tokens_to_remove)
+        # The others first: a window that was not recorded raises.
+        for layer in sorted(self.layers, key=lambda layer: isinstance(layer, PagedLayer)):
+            layer.crop(tokens_to_remove)
 
     def __repr__(self) -> str:
         paged = [layer for layer in self.layers if isinstance(layer, PagedLayer) and layer.is_initialized]

@@ -1,7 +1,6 @@
 """The page store of one attention layer: static buffers, in-place writes. It knows pages, not policies."""
 
 import math
-from collections import deque
 from typing import Literal
 
 import torch
@@ -10,7 +9,7 @@ from transformers.cache_utils import CacheLayerMixin
 import raas_kernels
 
 from .policies import Policy
-from .recording import Step, Turn
+from .recording import Past
 
 
 class PagedLayer(CacheLayerMixin):
@@ -58,7 +57,7 @@ class PagedLayer(CacheLayerMixin):
         self.is_latent = self.awaits_attention = self.is_initialized = False
         self.record_past = self._expects_turn = False
         # While recording, enough to take back a budget of tokens, so that recording left on stays O(budget) too.
-        self._past = deque(maxlen=self.budget)
+        self._past = Past(self.budget)
         self._draft = None
         self.on_module = None
 
@@ -99,7 +98,8 @@ class PagedLayer(CacheLayerMixin):
 
         A single token after the first forward is a generated one; several are input. While the past is recorded,
         several are a draft: generated tokens, stored one by one in `attend`. Only the first forward after
-        `activate_past_recording` is input then, for generation starts with it.
+        `activate_past_recording` is input then, for generation starts with it (not so a latent's, which would have to
+        be expanded again to give its stamps again).
 
         Args:
             key_states, value_states: `[batch, kv_heads, new, head_dim]`; RoPE applied to the keys.
@@ -145,7 +145,7 @@ class PagedLayer(CacheLayerMixin):
         """Write new tokens: input into pinned pages, one generated token into the open decode page."""
         self.new = key.shape[2]
         if self.record_past and self.seen:
-            self._past.append(Turn(self.new, self.priority.clone()) if pin else Step.about_to_append(self))
+            self._past.note(self, pin)
         if pin:
             self._pin(key, value)
         else:
@@ -294,10 +294,12 @@ class PagedLayer(CacheLayerMixin):
                     "This model shares the KV of a layer with another layer: RaaSCache serves that for one token at a "
                     "time, not for drafts. Leave out assistant_model / prompt_lookup_num_tokens."
                 )
-            if self._past and isinstance(self._past[-1], Turn) and query.shape[2] == self.new:
-                self._past[-1].reads.append((query.detach(), softmax))
+            self._past.note_read(query, softmax)
             return self.attend_stored(query, expanded, **softmax)
-        # Drafted tokens are decoded one after the other, so that what is kept is what plain decoding would hold.
+        return self._attend_draft(query, expanded, **softmax)
+
+    def _attend_draft(self, query: torch.Tensor, expanded, **softmax) -> torch.Tensor:
+        """Drafted tokens are decoded one after the other, so that what is kept is what plain decoding would hold."""
         (key, value, visible), self._draft = self._draft, None
         if expanded is not None:
             slots = self.keys.shape[2]
@@ -337,13 +339,11 @@ class PagedLayer(CacheLayerMixin):
 
     def _representative_scores(self, query, minima, maxima, bias, scale, softcap) -> torch.Tensor:
         """Softmax over the resident pages' upper bounds, the max over the new queries: `[batch, kv_heads, pages]`."""
-        scores = [
-            self._shared(raas_kernels.page_bounds(one, minima, maxima, bias, scale, self.page_size, softcap)).softmax(
-                -1
-            )
+        bounds = [
+            raas_kernels.page_bounds(one, minima, maxima, bias, scale, self.page_size, softcap)
             for one in query.split(1, dim=2)
         ]
-        return torch.stack(scores).amax(0)
+        return torch.stack([self._shared(bound).softmax(-1) for bound in bounds]).amax(0)
 
     def _shared(self, scores: torch.Tensor) -> torch.Tensor:
         """With `granularity="layer"`, every head gets the row's largest score; a latent serves all heads as one."""
@@ -384,9 +384,7 @@ class PagedLayer(CacheLayerMixin):
         """
         if tokens_to_remove > 0:
             raise ValueError(f"tokens_to_remove={tokens_to_remove} must be 0 or the negative number of tokens to crop.")
-        steps = sum(isinstance(entry, Step) for entry in self._past)
-        # As long as no token was generated, input alone is held: it can go without a record.
-        removable = self.seen if steps == self.decoded else sum(entry.length for entry in self._past)
+        removable = self._past.removable(self)
         if -tokens_to_remove > removable:
             raise RuntimeError(
                 f"tokens_to_remove={tokens_to_remove}, but RaaSCache can take back only {removable} tokens: later ones "
@@ -400,20 +398,13 @@ class PagedLayer(CacheLayerMixin):
         Also forgets how to take back the tokens before them. Raises as `check_crop` does.
         """
         self.check_crop(tokens_to_remove)
-        left = -int(tokens_to_remove)
-        while left and self._past:
-            entry = self._past.pop()
-            left -= entry.undo(self, kept=max(0, entry.length - left))
-        if left:
-            self.unpin(left)
-        self._past.clear()
+        self._past.undo(self, -int(tokens_to_remove))
 
     def _apply_to_rows(self, function) -> None:
         for name in ("keys", "values", "bias", "positions", "priority", "open_slot", "minima", "maxima"):
             if getattr(self, name) is not None:
                 setattr(self, name, function(getattr(self, name)).contiguous())
-        for entry in self._past:
-            entry.apply_to_rows(function)
+        self._past.apply_to_rows(function)
         if self.is_initialized:
             self.batch_size = self.keys.shape[0]
 

@@ -1,5 +1,7 @@
 """Taking tokens back: what a paged layer notes while it records the past, so that `crop` leaves no trace."""
 
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
@@ -65,7 +67,7 @@ class Step:
                 getattr(layer, name).copy_(before)
         return 1
 
-    def apply_to_rows(self, function) -> None:
+    def apply_to_rows(self, function: Callable) -> None:
         self.page = function(self.page)
         self.state = {name: function(tensor) for name, tensor in self.state.items()}
 
@@ -94,6 +96,43 @@ class Turn:
                 layer.attend_stored(query[:, :, :kept], **softmax)
         return self.length - kept
 
-    def apply_to_rows(self, function) -> None:
+    def apply_to_rows(self, function: Callable) -> None:
         self.priority = function(self.priority)
         self.reads = [(function(query), softmax) for query, softmax in self.reads]
+
+
+class Past:
+    """The steps and turns that a layer can take back, the newest last: at most `limit` of them, the oldest go."""
+
+    def __init__(self, limit: int):
+        self.entries: deque[Step | Turn] = deque(maxlen=limit)
+
+    def note(self, layer: "PagedLayer", pin: bool) -> None:
+        """Called before `layer` stores its new tokens."""
+        turn = Turn(layer.new, layer.priority.clone()) if pin else None
+        self.entries.append(turn or Step.about_to_append(layer))
+
+    def note_read(self, query: torch.Tensor, softmax: dict) -> None:
+        """Called before the attention of the tokens stored last: a turn's stamps are given again after a crop."""
+        turn = self.entries[-1] if self.entries else None
+        if isinstance(turn, Turn) and query.shape[2] == turn.length:
+            turn.reads.append((query.detach(), softmax))
+
+    def removable(self, layer: "PagedLayer") -> int:
+        """Tokens that `undo` can take back."""
+        steps = sum(isinstance(entry, Step) for entry in self.entries)
+        # As long as no token was generated, input alone is held: it can go without a record.
+        return layer.seen if steps == layer.decoded else sum(entry.length for entry in self.entries)
+
+    def undo(self, layer: "PagedLayer", tokens: int) -> None:
+        """Take back the last `tokens` tokens, at most `removable`, and forget how to take back those before them."""
+        while tokens and self.entries:
+            entry = self.entries.pop()
+            tokens -= entry.undo(layer, kept=max(0, entry.length - tokens))
+        if tokens:
+            layer.unpin(tokens)
+        self.entries.clear()
+
+    def apply_to_rows(self, function: Callable) -> None:
+        for entry in self.entries:
+            entry.apply_to_rows(function)
