@@ -1,6 +1,6 @@
-"""The page store of one attention layer: static buffers, in-place writes. It knows pages, not policies."""
+"""The cache layer of full attention: transformers' contract on top of the pages, and the attention that reads them."""
 
-import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -10,16 +10,11 @@ import raas_kernels
 
 from .policies import Policy
 from .recording import Past
+from .store import PageStore
 
 
-class PagedLayer(CacheLayerMixin):
-    """One layer's KV in pages of `page_size` tokens, at most `budget` tokens of them whatever the sequence's length.
-
-    Pages `0 .. pinned_pages-1` hold input tokens (the prompt, later turns) and are never evicted; the `decode_pages`
-    pages behind them hold generated tokens and are recycled in place. All rows and KV heads fill pages in step, so
-    counts are host integers; what a page holds differs from head to head. Tensors are described in
-    `raas_kernels.reference`. `seen` counts the tokens of the sequence, which positions depend on; the number of
-    resident tokens is another.
+class PagedLayer(PageStore, CacheLayerMixin):
+    """One layer's KV in pages (see `PageStore`), a policy that orders them for eviction, and their attention.
 
     Args:
         policy: orders the decode pages for eviction.
@@ -43,55 +38,26 @@ class PagedLayer(CacheLayerMixin):
         scoring: Literal["exact", "minmax"],
         granularity: Literal["head", "layer"],
     ):
-        super().__init__()
-        self.policy = policy
-        self.budget, self.page_size, self.min_decode_pages = budget, page_size, min_decode_pages
-        self.scoring, self.granularity = scoring, granularity
-        self._forget()
+        CacheLayerMixin.__init__(self)
+        PageStore.__init__(self, budget, page_size, min_decode_pages, has_bounds=scoring == "minmax")
+        self.policy, self.scoring, self.granularity = policy, scoring, granularity
+        self.reset()
 
-    def _forget(self) -> None:
-        self.keys = self.values = self.bias = self.positions = self.priority = self.open_slot = self.clock = None
-        self.minima = self.maxima = None
-        self.pinned_pages = self.decode_pages = 0
-        self.seen = self.pinned = self.decoded = self.new = 0
+    def reset(self) -> None:
+        """Forget everything, buffers and recording included: the next prompt sizes new ones."""
+        self.release()
         self.is_latent = self.awaits_attention = self.is_initialized = False
+        # Called by the first attention with its module, key and value, while the cache does not know the model.
+        self.on_module: Callable | None = None
         self.record_past = self._expects_turn = False
         # While recording, enough to take back a budget of tokens, so that recording left on stays O(budget) too.
         self._past = Past(self.budget)
-        self._draft = None
-        self.on_module = None
+        self._draft: tuple | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Take batch, heads, sizes, dtype and device from the first key and value; `update` sizes the buffers."""
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.batch_size, self.num_heads = key_states.shape[:2]
-        rows = (self.batch_size, self.num_heads)
-        self.keys = key_states.new_empty(*rows, 0, key_states.shape[-1])
-        self.values = value_states.new_empty(*rows, 0, value_states.shape[-1])
-        accumulate = torch.promote_types(self.dtype, torch.float32)
-        self.bias = torch.empty(*rows, 0, dtype=accumulate, device=self.device)
-        self.positions = torch.empty(*rows, 0, dtype=torch.int32, device=self.device)
-        self.priority = torch.empty(*rows, 0, dtype=torch.float64, device=self.device)
-        self.open_slot = torch.zeros(rows, dtype=torch.int64, device=self.device)
-        self.clock = torch.tensor([-1, -1], device=self.device)
-        if self.scoring == "minmax":
-            self.minima, self.maxima = self.keys.clone(), self.keys.clone()
+        self.allocate(key_states, value_states)
         self.is_initialized = True
-
-    @property
-    def room_for_decode(self) -> int:
-        """Decode pages that the budget leaves beside the pinned pages; may be less than `decode_pages`."""
-        return self.budget // self.page_size - self.pinned_pages
-
-    @property
-    def evicted(self) -> int:
-        """Pages evicted so far, the same for every row and head."""
-        return max(0, math.ceil(self.decoded / self.page_size) - self.decode_pages)
-
-    @property
-    def held(self) -> int:
-        """Tokens held now, the same for every row and head, padding counted in."""
-        return self.pinned + self.decoded - self.evicted * self.page_size
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Store the new tokens; `attend` then reads the store.
@@ -113,7 +79,7 @@ class PagedLayer(CacheLayerMixin):
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self._check_same_use(key_states)
+        self.check_same_use(key_states)
         key, value = key_states.detach(), value_states.detach()
         new = key.shape[2]
         is_turn, self._expects_turn = self._expects_turn and not self.is_latent, False
@@ -121,7 +87,7 @@ class PagedLayer(CacheLayerMixin):
         if self.record_past and self.seen and new > 1 and not is_turn:
             self._draft = key, value, None
         else:
-            self.store(key, value, pin=new > 1 or not self.seen)
+            self._store(key, value, pin=new > 1 or not self.seen)
         if self.is_latent and not self.is_first_forward:
             if self._draft is None:
                 return self.keys, self.values
@@ -129,100 +95,10 @@ class PagedLayer(CacheLayerMixin):
         key_states.paged_layer = value_states.paged_layer = self
         return key_states, value_states
 
-    def _check_same_use(self, key: torch.Tensor) -> None:
-        held = (self.batch_size, self.num_heads, self.keys.shape[-1], self.dtype, self.device)
-        given = (key.shape[0], key.shape[1], key.shape[-1], key.dtype, key.device)
-        if held == given:
-            return
-        for name, old, new in zip(("batch size", "KV heads", "head size", "dtype", "device"), held, given, strict=True):
-            if old != new:
-                raise ValueError(
-                    f"This cache holds {self.seen} tokens with {name} {old}, and was given keys with {name} {new}: "
-                    "use a new cache for another input, or call reset() on this one first."
-                )
-
-    def store(self, key: torch.Tensor, value: torch.Tensor, pin: bool) -> None:
-        """Write new tokens: input into pinned pages, one generated token into the open decode page."""
-        self.new = key.shape[2]
+    def _store(self, key: torch.Tensor, value: torch.Tensor, pin: bool) -> None:
         if self.record_past and self.seen:
-            self._past.note(self, pin)
-        if pin:
-            self._pin(key, value)
-        else:
-            self._append(key, value)
-        self.seen += self.new
-
-    def _append(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        self.clock += 1
-        self.decoded += 1
-        raas_kernels.append(
-            self.keys,
-            self.values,
-            self.bias,
-            self.positions,
-            self.priority,
-            self.open_slot,
-            self.clock,
-            key,
-            value,
-            self.page_size,
-            self.minima,
-            self.maxima,
-        )
-
-    def _pin(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        start, end = self.pinned, self.pinned + self.new
-        self._reserve(math.ceil(end / self.page_size))
-        self.keys[:, :, start:end] = key
-        self.values[:, :, start:end] = value
-        self.bias[:, :, start:end] = 0
-        self.positions[:, :, start:end] = torch.arange(self.seen, self.seen + self.new, device=self.device)
-        self._move_open_page(self.new)
-        self.clock[0] += self.new
-        self.pinned = end
-
-    def unpin(self, length: int) -> None:
-        """Take back the last `length` tokens, all of them pinned; the stamps they gave are the caller's affair."""
-        self.pinned -= length
-        self.seen -= length
-        self.clock[0] -= length
-        self.bias[:, :, self.pinned : self.pinned + length] = float("-inf")
-        self._move_open_page(-length)
-        self._reserve(math.ceil(self.pinned / self.page_size))
-        if self.minima is not None:
-            self._summarise(slice(self.pinned // self.page_size, self.pinned_pages))
-
-    def _move_open_page(self, by: int) -> None:
-        """The open page goes on behind pinned tokens: what its unfilled slots will hold moves."""
-        filled = self.decoded % self.page_size
-        if filled:
-            lane = torch.arange(filled, self.page_size, device=self.device)
-            slots = self.open_slot[..., None] + lane
-            self.positions.scatter_add_(2, slots, torch.full_like(slots, by, dtype=torch.int32))
-
-    def _reserve(self, pinned_pages: int) -> None:
-        """Move to buffers with `pinned_pages` pinned pages; the decode region keeps its size once it is in use."""
-        old_pinned, self.pinned_pages = self.pinned_pages, pinned_pages
-        if not self.decoded:
-            self.decode_pages = max(self.room_for_decode, self.min_decode_pages)
-            self.priority = self.priority.new_full((*self.priority.shape[:2], self.decode_pages), float("-inf"))
-        pages = pinned_pages + self.decode_pages
-        common = min(old_pinned, pinned_pages)
-
-        def moved(old: torch.Tensor, unit: int, empty: float) -> torch.Tensor:
-            new = old.new_full((*old.shape[:2], pages * unit, *old.shape[3:]), empty)
-            new[:, :, : common * unit] = old[:, :, : common * unit]
-            if self.decoded:
-                new[:, :, pinned_pages * unit :] = old[:, :, old_pinned * unit :]
-            return new
-
-        self.keys = moved(self.keys, self.page_size, 0)
-        self.values = moved(self.values, self.page_size, 0)
-        self.bias = moved(self.bias, self.page_size, float("-inf"))
-        self.positions = moved(self.positions, self.page_size, 0)
-        self.open_slot += (pinned_pages - old_pinned) * self.page_size
-        if self.minima is not None:
-            self.minima, self.maxima = moved(self.minima, 1, 0), moved(self.maxima, 1, 0)
+            self._past.note(self, length=key.shape[2], pin=pin)
+        self.store(key, value, pin)
 
     @property
     def is_first_forward(self) -> bool:
@@ -235,32 +111,16 @@ class PagedLayer(CacheLayerMixin):
         self.minima = self.maxima = None  # bounds of a latent bound nothing: `attend` takes those of the expanded keys
 
     def admit(self, visible: torch.Tensor | None) -> None:
-        """Take note of padding among the tokens of the last `update`, and finish their pages.
+        """The attention of the last `update` has come: take note of padding among its tokens.
 
         Args:
             visible: `[batch, new]` bool, False for padding; None if there is none.
         """
         self.awaits_attention = False
-        if self._draft is not None:
+        if self._draft is None:
+            self.hide(visible)
+        else:
             self._draft = *self._draft[:2], visible
-            return
-        if visible is not None:
-            first = self.seen - self.new
-            index = (self.positions - first).clamp(min=0, max=self.new - 1)
-            shown = visible[:, None].expand(-1, self.num_heads, -1).gather(-1, index.long())
-            hidden = (self.positions >= first) & (self.bias == 0) & ~shown
-            self.bias.masked_fill_(hidden, float("-inf"))
-            # A padding token's K and V may be anything, NaN too, and 0 * NaN is NaN.
-            self.keys.masked_fill_(hidden[..., None], 0)
-            self.values.masked_fill_(hidden[..., None], 0)
-        if self.minima is not None and (self.new > 1 or self.is_first_forward):
-            self._summarise(slice((self.pinned - self.new) // self.page_size, self.pinned_pages))
-
-    def _summarise(self, pages: slice) -> None:
-        """Min/max representatives of pinned pages, over their resident tokens."""
-        slots = slice(pages.start * self.page_size, pages.stop * self.page_size)
-        bounds = raas_kernels.page_extremes(self.keys[:, :, slots], self.bias[:, :, slots], self.page_size)
-        self.minima[:, :, pages], self.maxima[:, :, pages] = bounds
 
     def attend(
         self,
@@ -306,8 +166,8 @@ class PagedLayer(CacheLayerMixin):
             drafted, expanded = [t[:, :, slots:] for t in expanded], [t[:, :, :slots].clone() for t in expanded]
         outputs = []
         for token in (slice(i, i + 1) for i in range(key.shape[2])):
-            self.store(key[:, :, token], value[:, :, token], pin=False)
-            self.admit(None if visible is None else visible[:, token])
+            self._store(key[:, :, token], value[:, :, token], pin=False)
+            self.hide(None if visible is None else visible[:, token])
             if expanded is not None:
                 slot = self.open_slot + (self.decoded - 1) % self.page_size
                 for whole, new in zip(expanded, drafted, strict=True):
@@ -363,10 +223,6 @@ class PagedLayer(CacheLayerMixin):
         """(length, offset) of the mask: the new tokens only, for what is visible of the past is known here."""
         return query_length, self.seen
 
-    def reset(self) -> None:
-        """Forget everything, buffers and recording included: the next prompt sizes new ones."""
-        self._forget()
-
     def activate_past_recording(self) -> None:
         """From now on note what each forward overwrites, so that `crop` can take its tokens back.
 
@@ -400,22 +256,19 @@ class PagedLayer(CacheLayerMixin):
         self.check_crop(tokens_to_remove)
         self._past.undo(self, -int(tokens_to_remove))
 
-    def _apply_to_rows(self, function) -> None:
-        for name in ("keys", "values", "bias", "positions", "priority", "open_slot", "minima", "maxima"):
-            if getattr(self, name) is not None:
-                setattr(self, name, function(getattr(self, name)).contiguous())
+    def apply_to_rows(self, function: Callable) -> None:
+        """Make every tensor that has rows what `function` makes of it."""
+        super().apply_to_rows(function)
         self._past.apply_to_rows(function)
-        if self.is_initialized:
-            self.batch_size = self.keys.shape[0]
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row i becomes a copy of row `beam_idx[i]`, its page table included."""
-        self._apply_to_rows(lambda state: state.index_select(0, beam_idx.to(state.device)))
+        self.apply_to_rows(lambda state: state.index_select(0, beam_idx.to(state.device)))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep only the rows `indices`, in any form that indexes a tensor."""
-        self._apply_to_rows(lambda state: state[indices.to(state.device) if torch.is_tensor(indices) else indices, ...])
+        self.apply_to_rows(lambda state: state[indices.to(state.device) if torch.is_tensor(indices) else indices, ...])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times, side by side."""
-        self._apply_to_rows(lambda state: state.repeat_interleave(repeats, dim=0))
+        self.apply_to_rows(lambda state: state.repeat_interleave(repeats, dim=0))

@@ -107,10 +107,9 @@ class Past:
     def __init__(self, limit: int):
         self.entries: deque[Step | Turn] = deque(maxlen=limit)
 
-    def note(self, layer: "PagedLayer", pin: bool) -> None:
-        """Called before `layer` stores its new tokens."""
-        turn = Turn(layer.new, layer.priority.clone()) if pin else None
-        self.entries.append(turn or Step.about_to_append(layer))
+    def note(self, layer: "PagedLayer", length: int, pin: bool) -> None:
+        """Called before `layer` stores `length` tokens, as input (`pin`) or as one decode step."""
+        self.entries.append(Turn(length, layer.priority.clone()) if pin else Step.about_to_append(layer))
 
     def note_read(self, query: torch.Tensor, softmax: dict) -> None:
         """Called before the attention of the tokens stored last: a turn's stamps are given again after a crop."""
