@@ -1,6 +1,5 @@
 """Layers on several devices, KV heads on several ranks."""
 
-import os
 import subprocess
 import sys
 
@@ -21,12 +20,16 @@ def folder(tmp_path_factory):
     return str(path)
 
 
+@pytest.mark.skipif(
+    torch.accelerator.current_accelerator() is not None,
+    reason="transformers puts a rank on each accelerator that torch was built for: two ranks on a CPU need a CPU build",
+)
 def test_each_rank_of_tensor_parallelism_pages_its_own_kv_heads(folder, tmp_path):
     out = str(tmp_path / "out.pt")
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     result = subprocess.run(
         [sys.executable, *command, "-m", "tests.tensor_parallel", folder, out],
-        capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True, text=True,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     tokens, heads_a_rank, positions = torch.load(out)

@@ -23,8 +23,8 @@ class LinearAttentionAndPagedLayer(LinearAttentionLayer, PagedLayer):
     is_compileable = False
 
     def __init__(self, number_of_states: int, *args):
-        PagedLayer.__init__(self, *args)
         LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
+        PagedLayer.__init__(self, *args)
 
     def lazy_initialization(self, *args, **kwargs) -> None:
         # `update` gives key and value by position, the linear-attention methods give their states by name.

@@ -254,7 +254,7 @@ class PagedLayer(PageStore, CacheLayerMixin):
         Also forgets how to take back the tokens before them. Raises as `check_crop` does.
         """
         self.check_crop(tokens_to_remove)
-        self._past.undo(self, -int(tokens_to_remove))
+        self._past.undo(self, -int(tokens_to_remove), self.attend_stored)
 
     def apply_to_rows(self, function: Callable) -> None:
         """Make every tensor that has rows what `function` makes of it."""

@@ -1,4 +1,4 @@
-"""Taking tokens back: what a paged layer notes while it records the past, so that `crop` leaves no trace."""
+"""Taking tokens back: what is noted of a page store while the past is recorded, so that `crop` leaves no trace."""
 
 from collections import deque
 from collections.abc import Callable
@@ -11,16 +11,16 @@ import raas_kernels
 
 
 if TYPE_CHECKING:
-    from .layer import PagedLayer
+    from .store import PageStore
 
 BOUNDS = ("minima", "maxima")
 PAGED = ("keys", "values", "bias", "positions", *BOUNDS)
 
 
-def _pages_of(layer: "PagedLayer", name: str) -> torch.Tensor:
+def _pages_of(store: "PageStore", name: str) -> torch.Tensor:
     """A paged tensor as `[batch, kv_heads, pages, width]`, in place."""
-    tensor = getattr(layer, name)
-    return tensor.view(*tensor.shape[:2], layer.pinned_pages + layer.decode_pages, -1)
+    tensor = getattr(store, name)
+    return tensor.view(*tensor.shape[:2], store.pinned_pages + store.decode_pages, -1)
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Step:
 
     Args:
         page: `[batch, kv_heads]` int64, index of that page.
-        state: name -> tensor of the layer as it was: that page's contents `[batch, kv_heads, width]`, and the whole
+        state: name -> tensor of the store as it was: that page's contents `[batch, kv_heads, width]`, and the whole
             `priority` and `open_slot`.
     """
 
@@ -38,33 +38,33 @@ class Step:
     length: ClassVar[int] = 1
 
     @classmethod
-    def about_to_append(cls, layer: "PagedLayer") -> "Step":
-        """Note what the next `append` on `layer`, and the stamps after it, will overwrite."""
-        opening = layer.decoded % layer.page_size == 0
+    def about_to_append(cls, store: "PageStore") -> "Step":
+        """Note what the next `append` on `store`, and the stamps after it, will overwrite."""
+        opening = store.decoded % store.page_size == 0
         if opening:
-            page = raas_kernels.victim(layer.positions, layer.priority, layer.page_size) + layer.pinned_pages
+            page = raas_kernels.victim(store.positions, store.priority, store.page_size) + store.pinned_pages
         else:
-            page = layer.open_slot // layer.page_size
-        state = {"priority": layer.priority.clone(), "open_slot": layer.open_slot.clone()}
+            page = store.open_slot // store.page_size
+        state = {"priority": store.priority.clone(), "open_slot": store.open_slot.clone()}
         for name in PAGED if opening else BOUNDS:
-            if getattr(layer, name) is not None:
-                state[name] = torch.take_along_dim(_pages_of(layer, name), page[..., None, None], 2).squeeze(2)
+            if getattr(store, name) is not None:
+                state[name] = torch.take_along_dim(_pages_of(store, name), page[..., None, None], 2).squeeze(2)
         return cls(page, state)
 
-    def undo(self, layer: "PagedLayer", kept: int) -> int:
-        """Put `layer` back as it was before the step (`kept` is 0); returns the tokens taken back: 1."""
-        layer.decoded -= 1
-        layer.seen -= 1
-        layer.clock -= 1
+    def undo(self, store: "PageStore", kept: int, attend: Callable) -> int:
+        """Put `store` back as it was before the step (`kept` is 0); returns the tokens taken back: 1."""
+        store.decoded -= 1
+        store.seen -= 1
+        store.clock -= 1
         # The token's slot, in case the page stays: a page that goes brings its own bias back.
-        slot = layer.open_slot[..., None] + layer.decoded % layer.page_size
-        layer.bias.scatter_(2, slot, float("-inf"))
+        slot = store.open_slot[..., None] + store.decoded % store.page_size
+        store.bias.scatter_(2, slot, float("-inf"))
         for name, before in self.state.items():
             if name in PAGED:
                 index = self.page[..., None, None].expand_as(before[:, :, None])
-                _pages_of(layer, name).scatter_(2, index, before[:, :, None])
+                _pages_of(store, name).scatter_(2, index, before[:, :, None])
             else:
-                getattr(layer, name).copy_(before)
+                getattr(store, name).copy_(before)
         return 1
 
     def apply_to_rows(self, function: Callable) -> None:
@@ -86,14 +86,14 @@ class Turn:
     priority: torch.Tensor
     reads: list[tuple[torch.Tensor, dict]] = field(default_factory=list)
 
-    def undo(self, layer: "PagedLayer", kept: int) -> int:
+    def undo(self, store: "PageStore", kept: int, attend: Callable) -> int:
         """Take back all but the first `kept` tokens, and the stamps of those; returns the tokens taken back."""
-        layer.unpin(self.length - kept)
-        if layer.decoded:
-            layer.priority.copy_(self.priority)
+        store.unpin(self.length - kept)
+        if store.decoded:
+            store.priority.copy_(self.priority)
         if kept:
             for query, softmax in self.reads:
-                layer.attend_stored(query[:, :, :kept], **softmax)
+                attend(query[:, :, :kept], **softmax)
         return self.length - kept
 
     def apply_to_rows(self, function: Callable) -> None:
@@ -102,14 +102,14 @@ class Turn:
 
 
 class Past:
-    """The steps and turns that a layer can take back, the newest last: at most `limit` of them, the oldest go."""
+    """The steps and turns that can be taken back, the newest last: at most `limit` of them, the oldest go."""
 
     def __init__(self, limit: int):
         self.entries: deque[Step | Turn] = deque(maxlen=limit)
 
-    def note(self, layer: "PagedLayer", length: int, pin: bool) -> None:
-        """Called before `layer` stores `length` tokens, as input (`pin`) or as one decode step."""
-        self.entries.append(Turn(length, layer.priority.clone()) if pin else Step.about_to_append(layer))
+    def note(self, store: "PageStore", length: int, pin: bool) -> None:
+        """Called before `store` stores `length` tokens, as input (`pin`) or as one decode step."""
+        self.entries.append(Turn(length, store.priority.clone()) if pin else Step.about_to_append(store))
 
     def note_read(self, query: torch.Tensor, softmax: dict) -> None:
         """Called before the attention of the tokens stored last: a turn's stamps are given again after a crop."""
@@ -117,19 +117,23 @@ class Past:
         if isinstance(turn, Turn) and query.shape[2] == turn.length:
             turn.reads.append((query.detach(), softmax))
 
-    def removable(self, layer: "PagedLayer") -> int:
+    def removable(self, store: "PageStore") -> int:
         """Tokens that `undo` can take back."""
         steps = sum(isinstance(entry, Step) for entry in self.entries)
         # As long as no token was generated, input alone is held: it can go without a record.
-        return layer.seen if steps == layer.decoded else sum(entry.length for entry in self.entries)
+        return store.seen if steps == store.decoded else sum(entry.length for entry in self.entries)
 
-    def undo(self, layer: "PagedLayer", tokens: int) -> None:
-        """Take back the last `tokens` tokens, at most `removable`, and forget how to take back those before them."""
+    def undo(self, store: "PageStore", tokens: int, attend: Callable) -> None:
+        """Take back the last `tokens` tokens, at most `removable`, and forget how to take back those before them.
+
+        Args:
+            attend: gives the stamps of stored tokens again, called with their queries and the settings noted.
+        """
         while tokens and self.entries:
             entry = self.entries.pop()
-            tokens -= entry.undo(layer, kept=max(0, entry.length - tokens))
+            tokens -= entry.undo(store, max(0, entry.length - tokens), attend)
         if tokens:
-            layer.unpin(tokens)
+            store.unpin(tokens)
         self.entries.clear()
 
     def apply_to_rows(self, function: Callable) -> None:
