@@ -147,6 +147,14 @@ class TestLayersItCannotHold:
         with pytest.raises(ValueError, match="output_attentions=True"):
             model(**prompt(), past_key_values=RaaSCache(256))
 
+    def test_cross_attention(self):
+        cache, module = RaaSCache(256), torch.nn.Module()
+        key, value = cache.update(*torch.zeros(2, 1, 2, 9, 8), 0)
+        with pytest.raises(
+            ValueError, match="reads 9 new keys with 4 new queries: a paged cache serves self-attention"
+        ):
+            AttentionInterface()["sdpa"](module, torch.zeros(1, 2, 4, 8), key, value, None)
+
     def test_training(self):
         model = tiny_model(dtype=torch.float32, attention_dropout=0.1).train()
         with pytest.raises(ValueError, match=r"dropout=0.1.*model.eval\(\)"):

@@ -27,7 +27,10 @@ UNSUPPORTED = ("position_bias", "sliding_window", "dropout", "output_attentions"
 class _Expected(threading.local):
     """The layer that updated last in this thread, until its attention is called: a latent cannot carry it (MLA)."""
 
-    layer: Callable[[], PagedLayer | None] = staticmethod(lambda: None)
+    reference: weakref.ref | None = None
+
+    def get(self) -> PagedLayer | None:
+        return None if self.reference is None else self.reference()
 
 
 _expected = _Expected()
@@ -36,12 +39,12 @@ _expected = _Expected()
 def expect(layer: PagedLayer) -> None:
     """Tell the attention function which layer the next call is for, should the key lose its tag on the way."""
     if layer.is_latent or layer.is_first_forward:
-        _expected.layer = weakref.ref(layer)
+        _expected.reference = weakref.ref(layer)
 
 
 def _latent_layer(module: torch.nn.Module) -> PagedLayer | None:
     """The paged layer behind an untagged key, if the module expands a cached latent (MLA: DeepSeek-V2 and its kin)."""
-    layer = _expected.layer()
+    layer = _expected.get()
     # Only MLA's own expansion is known to map each token by itself; any other change of the key stays refused.
     if layer is None or not layer.awaits_attention or not hasattr(module, "expand_kv"):
         return None
@@ -84,9 +87,10 @@ def dispatcher(dense: Callable) -> Callable:
                 return dense(module, query, key, value, attention_mask, *args, **kwargs)
         _refuse_unsupported(module, kwargs)
         if layer.awaits_attention:  # not where a layer that shares the KV of another reads it once more
+            _require_self_attention(module, query, key, layer)
             layer.admit(_visible_new_tokens(attention_mask, query.shape[2], is_first=layer.is_first_forward))
         if layer.is_first_forward:
-            _expected.layer = _Expected.layer
+            _expected.reference = None
             return dense(module, query, key, value, attention_mask, *args, **kwargs)
         scaling = kwargs.get("scaling")
         scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
@@ -113,6 +117,14 @@ def _refuse_unsupported(module: torch.nn.Module, kwargs: dict) -> None:
         raise ValueError(
             f"{type(module).__name__} calls its attention with {name}={shown}, which the paged attention does not "
             f"compute: {mends.get(name, 'use a DynamicCache for this model')}."
+        )
+
+
+def _require_self_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, layer: PagedLayer) -> None:
+    if query.shape[2] != key.shape[2] and not layer.is_latent:
+        raise ValueError(
+            f"{type(module).__name__} reads {key.shape[2]} new keys with {query.shape[2]} new queries: a paged cache "
+            "serves self-attention, not attention to an image or an encoder. Use a DynamicCache for this model."
         )
 
 
