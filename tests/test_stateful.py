@@ -21,7 +21,7 @@ from .oracle import OracleCache, dense_attention, oracle_attention
 
 
 STEPS = int(os.environ.get("RAAS_STATEFUL_STEPS", 2000))
-STEPS_A_RUN = 50
+STEPS_A_RUN = 40  # of at most 50: resets and the like end some early
 HEAD_DIM = 4
 MAX_ROWS = 4
 
@@ -142,7 +142,9 @@ class CacheMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.recorded)
     @rule(share=st.floats(0, 1))
     def crop(self, share):
-        left = round(share * min(self.recorded, self.budget))  # more than a budget is not kept
+        self.take_back(round(share * min(self.recorded, self.budget)))  # more than a budget is not kept
+
+    def take_back(self, left):
         self.cache.crop(-left)
         self.recorded, self.seen = 0, self.seen - left
         index = len(self.log)
@@ -158,6 +160,13 @@ class CacheMachine(RuleBasedStateMachine):
             else:
                 del self.log[index]
         self.replay()
+
+    @precondition(lambda self: self.recording)
+    @rule(length=st.integers(1, 9), kept=st.integers(0, 9), seed=st.integers(0, 1 << 32))
+    def draft(self, length, kept, seed):
+        """A round of assisted decoding."""
+        self.forward(length, seed)
+        self.take_back(min(length, self.budget) * max(0, length - kept) // length)
 
     def move_rows(self, indices):
         self.rows = len(indices)
@@ -183,10 +192,12 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.batch_repeat_interleave(2)
         self.move_rows([row for row in range(self.rows) for _ in range(2)])
 
-    @rule(prompt=st.tuples(st.integers(1, 3), st.integers(1, 20), st.integers(0, 1 << 32)))
-    def reset(self, prompt):
+    @rule(recording=st.booleans(), prompt=st.tuples(st.integers(1, 3), st.integers(1, 20), st.integers(0, 1 << 32)))
+    def reset(self, recording, prompt):
         self.cache.reset()
-        self.start(False, prompt)
+        if recording:
+            self.cache.activate_past_recording()
+        self.start(recording, prompt)
 
     @rule()
     def deepcopy(self):
@@ -220,7 +231,7 @@ class CacheMachine(RuleBasedStateMachine):
 def test_any_sequence_of_operations():
     CacheMachine.TestCase.settings = settings(
         max_examples=STEPS // STEPS_A_RUN,
-        stateful_step_count=STEPS_A_RUN,
+        stateful_step_count=50,
         derandomize="RAAS_STATEFUL_STEPS" not in os.environ,
         database=None,
         deadline=None,
