@@ -13,9 +13,9 @@ def tiny_model(
     """A random decoder; `sharp` makes its attention have clear favourites, as a trained one's has."""
     torch.manual_seed(seed)
     config = cls(
-        vocab_size=VOCAB, hidden_size=heads * head_dim, intermediate_size=32, num_hidden_layers=layers,
+        hidden_size=heads * head_dim, intermediate_size=32, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=1 << 17,
-        bos_token_id=None, eos_token_id=None, pad_token_id=0, **{"head_dim": head_dim, **kw},
+        bos_token_id=None, eos_token_id=None, pad_token_id=0, **{"vocab_size": VOCAB, "head_dim": head_dim, **kw},
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
     if sharp:
