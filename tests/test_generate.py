@@ -136,6 +136,22 @@ def test_a_turn_with_drafts_is_pinned(model, kept, scoring):
     assert resident_set(cache, 0, 0, 0) >= {*range(12), *range(72, 72 + kept)}
 
 
+def test_recording_ends(model):
+    """After assisted decoding: the next turn is pinned again, and nothing of before can be taken back."""
+    cache = RaaSCache(**SMALL)
+    tokens = generate(model, prompt(1, 12), cache, 60, sample=False, prompt_lookup_num_tokens=4)
+    seen = cache.get_seq_length()
+    cache.deactivate_past_recording()
+    with torch.no_grad():
+        model(tokens[:, seen:], past_key_values=cache)
+        model(tokens[:, :7], past_key_values=cache)
+        for position in range(60):
+            model(tokens[:, position : position + 1], past_key_values=cache)
+    assert resident_set(cache, 0, 0, 0) >= set(range(tokens.shape[1], tokens.shape[1] + 7))
+    with pytest.raises(RuntimeError, match="only 0 tokens"):
+        cache.crop(-1)
+
+
 @pytest.mark.parametrize("name", ["gemma3_text", "gpt_oss", "gemma3n_text", "deepseek_v3", "llama4_text", "qwen3_next"])
 @pytest.mark.parametrize("mode", [{"prefill_chunk_size": 5}, {"num_beams": 3}], ids=str)
 def test_modes_on_other_layers_equal_dynamic_cache(name, mode):

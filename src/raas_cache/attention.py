@@ -148,9 +148,9 @@ def _visible_new_tokens(mask: torch.Tensor | None, new: int, is_first: bool) -> 
         )
     visible = allowed[:, 0, -1]
     if is_first and new > 1:
-        # The last token need not see all others (packed or branching prompts); a padding token does not see itself, or
-        # sees everything, which some masks do to keep its softmax finite.
-        visible = visible | (allowed[:, 0].diagonal(dim1=1, dim2=2) & ~allowed[:, 0].all(-1))
+        # The last token need not see all others (packed or branching prompts). A padding token does not see itself, or
+        # sees everything, the last token too, which some masks do to keep its softmax finite.
+        visible = visible | (allowed[:, 0].diagonal(dim1=1, dim2=2) & ~allowed[:, 0, :, -1])
     causal = visible[:, None, None] & allowed.new_ones(new, new).tril()
     if not is_first and new > 1 and not torch.equal(allowed, causal.expand_as(allowed)):
         raise ValueError(

@@ -249,13 +249,20 @@ class RaaSCache(Cache):
         self._records_past = False
 
     def activate_past_recording(self) -> None:
-        """From now on, note what each forward overwrites, so that `crop` can take its tokens back; until `reset`.
+        """From now on, note what each forward overwrites, so that `crop` can take its tokens back.
 
         `generate` calls this for assisted decoding and prompt look-up. The next forward is input even if it is of
         several tokens; after that, several tokens in one forward are a draft of generated ones.
         """
         self._records_past = True
         super().activate_past_recording()
+
+    def deactivate_past_recording(self) -> None:
+        """End what `activate_past_recording` began, which `generate` never does: several tokens are input again."""
+        self._records_past = False
+        for layer in self.layers:
+            if hasattr(layer, "record_past"):
+                layer.record_past = False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last `-tokens_to_remove` tokens: the cache is then as if it had never seen them.

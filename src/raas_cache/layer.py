@@ -96,7 +96,9 @@ class PagedLayer(PageStore, CacheLayerMixin):
         return key_states, value_states
 
     def _store(self, key: torch.Tensor, value: torch.Tensor, pin: bool) -> None:
-        if self.record_past and self.seen:
+        if not self.record_past:
+            self._past.entries.clear()  # what was noted before would be undone in the wrong place
+        elif self.seen:
             self._past.note(self, length=key.shape[2], pin=pin)
         self.store(key, value, pin)
 
@@ -227,7 +229,7 @@ class PagedLayer(PageStore, CacheLayerMixin):
         """From now on note what each forward overwrites, so that `crop` can take its tokens back.
 
         The next forward may be of several tokens that are input (the prompt, a turn); after it, several tokens are a
-        draft. Recording ends with `reset`.
+        draft. Recording ends when `record_past` is set to False, and with `reset`.
         """
         self.record_past = self._expects_turn = True
 
