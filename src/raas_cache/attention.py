@@ -44,9 +44,9 @@ def expect(layer: PagedLayer) -> None:
 
 def _latent_layer(module: torch.nn.Module) -> PagedLayer | None:
     """The paged layer behind an untagged key, if the module expands a cached latent (MLA: DeepSeek-V2 and its kin)."""
-    layer = _expected.get()
     # Only MLA's own expansion is known to map each token by itself; any other change of the key stays refused.
-    if layer is None or not layer.awaits_attention or not hasattr(module, "expand_kv"):
+    layer = _expected.get() if hasattr(module, "expand_kv") else None
+    if layer is None or not layer.awaits_attention:
         return None
     if not layer.is_latent:
         layer.expect_latent()

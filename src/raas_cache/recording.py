@@ -1,6 +1,5 @@
 """Taking tokens back: what is noted of a page store while the past is recorded, so that `crop` leaves no trace."""
 
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
@@ -105,11 +104,13 @@ class Past:
     """The steps and turns that can be taken back, the newest last: at most `limit` of them, the oldest go."""
 
     def __init__(self, limit: int):
-        self.entries: deque[Step | Turn] = deque(maxlen=limit)
+        self.limit = limit
+        self.entries: list[Step | Turn] = []
 
     def note(self, store: "PageStore", length: int, pin: bool) -> None:
         """Called before `store` stores `length` tokens, as input (`pin`) or as one decode step."""
         self.entries.append(Turn(length, store.priority.clone()) if pin else Step.about_to_append(store))
+        del self.entries[: -self.limit]
 
     def note_read(self, query: torch.Tensor, softmax: dict) -> None:
         """Called before the attention of the tokens stored last: a turn's stamps are given again after a crop."""
