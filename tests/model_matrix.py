@@ -97,20 +97,20 @@ def full_budget(name: str) -> Outcome:
     return outcome
 
 
-def small_budget(name: str) -> int:
+def small_budget(name: str, **changes) -> int:
     """200 tokens with evictions: same tokens and residents as the oracle, within the bound; returns pages evicted."""
     model = build(name, dtype_of(name, padded=False))
     if getattr(model.config, "attn_logit_softcapping", None):
         model.set_attn_implementation("eager")  # what 5.17 chooses, sdpa, leaves the cap out
     inputs = prompt(1, 12)
-    settings = {key: value for key, value in SMALL.items() if key != "budget"}
+    settings = SMALL | changes
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        cache = RaaSCache(SMALL["budget"], **settings, config=model.config)
+        cache = RaaSCache(**settings, config=model.config)
     tokens = generate_quietly(model, inputs, cache, STEPS)
     original = model.config._attn_implementation
     model.set_attn_implementation("oracle")
-    oracle = OracleCache(SMALL["budget"], **settings, config=model.config)
+    oracle = OracleCache(**settings, config=model.config)
     expected = generate_quietly(model, inputs, oracle, STEPS)
     model.set_attn_implementation(original)
     assert torch.equal(tokens, expected), f"{name}: other tokens than the oracle's"

@@ -25,3 +25,19 @@ def test_full_budget_equals_dynamic_cache_or_is_refused(name):
 @pytest.mark.parametrize("name", [name for name in names() if name not in REFUSED])
 def test_small_budget_equals_the_oracle(name):
     small_budget(name)
+
+
+@pytest.mark.parametrize("name", ["youtu", "gemma2", "gpt_oss", "gemma3n_text", "falcon_h1"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"scoring": "minmax"},
+        {"scoring": "minmax", "granularity": "layer", "alpha": 0.05},
+        {"granularity": "layer"},
+        {"alpha": None, "top_ratio": 0.4},
+    ],
+    ids=str,
+)
+def test_every_setting_on_every_kind_of_attention(name, settings):
+    """A latent, a cap, sinks, shared KV, linear attention beside full: scores as the oracle has them."""
+    assert small_budget(name, **settings) >= 80
