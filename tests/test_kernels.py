@@ -121,6 +121,17 @@ def test_attend_with_softcap_and_sinks(softcap, has_sinks, dtype):
     check_attend(group=3, page_size=8, dk=64, dv=64, dtype=dtype, softcap=softcap, has_sinks=has_sinks, batch=2)
 
 
+def test_attend_reads_strided_keys_and_values():
+    """An expanded latent's values are a slice of one projection, heads behind tokens (MLA)."""
+    store, _ = make_store(heads=2)
+    both = torch.randn(1, store["keys"].shape[2], 2, 40, device=DEVICE).transpose(1, 2)
+    keys, values = both.split([16, 24], dim=-1)
+    query = torch.randn(1, 2, 1, 16, device=DEVICE)
+    results = [engine.attend(query, keys, values, store["bias"], 0.25, 8) for engine in (fused, reference)]
+    for ours, expected in zip(*results, strict=True):
+        assert relative_error(ours, expected) < 1e-5
+
+
 def test_reference_softcap_and_sinks_by_hand():
     """One head, three tokens, one of them padding: written out."""
     keys, bias = torch.tensor([1.0, 2.0, 9.0]).view(1, 1, 3, 1), torch.tensor([[[0.0, 0.0, float("-inf")]]])

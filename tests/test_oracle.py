@@ -11,6 +11,7 @@ from raas_cache import RaaSCache
 from raas_cache.layer import PagedLayer
 from raas_cache.policies import Policy
 
+from .architectures import build
 from .helpers import generate, prompt, resident_set, tiny_model
 from .oracle import OracleCache
 
@@ -147,6 +148,22 @@ def test_triton_kernels(settings, monkeypatch):
     inputs = {name: tensor.to(device) for name, tensor in prompt(2, 9, (2, 0)).items()}
     evicted, _ = compare(model, inputs, 60, budget=24, page_size=4, min_decode_pages=2, **settings)
     assert evicted == 12
+
+
+def test_triton_kernels_on_a_latent(monkeypatch):
+    """MLA: what the model makes of the latent reaches the kernels as it left the model."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("RAAS_KERNELS", "triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = build("youtu", torch.float32).to(device)
+    inputs = {name: tensor.to(device) for name, tensor in prompt(2, 9, (2, 0)).items()}
+    cache = RaaSCache(24, page_size=4, min_decode_pages=2, alpha=0.1)
+    tokens = generate(model, inputs, cache, 40, sample=False)
+    monkeypatch.setenv("RAAS_KERNELS", "torch")
+    other = RaaSCache(24, page_size=4, min_decode_pages=2, alpha=0.1)
+    assert torch.equal(generate(model, inputs, other, 40, sample=False), tokens)
+    assert torch.equal(*(held.resident_positions(1).sort(-1).values for held in (cache, other)))
+    assert cache.evicted_pages(0).min() >= 5
 
 
 @pytest.mark.gpu

@@ -227,6 +227,8 @@ def _dot_operand(dtype: torch.dtype) -> tl.dtype:
 
 def attend(query, keys, values, bias, scale, page_size, softcap=None, sinks=None):
     """See `raas_kernels.reference.attend`."""
+    # The store is contiguous; what a model expands of a latent need not be.
+    query, keys, values, bias = (t.contiguous() for t in (query, keys, values, bias))
     batch, heads, slots, dk = keys.shape
     dv, rows = values.shape[-1], batch * heads
     group = query.shape[1] // heads
@@ -249,7 +251,7 @@ def attend(query, keys, values, bias, scale, page_size, softcap=None, sinks=None
         "BLOCK_DV": max(MIN_DOT, triton.next_power_of_2(dv)),
     }  # fmt: skip
     attend_kernel[(rows, slices)](
-        query.contiguous(), keys, values, bias, scale, 1.0 if softcap is None else softcap,
+        query, keys, values, bias, scale, 1.0 if softcap is None else softcap,
         part_output, part_max, part_sum, unit_max, slots, slots_per_slice,
         CAPPED=softcap is not None, UNIT=unit, DK=dk, BLOCK_SLOTS=tile,
         BLOCK_DK=max(MIN_DOT, triton.next_power_of_2(dk)), OPERAND=_dot_operand(keys.dtype), **shape,
