@@ -104,7 +104,6 @@ class RaaSCache(Cache):
         layers = _LayersToCome() if config is None else plan_layers(config, self._new_layer)
         super().__init__(layers=layers, offloading=offloading)
         self.budget = budget
-        self._knows_layers = config is not None
         self._records_past = False
         self._handed_out: PagedLayer | None = None
         self._not_offloaded: int | None = None
@@ -140,6 +139,10 @@ class RaaSCache(Cache):
             expect(layer)
         return keys, values
 
+    @property
+    def _knows_layers(self) -> bool:
+        return not isinstance(self.layers, _LayersToCome)
+
     def _add(self, layer) -> None:
         if self._records_past and hasattr(layer, "activate_past_recording"):
             layer.activate_past_recording()
@@ -155,12 +158,13 @@ class RaaSCache(Cache):
         Returns:
             The layer that now stands at `layer_idx`.
         """
-        self._knows_layers = True
+        held = self.layers[layer_idx]
         config = getattr(module, "config", None)
         if not isinstance(config, PreTrainedConfig):
-            return self.layers[layer_idx]
-        held, self.layers = self.layers[layer_idx], []
-        for index, layer in enumerate(plan_layers(config, self._new_layer)):
+            self.layers = list(self.layers)
+            return held
+        planned, self.layers = plan_layers(config, self._new_layer), []
+        for index, layer in enumerate(planned):
             if index == layer_idx and isinstance(layer, PagedLayer):
                 self.layers.append(held)
                 continue

@@ -181,12 +181,12 @@ class PagedLayer(PageStore, CacheLayerMixin):
         """Attention of the last `query.shape[2]` tokens, which are stored, and the stamps it gives; as `attend`."""
         keys, values = (self.keys, self.values) if expanded is None else expanded
         # All heads read the one latent: each gets the one page table, and the pages get the heads' largest score.
-        bias, positions = (t.expand(-1, keys.shape[1], -1).contiguous() for t in (self.bias, self.positions))
+        bias = self.bias.expand(-1, keys.shape[1], -1).contiguous()
         if query.shape[2] == 1:
             output, scores = raas_kernels.attend(query, keys, values, bias, page_size=self.page_size, **softmax)
         else:
             indices = torch.arange(self.seen - query.shape[2], self.seen, device=self.device)
-            store = (keys, values, bias, positions, indices)
+            store = (keys, values, bias, self.positions.expand_as(bias), indices)
             output, scores = raas_kernels.extend(query, *store, page_size=self.page_size, **softmax)
         if self.decoded:
             if self.scoring == "minmax":
@@ -256,7 +256,7 @@ class PagedLayer(PageStore, CacheLayerMixin):
         Also forgets how to take back the tokens before them. Raises as `check_crop` does.
         """
         self.check_crop(tokens_to_remove)
-        self._past.undo(self, -int(tokens_to_remove), self.attend_stored)
+        self._past.undo(self, -tokens_to_remove, self.attend_stored)
 
     def apply_to_rows(self, function: Callable) -> None:
         """Make every tensor that has rows what `function` makes of it."""
