@@ -1,11 +1,12 @@
-"""Brute-force simulation of RaaS: full cache, boolean residency, Python loops, float64.
+"""Brute-force simulation of every method: full cache, pages as lists of tokens, Python loops, float64.
 
-Written from the algorithm's text, sharing no code with the package: it runs as a `DynamicCache` that keeps everything,
-with an attention function that looks only at what would be resident.
+Written from the algorithms' text, sharing no code with the package: it runs as a `DynamicCache` that keeps everything,
+with an attention function that looks only at what would be resident, and of that only at what would be read.
 """
 
 import copy
 import math
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -13,11 +14,16 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.masking_utils import sdpa_mask
 
 
+REDUCE = {"max": max, "sum": sum, "mean": fmean}
+
+
 class Page:
-    def __init__(self, tokens, pinned):
+    def __init__(self, tokens, pinned, priority=-1):
         self.tokens = tokens
         self.pinned = pinned
-        self.timestamp = -1
+        self.priority = priority
+        self.state = 0.0  # what the policy remembers of the page: H2O's sum, R-KV's importance
+        self.redundancy = 0.0
 
 
 class Head:
@@ -25,7 +31,128 @@ class Head:
 
     def __init__(self):
         self.pages = []
+        self.seen = []  # the pages that the newest forward looked at: those held before it evicted
+        self.open = None  # takes the next generated token, if it is not full
+        self.limit = None  # of evictable pages
         self.evicted = 0
+
+    def evictable(self):
+        return [page for page in self.pages if not page.pinned]
+
+    def evict(self):
+        self.pages.remove(min(self.evictable(), key=lambda page: (page.priority, page.tokens[0])))
+        self.evicted += 1
+
+
+class Method:
+    """`update` turns the scores of the evictable pages, as pairs (page, score), into priorities."""
+
+    page_score, group_score, prompt_window = "max", "max", None
+    prompt, granularity = "evict", "head"
+    evicts = is_scored = True
+
+    def update(self, cache, scored, now, queries, limit):
+        pass
+
+
+class RaaS(Method):
+    prompt_window, prompt = 32, "pin"
+
+    def update(self, cache, scored, now, queries, limit):
+        if cache.top_ratio is None:
+            milestones = [page for page, score in scored if score >= cache.alpha]
+        else:
+            ranked = sorted(scored, key=lambda pair: (-pair[1], pair[0].tokens[0]))
+            milestones = [page for page, _ in ranked[: math.ceil(cache.top_ratio * len(scored))]]
+        for page in milestones:
+            page.priority = now
+
+
+class StreamingLLM(Method):
+    prompt_window, is_scored = 0, False
+
+
+class H2O(Method):
+    page_score, group_score = "sum", "mean"
+
+    def update(self, cache, scored, now, queries, limit):
+        for page, score in scored:
+            page.state += score
+            page.priority = page.state
+        keep_newest(scored, int(cache.recent_ratio * limit))
+
+
+class TOVA(Method):
+    group_score, prompt_window, granularity = "mean", 1, "layer"
+
+    def update(self, cache, scored, now, queries, limit):
+        for page, score in scored:
+            page.priority = score
+
+
+class RKV(Method):
+    page_score, group_score, prompt_window = "sum", "mean", 8
+
+    def update(self, cache, scored, now, queries, limit):
+        part, weight = min(queries / 8, 1), cache.importance_weight
+        for page, score in scored:
+            page.state = (1 - part) * page.state + (part * score / queries if queries else 0)
+            page.priority = weight * page.state - (1 - weight) * page.redundancy
+        keep_newest(scored, math.ceil(8 / cache.page_size))
+
+
+class Quest(Method):
+    prompt, evicts, is_scored = "select", False, False
+
+
+class Dense(Method):
+    prompt, evicts, is_scored = "pin", False, False
+
+
+METHODS = {
+    "raas": RaaS, "streaming_llm": StreamingLLM, "h2o": H2O, "tova": TOVA, "rkv": RKV, "quest": Quest, "dense": Dense,
+}  # fmt: skip
+
+
+def keep_newest(scored, count):
+    newest_first = sorted((page for page, _ in scored), key=lambda page: -page.tokens[0])
+    for page in newest_first[:count]:
+        page.priority = math.inf
+
+
+def redundancies(pages, keys, padding):
+    """R-KV's: how like the other pages a page is, by the mean of its keys."""
+    units = []
+    for page in pages:
+        resident = [token for token in page.tokens if token not in padding]
+        mean = keys[resident].mean(0) if resident else np.zeros(keys.shape[-1])
+        units.append(mean / max(np.linalg.norm(mean), 1e-8))
+    similar = np.array(units) @ np.array(units).T
+    for i in range(len(pages)):
+        similar[i, i] = 0
+        alike = [j for j in range(len(pages)) if similar[i, j] > 0.5]
+        if alike:
+            similar[i, max(alike, key=lambda j: pages[j].tokens[0])] = 0
+    return softmax([similar[:, j].sum() / len(pages) for j in range(len(pages))])
+
+
+def softmax(values):
+    largest = max(values)
+    powers = [math.exp(value - largest) for value in values]
+    total = sum(powers)
+    return [power / total for power in powers]
+
+
+def as_stored(states, kv_dtype):
+    """What quantisation leaves of keys or values `[batch, heads, tokens, d]`."""
+    exact = states.detach().float().cpu().numpy()
+    largest = np.abs(exact).max(-1, keepdims=True)
+    scale = np.where(largest == 0, np.float32(1), largest / np.float32({"int8": 127, "fp8": 448}[kv_dtype]))
+    if kv_dtype == "int8":
+        codes = np.clip(np.floor(exact / scale + np.float32(0.5)), -127, 127)
+    else:
+        codes = torch.from_numpy(np.clip(exact / scale, -448, 448)).to(torch.float8_e4m3fn).float().numpy()
+    return torch.from_numpy(codes.astype(np.float64) * scale.astype(np.float64)).to(states)
 
 
 class OracleCache(DynamicCache):
@@ -36,15 +163,24 @@ class OracleCache(DynamicCache):
         alpha=1e-4,
         top_ratio=None,
         scoring="exact",
-        granularity="head",
+        granularity=None,
         min_decode_pages=8,
-        window=False,
+        method="raas",
+        prompt=None,
+        kv_dtype=None,
+        recent_ratio=0.5,
+        dense_layers=2,
+        importance_weight=0.1,
         config=None,
     ):
         super().__init__(config=config)
+        self.method = METHODS[method]()
+        self.is_quest = method == "quest"
+        self.prompt, self.granularity = prompt or self.method.prompt, granularity or self.method.granularity
         self.budget, self.page_size, self.min_decode_pages = budget, page_size, min_decode_pages
-        self.alpha, self.top_ratio, self.scoring, self.granularity = alpha, top_ratio, scoring, granularity
-        self.window = window  # evict the oldest page, whatever its stamp: prompt + sliding window
+        self.scoring, self.kv_dtype = scoring, kv_dtype
+        self.alpha, self.top_ratio, self.recent_ratio = alpha, top_ratio, recent_ratio
+        self.dense_layers, self.importance_weight = dense_layers, importance_weight
         # One token after the first forward is a generated one, several are input: unless this says "draft" or "input".
         self.treat_as = None
         self.heads = {}
@@ -52,8 +188,15 @@ class OracleCache(DynamicCache):
         self.placed = {}
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        is_sliding = layer_idx < len(self.layers) and self.layers[layer_idx].is_sliding
+        given = key_states, value_states
+        is_first = not self.get_seq_length(layer_idx)
+        if self.kv_dtype and not is_sliding:
+            key_states, value_states = (as_stored(states, self.kv_dtype) for states in given)
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if not self.layers[layer_idx].is_sliding:
+            if self.kv_dtype and is_first:
+                keys, values = given
             # A latent cannot carry the attribute: the next attention call is this one's.
             OracleCache.latest = keys.oracle = (self, layer_idx, key_states.shape[2])
         return keys, values
@@ -77,25 +220,28 @@ class OracleCache(DynamicCache):
     def evicted(self, layer, row, head):
         return self.heads[layer, row, head].evicted
 
+    def readable_pinned(self, pinned_pages):
+        """How many pinned pages a decode step reads with prompt="select"."""
+        return min(pinned_pages, max(1, (self.budget // self.page_size) // 2))
+
+    def limit(self, pinned_pages):
+        if not self.method.evicts:
+            return math.inf
+        reserved = {"pin": pinned_pages, "select": self.readable_pinned(pinned_pages), "evict": 1}[self.prompt]
+        return max(self.budget // self.page_size - reserved, self.min_decode_pages)
+
     def append(self, state, token):
-        """One new token: open a page if need be, evicting first if all D are held."""
-        decode = [page for page in state.pages if not page.pinned]
-        pinned_pages = len(state.pages) - len(decode)
-        if not decode:
-            state.limit = max(self.budget // self.page_size - pinned_pages, self.min_decode_pages)
-        open_pages = [page for page in decode if len(page.tokens) < self.page_size]
-        assert len(open_pages) <= 1
-        if open_pages:
-            page = open_pages[0]
-        else:
-            if len(decode) == state.limit:
-                age = (lambda p: p.tokens[0]) if self.window else (lambda p: (p.timestamp, p.tokens[0]))
-                state.pages.remove(min(decode, key=age))
-                state.evicted += 1
-            page = Page([], pinned=False)
-            state.pages.append(page)
-        page.tokens.append(token)
-        page.timestamp = token
+        """One generated token: open a page if need be, evicting first if all D are held."""
+        if state.limit is None:
+            state.limit = self.limit(len(state.pages))
+        if state.open is None or len(state.open.tokens) == self.page_size:
+            if len(state.evictable()) == state.limit:
+                state.evict()
+            state.open = Page([], pinned=False, priority=token)
+            state.pages.append(state.open)
+        state.open.tokens.append(token)
+        if len(state.open.tokens) == self.page_size:
+            state.open.priority = token
 
     def pin(self, state, tokens):
         """Input tokens: pinned pages, filled one after the other."""
@@ -106,14 +252,30 @@ class OracleCache(DynamicCache):
                 state.pages.append(pinned[-1])
             pinned[-1].tokens.append(token)
 
+    def fill(self, state, tokens, padding):
+        """Input tokens that may be evicted: pages of their own, and the first of all that has a real token stays."""
+        is_first = not state.pages
+        for start in range(0, len(tokens), self.page_size):
+            held = tokens[start : start + self.page_size]
+            state.pages.append(Page(held, pinned=False, priority=held[-1]))
+        if is_first:
+            real = [page for page in state.pages if not padding.issuperset(page.tokens)]
+            (real or state.pages)[0].pinned = True
+            state.limit = self.limit(1)
+        state.open = None
+
     def attend(self, layer, new, query, keys, values, mask, scale, latent=False, softcap=None, sinks=None):
         batch, query_heads, _, _ = query.shape
         kv_heads, total = 1 if latent else keys.shape[1], keys.shape[2]
-        first = total - new
+        group, first = query_heads // kv_heads, total - new
         # With KV sharing a second layer reads what is in its place already.
         is_new, self.placed[layer] = self.placed.get(layer) != total, total
-        query, keys, values = (x.detach().double().cpu().numpy() for x in (query, keys, values))
+        # The first forward attends to keys as they are, scores by keys as they are stored.
+        stored = self.layers[layer].keys if self.kv_dtype and not latent else keys
+        cached = self.layers[layer].keys.detach().double().cpu().numpy()
+        query, keys, values, stored = (x.detach().double().cpu().numpy() for x in (query, keys, values, stored))
         sinks = None if sinks is None else sinks.detach().double().cpu().numpy()
+        cap = (lambda x: softcap * np.tanh(x / softcap)) if softcap else (lambda x: x)
         output = np.zeros((batch, query_heads, query.shape[2], values.shape[-1]))
         skipped = new - query.shape[2]  # a second reader may come for the last token only
         steps = [[i] for i in range(new)] if self.treat_as == "draft" and first else [list(range(skipped, new))]
@@ -121,80 +283,146 @@ class OracleCache(DynamicCache):
             padding = self.padding.setdefault((layer, row), set())
             if mask is not None:
                 padding |= {first + i for i in range(new) if not mask[row, 0, -1, mask.shape[-1] - new + i]}
+            heads = [self.heads.setdefault((layer, row, head), Head()) for head in range(kv_heads)]
             for step in steps:
-                scores = {}
-                for head in range(kv_heads):
-                    state = self.heads.setdefault((layer, row, head), Head())
-                    if is_new and len(step) == 1 and first + step[0] > 0 and self.treat_as != "input":
-                        self.append(state, first + step[0])
-                    elif is_new:
-                        self.pin(state, [first + i for i in step])
-                    group = query_heads // kv_heads
-                    for i in step:
+                now = first + step[-1]
+                is_generated = len(step) == 1 and now > 0 and self.treat_as != "input"
+                if is_new:
+                    for state in heads:
+                        self.place(state, [first + i for i in step], is_generated, padding)
+                is_scored = self.method.is_scored and any(not page.pinned for page in heads[0].seen)
+                scored_queries = self.scored_queries(step, is_generated) if is_scored else []
+                selects = is_generated and self.selects(layer)
+                totals = [[0.0] * len(state.seen) for state in heads]
+                ranges = {}
+                if selects or (scored_queries and self.scoring == "minmax"):
+                    for g in range(query_heads):
+                        kv = g * keys.shape[1] // query_heads
+                        if kv not in ranges:
+                            ranges[kv] = self.ranges(heads[g // group].seen, stored[row, kv], padding)
+                for i in step:
+                    bounds, scores = None, []
+                    if ranges:
+                        bounds = self.bounds(query[row, :, i - skipped], ranges, kv_heads, keys.shape[1], scale, cap)
+                    for head, state in enumerate(heads):
+                        read = self.pages_read(state, bounds[head]) if selects else state.seen
+                        tokens = [t for page in read for t in page.tokens if t <= first + i and t not in padding]
+                        if not tokens:  # a padding query's
+                            continue
+                        per_query_head = []
                         for g in range(head * group, (head + 1) * group):
-                            kv = (row, g * keys.shape[1] // query_heads)
-                            self.attend_one(
-                                state, padding, first + i, query[row, g, i - skipped], keys[kv], values[kv], scale,
-                                softcap, None if sinks is None else sinks[g], output[row, g, i - skipped], i,
-                                scores.setdefault(head, {}),
-                            )  # fmt: skip
-                if self.granularity == "layer":
-                    self.share_scores(scores, kv_heads)
-                if self.scoring == "minmax":
-                    for head, raw in scores.items():
-                        scores[head] = self.softmax_over_pages(raw)
-                for head in range(kv_heads):
-                    self.stamp(self.heads[layer, row, head], scores[head], first + step[-1])
+                            kv = row, g * keys.shape[1] // query_heads
+                            q, sink = query[row, g, i - skipped], -math.inf if sinks is None else sinks[g]
+                            weights = attention_weights(cap(keys[kv][tokens] @ q * scale), sink)
+                            output[row, g, i - skipped] = weights @ values[kv][tokens]
+                            if stored is not keys:
+                                weights = attention_weights(cap(stored[kv][tokens] @ q * scale), sink)
+                            if i in scored_queries and self.scoring == "exact":
+                                per_query_head.append(self.page_weights(state.seen, tokens, weights))
+                        if per_query_head:
+                            scores.append(self.reduced(per_query_head))
+                    if i not in scored_queries or first + i in padding:
+                        continue
+                    if self.scoring == "minmax":
+                        scores = [softmax(mine) for mine in bounds]
+                    elif self.granularity == "layer":
+                        scores = [self.reduced(scores)] * kv_heads
+                    over_queries = REDUCE["max" if self.method.page_score == "max" else "sum"]
+                    for head in range(kv_heads):
+                        totals[head] = [over_queries(pair) for pair in zip(totals[head], scores[head], strict=True)]
+                if is_scored:
+                    self.rate(heads, totals, cached[row], padding, now, len(scored_queries))
+                for state in heads:
+                    while self.prompt == "evict" and len(state.evictable()) > state.limit:
+                        state.evict()
         return torch.from_numpy(output)
 
-    def attend_one(self, state, padding, position, query, keys, values, scale, softcap, sink, output, i, scores):
-        """One query head's attention, added to the page's scores (numbered by page, for minmax also by query)."""
-        cap = (lambda x: softcap * np.tanh(x / softcap)) if softcap else (lambda x: x)
-        tokens = [t for page in state.pages for t in page.tokens if t <= position and t not in padding]
-        if not tokens:
-            return
-        logits = cap(keys[tokens] @ query * scale)
-        largest = max(logits.max(), -math.inf if sink is None else sink)
-        weights = np.exp(logits - largest)
-        weights /= weights.sum() + (0 if sink is None else np.exp(sink - largest))
-        output[:] = weights @ values[tokens]
-        weight_of = dict(zip(tokens, weights, strict=True))
-        for number, page in enumerate(state.pages):
-            resident = [t for t in page.tokens if t not in padding]
-            if self.scoring == "exact":
-                score = max((weight_of.get(t, 0.0) for t in resident), default=0.0)
-                scores[number] = max(scores.get(number, 0.0), score)
-            elif resident:
-                low, high = keys[resident].min(0), keys[resident].max(0)
-                bound = cap(np.maximum(query * low, query * high).sum() * scale)
-                scores[number, i] = max(scores.get((number, i), -math.inf), bound)
-
-    def share_scores(self, scores, kv_heads):
-        for number in scores[0]:
-            best = max(scores[head][number] for head in range(kv_heads))
-            for head in range(kv_heads):
-                scores[head][number] = best
-
-    def softmax_over_pages(self, bounds):
-        """Of each query's bounds; a page's score is its largest over the new queries."""
-        scores = {}
-        for i in {i for _, i in bounds}:
-            mine = {number: bound for (number, j), bound in bounds.items() if j == i}
-            largest = max(mine.values())
-            total = sum(math.exp(bound - largest) for bound in mine.values())
-            for number, bound in mine.items():
-                scores[number] = max(scores.get(number, 0.0), math.exp(bound - largest) / total)
-        return scores
-
-    def stamp(self, state, scores, now):
-        decode = [(scores.get(number, 0.0), page) for number, page in enumerate(state.pages) if not page.pinned]
-        if self.top_ratio is None:
-            milestones = [page for score, page in decode if score >= self.alpha]
+    def place(self, state, tokens, is_generated, padding):
+        if is_generated:
+            self.append(state, tokens[0])
+        elif self.prompt == "evict":
+            self.fill(state, tokens, padding)
         else:
-            decode.sort(key=lambda pair: (-pair[0], pair[1].tokens[0]))
-            milestones = [page for _, page in decode[: math.ceil(self.top_ratio * len(decode))]]
-        for page in milestones:
-            page.timestamp = now
+            self.pin(state, tokens)
+        state.seen = list(state.pages)
+
+    def scored_queries(self, step, is_generated):
+        window = self.method.prompt_window
+        if is_generated or self.prompt != "evict" or window is None:
+            return step
+        return step[max(0, len(step) - window) :]
+
+    def selects(self, layer):
+        if self.is_quest:
+            return layer >= self.dense_layers
+        return self.prompt == "select" and self.method.evicts
+
+    def ranges(self, pages, keys, padding):
+        """Each page's smallest and largest keys, None for a page of padding."""
+        resident = [[token for token in page.tokens if token not in padding] for page in pages]
+        return [(keys[tokens].min(0), keys[tokens].max(0)) if tokens else None for tokens in resident]
+
+    def bounds(self, query, ranges, kv_heads, key_heads, scale, cap):
+        """Of one query, the most that a token of each page can score: a list of pages for each KV head."""
+        bounds, group = [], len(query) // kv_heads
+        for head in range(kv_heads):
+            per_query_head = []
+            for g in range(head * group, (head + 1) * group):
+                low_and_high = ranges[g * key_heads // len(query)]
+                per_query_head.append([
+                    cap(np.maximum(query[g] * pair[0], query[g] * pair[1]).sum() * scale) if pair else -math.inf
+                    for pair in low_and_high
+                ])  # fmt: skip
+            bounds.append([max(column) for column in zip(*per_query_head, strict=True)])
+        return [self.reduced(bounds)] * kv_heads if self.granularity == "layer" else bounds
+
+    def reduced(self, lists):
+        """Several lists of the pages' numbers, of query heads or of KV heads, as one."""
+        return [REDUCE[self.method.group_score](column) for column in zip(*lists, strict=True)]
+
+    def page_weights(self, pages, tokens, weights):
+        weight_of = dict(zip(tokens, weights.tolist(), strict=True))
+        return [REDUCE[self.method.page_score](weight_of.get(token, 0.0) for token in page.tokens) for page in pages]
+
+    def pages_read(self, state, bounds):
+        """A decode step's, where not all are read; the page of the newest token always is."""
+        bound_of = dict(zip(state.seen, bounds, strict=True))
+
+        def best(pages, count):
+            return sorted(pages, key=lambda page: (-bound_of[page], page.tokens[0]))[:count]
+
+        pinned = [page for page in state.seen if page.pinned]
+        others = [page for page in state.seen if not page.pinned and page is not state.open]
+        if not self.is_quest:
+            return [*best(pinned, self.readable_pinned(len(pinned))), *others, state.open]
+        if self.prompt == "select":
+            return [state.open, *best(pinned + others, max(self.budget // self.page_size, 1) - 1)]
+        evictable = max(self.budget // self.page_size - len(pinned), self.min_decode_pages)
+        return [*pinned, state.open, *best(others, evictable - 1)]
+
+    def rate(self, heads, totals, keys, padding, now, queries):
+        """The policy's turn, with the pages' scores."""
+        pairs = [
+            [(page, score) for page, score in zip(state.seen, mine, strict=True) if page in state.evictable()]
+            for state, mine in zip(heads, totals, strict=True)
+        ]
+        if isinstance(self.method, RKV):
+            likeness = [
+                redundancies([page for page, _ in scored], keys[head], padding) for head, scored in enumerate(pairs)
+            ]
+            if self.granularity == "layer":
+                likeness = [self.reduced(likeness)] * len(heads)
+            for scored, mine in zip(pairs, likeness, strict=True):
+                for (page, _), value in zip(scored, mine, strict=True):
+                    page.redundancy = value
+        for state, scored in zip(heads, pairs, strict=True):
+            self.method.update(self, scored, now, queries, state.limit)
+
+
+def attention_weights(logits, sink):
+    largest = max(logits.max(), sink)
+    powers = np.exp(logits - largest)
+    return powers / (powers.sum() + math.exp(sink - largest))
 
 
 def oracle_attention(module, query, key, value, attention_mask, scaling=None, softcap=None, s_aux=None, **kwargs):

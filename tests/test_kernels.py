@@ -10,6 +10,7 @@ fused = pytest.importorskip("raas_kernels.fused", reason="triton is not installe
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+CODES = [torch.int8, torch.float8_e4m3fn]
 
 
 def relative_error(result, expected):
@@ -43,16 +44,30 @@ def make_store(batch=1, heads=2, pages=5, decode_pages=3, page_size=8, dk=16, dv
     return store, bounds
 
 
-def check_attend(group, page_size, dk, dv, dtype, softcap=None, has_sinks=False, **shape):
+def check_attend(
+    group, page_size, dk, dv, dtype, softcap=None, has_sinks=False, pages_read=None, code=None, page_score="max",
+    group_score="max", **shape,
+):  # fmt: skip
     store, _ = make_store(page_size=page_size, dk=dk, dv=dv, dtype=dtype, **shape)
-    batch, heads = store["keys"].shape[:2]
+    batch, heads, slots = store["keys"].shape[:3]
     query = torch.randn(batch, heads * group, 1, dk, dtype=dtype, device=DEVICE)
     sinks = torch.linspace(-3, 3, heads * group, dtype=dtype, device=DEVICE) if has_sinks else None
-    settings = {"scale": dk**-0.5, "page_size": page_size, "softcap": softcap}
-    output, scores = fused.attend(query, store["keys"], store["values"], store["bias"], **settings, sinks=sinks)
-    exact = [t.double() for t in (query, store["keys"], store["values"], store["bias"])]
+    held, scales, exact_scales = [store["keys"], store["values"]], None, None
+    exact = [t.double() for t in (query, *held, store["bias"])]
+    if code is not None:
+        held, scales = zip(*(reference.quantize(t, code) for t in held), strict=True)
+        exact[1:3], exact_scales = (t.double() for t in held), [t.double() for t in scales]
+    table = None
+    if pages_read is not None:
+        order = torch.rand(batch, heads, slots // page_size, device=DEVICE).argsort(-1)
+        table = order[..., :pages_read]
+    settings = {
+        "scale": dk**-0.5, "page_size": page_size, "softcap": softcap, "table": table, "page_score": page_score,
+        "group_score": group_score,
+    }  # fmt: skip
+    output, scores = fused.attend(query, *held, store["bias"], **settings, sinks=sinks, scales=scales)
     exact_sinks = sinks if sinks is None else sinks.double()
-    expected_output, expected_scores = reference.attend(*exact, **settings, sinks=exact_sinks)
+    expected_output, expected_scores = reference.attend(*exact, **settings, sinks=exact_sinks, scales=exact_scales)
     assert output.dtype == dtype and scores.dtype == torch.float32
     assert relative_error(output, expected_output) < TOLERANCE[dtype]
     assert relative_error(scores, expected_scores) < TOLERANCE[dtype]
@@ -67,8 +82,12 @@ def check_page_bounds(group, page_size, dk, dtype, softcap=None, **shape):
     assert relative_error(bounds, reference.page_bounds(*exact, 0.3, page_size, softcap)) < TOLERANCE[dtype]
 
 
-def check_append(page_size, dk, dv, dtype, with_bounds, steps, **shape):
+def check_append(page_size, dk, dv, dtype, with_bounds, steps, code=None, **shape):
     store, bounds = make_store(page_size=page_size, dk=dk, dv=dv, dtype=dtype, **shape)
+    if code is not None:
+        for name in ("keys", "values"):
+            store[name], store[f"{name}_scale"] = reference.quantize(store[name], code)
+        bounds = [t.float() for t in bounds]
     states = [
         {**{name: t.clone() for name, t in store.items()}, "bounds": [t.clone() for t in bounds]} for _ in range(2)
     ]
@@ -80,10 +99,11 @@ def check_append(page_size, dk, dv, dtype, with_bounds, steps, **shape):
         value = torch.randn(batch, 1, heads, dv, dtype=dtype, device=DEVICE).transpose(1, 2)
         for state, engine in zip(states, (reference, fused), strict=True):
             tensors = [state[name] for name in ("keys", "values", "bias", "positions", "priority", "open_slot")]
-            extremes = state["bounds"] if with_bounds else ()
-            engine.append(*tensors, clock, key, value, page_size, *extremes)
+            extremes = state["bounds"] if with_bounds else (None, None)
+            scales = None if code is None else (state["keys_scale"], state["values_scale"])
+            engine.append(*tensors, clock, key, value, page_size, *extremes, scales)
     for name in store:
-        assert torch.equal(states[0][name], states[1][name]), name
+        assert torch.equal(states[0][name].view(torch.int8), states[1][name].view(torch.int8)), name
     for ours, theirs in zip(*(state["bounds"] for state in states), strict=True):
         assert torch.equal(ours, theirs)
 
@@ -119,6 +139,50 @@ def test_attend_groups_and_pages(group, page_size):
 @pytest.mark.parametrize(("softcap", "has_sinks"), [(2.0, False), (None, True), (0.5, True)])
 def test_attend_with_softcap_and_sinks(softcap, has_sinks, dtype):
     check_attend(group=3, page_size=8, dk=64, dv=64, dtype=dtype, softcap=softcap, has_sinks=has_sinks, batch=2)
+
+
+@pytest.mark.parametrize(("page_score", "group_score"), [("sum", "mean"), ("sum", "max"), ("max", "mean")])
+@pytest.mark.parametrize("page_size", [1, 8, 64])
+def test_attend_with_other_scores(page_size, page_score, group_score):
+    scores = {"page_score": page_score, "group_score": group_score}
+    check_attend(group=3, page_size=page_size, dk=256, dv=16, dtype=torch.float32, heads=1, has_sinks=True, **scores)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("page_size", "pages_read"), [(8, 3), (1, 40), (4, 2)])
+def test_attend_reads_the_pages_of_a_table(page_size, pages_read, dtype):
+    shape = {"pages": 60, "decode_pages": 50} if page_size == 1 else {}
+    check_attend(
+        group=2, page_size=page_size, dk=64, dv=48, dtype=dtype, pages_read=pages_read, softcap=3.0, batch=2, **shape
+    )
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("pages_read", [None, 2])
+@pytest.mark.parametrize("code", CODES, ids=str)
+def test_attend_reads_codes(code, pages_read, dtype):
+    check_attend(group=3, page_size=8, dk=64, dv=80, dtype=dtype, code=code, pages_read=pages_read, softcap=2.0)
+
+
+def test_a_table_reads_what_it_names():
+    """Two of four pages of one token each, written out."""
+    keys, bias = torch.tensor([1.0, 2.0, 3.0, 9.0]).view(1, 1, 4, 1), torch.zeros(1, 1, 4)
+    table = torch.tensor([[[2, 0]]])
+    output, scores = reference.attend(torch.ones(1, 1, 1, 1), keys, 10 * keys, bias, 1.0, 1, table=table)
+    weights = torch.tensor([3.0, 1.0]).softmax(0)
+    torch.testing.assert_close(output.item(), (30 * weights[0] + 10 * weights[1]).item())
+    torch.testing.assert_close(scores.flatten(), weights)
+
+
+@pytest.mark.parametrize(("code", "bound"), [(torch.int8, 0.5 / 127), (torch.float8_e4m3fn, 2.0**-4)], ids=str)
+def test_codes_give_the_states_back(code, bound):
+    states = torch.randn(2, 3, 50, 64, dtype=torch.float64, device=DEVICE) * torch.logspace(-6, 6, 50)[:, None].to(
+        DEVICE
+    )
+    states[0, 0, 0] = 0
+    again = reference.dequantize(*reference.quantize(states, code), states.dtype)
+    assert ((again - states).abs().amax(-1) <= 1.001 * bound * states.abs().amax(-1)).all()
+    assert (again != states).any()
 
 
 def test_attend_reads_strided_keys_and_values():
@@ -168,6 +232,12 @@ def test_append(dtype, with_bounds):
     check_append(page_size=4, dk=80, dv=64, dtype=dtype, with_bounds=with_bounds, steps=30)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("code", CODES, ids=str)
+def test_append_codes(code, dtype):
+    check_append(page_size=4, dk=80, dv=64, dtype=dtype, with_bounds=True, steps=30, code=code)
+
+
 @pytest.mark.parametrize("decode_pages", [5, 70])
 @pytest.mark.parametrize(("alpha", "top_ratio"), [(0.5, None), (None, 0.5), (None, 0.07)])
 def test_stamp(alpha, top_ratio, decode_pages):
@@ -186,6 +256,10 @@ def test_attend_at_size(budget, dk, dtype):
             group=group, page_size=16, dk=dk, dv=dk, dtype=dtype,
             batch=batch, heads=4, pages=pages, decode_pages=pages - 8,
         )  # fmt: skip
+    for settings in ({"pages_read": pages // 2}, {"page_score": "sum", "group_score": "mean"}, {"code": CODES[0]}):
+        check_attend(
+            group=4, page_size=16, dk=dk, dv=dk, dtype=dtype, batch=1, heads=4, pages=pages, decode_pages=8, **settings
+        )
     check_page_bounds(group=4, page_size=16, dk=dk, dtype=dtype, batch=2, heads=4, pages=pages, decode_pages=8)
 
 
@@ -197,6 +271,11 @@ def test_append_and_stamp_at_size(decode_pages, dtype):
         page_size=16, dk=128, dv=128, dtype=dtype, with_bounds=True, steps=200,
         batch=4, heads=4, pages=decode_pages + 8, decode_pages=decode_pages,
     )  # fmt: skip
+    for code in CODES:
+        check_append(
+            page_size=16, dk=128, dv=128, dtype=dtype, with_bounds=True, steps=40, code=code,
+            batch=4, heads=4, pages=decode_pages + 8, decode_pages=decode_pages,
+        )  # fmt: skip
     check_stamp(0.5, None, decode_pages)
     check_stamp(None, 0.3, decode_pages)
 

@@ -90,7 +90,7 @@ def test_another_policy_on_the_same_store():
     cache = Cache(layer_class_to_replicate=partial(PagedLayer, Window(), 64, 4, 3, "exact", "head"))
     tokens = generate(model, inputs, cache, 200)
     model.set_attn_implementation("oracle")
-    oracle = OracleCache(64, page_size=4, min_decode_pages=3, window=True)
+    oracle = OracleCache(64, page_size=4, min_decode_pages=3, method="streaming_llm", prompt="pin")
     assert torch.equal(generate(model, inputs, oracle, 200), tokens)
     assert oracle.evicted(1, 0, 0) == 40 and oracle.resident_set(1, 1, 1) == {*range(21), *range(181, 220)}
 

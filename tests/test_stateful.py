@@ -223,7 +223,7 @@ class CacheMachine(RuleBasedStateMachine):
                 for page in (page for page in state.pages if not page.pinned):
                     stamp = stamps.pop(page.tokens[0])
                     # The store stamps the open page when it closes: until then nothing asks for its stamp.
-                    assert stamp == page.timestamp or len(page.tokens) < layer.page_size
+                    assert stamp == page.priority or len(page.tokens) < layer.page_size
                 assert not stamps
 
 

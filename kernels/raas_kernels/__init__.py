@@ -9,7 +9,20 @@ N = P * S slots, Dk / Dv head sizes of K / V, E evictable (decode) pages: the la
 """
 
 from .dispatch import append, attend, engine, page_bounds, stamp
-from .reference import extend, page_extremes, victim
+from .reference import Reduction, dequantize, extend, page_extremes, quantize, resident, victim
 
 
-__all__ = ["append", "attend", "engine", "extend", "page_bounds", "page_extremes", "stamp", "victim"]
+__all__ = [
+    "Reduction",
+    "append",
+    "attend",
+    "dequantize",
+    "engine",
+    "extend",
+    "page_bounds",
+    "page_extremes",
+    "quantize",
+    "resident",
+    "stamp",
+    "victim",
+]

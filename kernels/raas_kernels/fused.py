@@ -7,6 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .reference import quantize
+
 
 # tl.dot's smallest tile side: smaller query groups are padded up to it.
 MIN_DOT = 16
@@ -24,8 +26,9 @@ def capped(logits, softcap):
 @triton.jit
 def append_kernel(
     keys, values, bias, positions, priority, open_slot, clock, key, value, minima, maxima,
+    key_scales, value_scales, key_scale, value_scale,
     pages, decode_pages, stride_key, stride_value,
-    PAGE: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BOUNDS: tl.constexpr,
+    PAGE: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BOUNDS: tl.constexpr, QUANTIZED: tl.constexpr,
     BLOCK_PAGES: tl.constexpr, BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -58,35 +61,47 @@ def append_kernel(
 
     slot = row * pages * PAGE + start + offset
     dk = tl.arange(0, BLOCK_DK)
-    new_key = tl.load(key + row * stride_key + dk, mask=dk < DK)
-    tl.store(keys + slot * DK + dk, new_key, mask=dk < DK)
+    new_key = tl.load(key + row * stride_key + dk, mask=dk < DK, other=0.0)
+    wide = new_key.to(tl.float32)
     dv = tl.arange(0, BLOCK_DV)
-    new_value = tl.load(value + row * stride_value + dv, mask=dv < DV)
+    new_value = tl.load(value + row * stride_value + dv, mask=dv < DV, other=0.0)
+    if QUANTIZED:
+        new_scale = tl.load(key_scale + row)
+        wide *= new_scale
+        tl.store(key_scales + slot, new_scale)
+        tl.store(value_scales + slot, tl.load(value_scale + row))
+    tl.store(keys + slot * DK + dk, new_key, mask=dk < DK)
     tl.store(values + slot * DV + dv, new_value, mask=dv < DV)
 
     if BOUNDS:
         extreme = (row * pages + page) * DK + dk
-        wide = new_key.to(tl.float32)
         low = tl.load(minima + extreme, mask=dk < DK).to(tl.float32)
         high = tl.load(maxima + extreme, mask=dk < DK).to(tl.float32)
         low = tl.where(opening, wide, tl.minimum(low, wide))
         high = tl.where(opening, wide, tl.maximum(high, wide))
-        tl.store(minima + extreme, low.to(new_key.dtype), mask=dk < DK)
-        tl.store(maxima + extreme, high.to(new_key.dtype), mask=dk < DK)
+        tl.store(minima + extreme, low.to(minima.dtype.element_ty), mask=dk < DK)
+        tl.store(maxima + extreme, high.to(maxima.dtype.element_ty), mask=dk < DK)
 
 
-def append(keys, values, bias, positions, priority, open_slot, clock, key, value, page_size, minima=None, maxima=None):
+def append(
+    keys, values, bias, positions, priority, open_slot, clock, key, value, page_size,
+    minima=None, maxima=None, scales=None,
+):  # fmt: skip
     """See `raas_kernels.reference.append`."""
     batch, heads, slots, dk = keys.shape
     dv = values.shape[-1]
+    new_scales = (bias, bias)
+    if scales is not None:
+        (key, key_scale), (value, value_scale) = quantize(key, keys.dtype), quantize(value, values.dtype)
+        new_scales = (key_scale, value_scale)
     key, value = (t.reshape(batch * heads, -1) for t in (key, value))
     key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (key, value))
     bounds = minima is not None
     append_kernel[(batch * heads,)](
         keys, values, bias, positions, priority, open_slot, clock, key, value,
-        minima if bounds else keys, maxima if bounds else keys,
+        minima if bounds else keys, maxima if bounds else keys, *(scales or new_scales), *new_scales,
         slots // page_size, priority.shape[-1], key.stride(0), value.stride(0),
-        PAGE=page_size, DK=dk, DV=dv, BOUNDS=bounds,
+        PAGE=page_size, DK=dk, DV=dv, BOUNDS=bounds, QUANTIZED=scales is not None,
         BLOCK_PAGES=triton.next_power_of_2(priority.shape[-1]),
         BLOCK_DK=triton.next_power_of_2(dk), BLOCK_DV=triton.next_power_of_2(dv),
     )  # fmt: skip
@@ -94,13 +109,18 @@ def append(keys, values, bias, positions, priority, open_slot, clock, key, value
 
 @triton.jit
 def attend_kernel(
-    query, keys, values, bias, scale, softcap, part_output, part_max, part_sum, unit_max,
-    slots, slots_per_slice,
-    CAPPED: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    query, keys, values, bias, table, key_scales, value_scales, scale, softcap,
+    part_output, part_max, part_sum, unit_logit,
+    slots, slots_per_slice, stored_slots,
+    CAPPED: tl.constexpr, TABLE: tl.constexpr, QUANTIZED: tl.constexpr, SUM: tl.constexpr,
+    GROUP: tl.constexpr, PAGE: tl.constexpr, UNIT: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     BLOCK_GROUP: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr,
     OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over one slice of a row's slots; the largest logit of each (query head, UNIT slots) is kept."""
+    """Online softmax over one slice of a row's slots.
+
+    Of each (query head, UNIT slots) the largest logit is kept, or with SUM the logarithm of the sum of exponentials.
+    """
     row = tl.program_id(0).to(tl.int64)
     slice_id = tl.program_id(1)
     slices = tl.num_programs(1)
@@ -123,21 +143,33 @@ def attend_kernel(
     for start in range(begin, end, BLOCK_SLOTS):
         slot = start + lane
         inside = slot < end
-        absent = tl.load(bias + row * slots + slot, mask=inside, other=float("-inf"))
+        if TABLE:
+            page = tl.load(table + row * (slots // PAGE) + slot // PAGE, mask=inside, other=0)
+            stored = row * stored_slots + page * PAGE + slot % PAGE
+        else:
+            stored = row * stored_slots + slot
+        absent = tl.load(bias + stored, mask=inside, other=float("-inf"))
         k = tl.load(
-            keys + (row * slots + slot[:, None]) * DK + dk[None, :],
-            mask=inside[:, None] & (dk[None, :] < DK), other=0.0,
+            keys + stored[:, None] * DK + dk[None, :], mask=inside[:, None] & (dk[None, :] < DK), other=0.0
         ).to(OPERAND)  # fmt: skip
         logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        if QUANTIZED:
+            logits *= tl.load(key_scales + stored, mask=inside, other=0.0)[None, :]
         if CAPPED:
             logits = capped(logits, softcap)
         logits += absent[None, :]
 
-        largest = tl.max(tl.reshape(logits, [BLOCK_GROUP, BLOCK_SLOTS // UNIT, UNIT]), 2)
+        by_unit = tl.reshape(logits, [BLOCK_GROUP, BLOCK_SLOTS // UNIT, UNIT])
+        kept = tl.max(by_unit, 2)
+        if SUM:
+            finite = tl.where(kept == float("-inf"), 0.0, kept)
+            # The largest gives exp(0), so a sum below 1 is that of no token at all.
+            total = tl.sum(tl.exp(by_unit - finite[:, :, None]), 2)
+            kept += tl.log(tl.maximum(total, 1.0))
         unit = start // UNIT + tl.arange(0, BLOCK_SLOTS // UNIT)
         tl.store(
-            unit_max + (row * GROUP + group[:, None]) * (slots // UNIT) + unit[None, :],
-            largest, mask=in_group[:, None] & (unit[None, :] < end // UNIT),
+            unit_logit + (row * GROUP + group[:, None]) * (slots // UNIT) + unit[None, :],
+            kept, mask=in_group[:, None] & (unit[None, :] < end // UNIT),
         )  # fmt: skip
 
         new_max = tl.maximum(running_max, tl.max(logits, 1))
@@ -146,10 +178,11 @@ def attend_kernel(
         weights = tl.exp(logits - anchor[:, None])
         rescale = tl.exp(running_max - anchor)
         v = tl.load(
-            values + (row * slots + slot[:, None]) * DV + dv[None, :],
-            mask=inside[:, None] & (dv[None, :] < DV), other=0.0,
+            values + stored[:, None] * DV + dv[None, :], mask=inside[:, None] & (dv[None, :] < DV), other=0.0
         ).to(OPERAND)  # fmt: skip
         running_sum = running_sum * rescale + tl.sum(weights, 1)
+        if QUANTIZED:
+            weights *= tl.load(value_scales + stored, mask=inside, other=0.0)[None, :]
         output = output * rescale[:, None] + tl.dot(weights.to(OPERAND), v, input_precision="ieee")
         running_max = new_max
 
@@ -161,9 +194,9 @@ def attend_kernel(
 
 @triton.jit
 def reduce_kernel(
-    part_output, part_max, part_sum, unit_max, sinks, output, scores, pages, slices, heads,
-    SINKS: tl.constexpr, GROUP: tl.constexpr, DV: tl.constexpr, BLOCK_GROUP: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_PAGES: tl.constexpr, UNITS: tl.constexpr,
+    part_output, part_max, part_sum, unit_logit, sinks, output, scores, pages, slices, heads,
+    SINKS: tl.constexpr, SUM: tl.constexpr, MEAN: tl.constexpr, GROUP: tl.constexpr, DV: tl.constexpr,
+    BLOCK_GROUP: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_PAGES: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
     """Joins the slices: program (row, 0) writes the row's output, program (row, i) the scores of its block of pages."""
     row = tl.program_id(0).to(tl.int64)
@@ -202,13 +235,14 @@ def reduce_kernel(
         )  # fmt: skip
 
     page = block * BLOCK_PAGES + tl.arange(0, BLOCK_PAGES)
-    largest = tl.full([BLOCK_GROUP, BLOCK_PAGES], float("-inf"), tl.float32)
+    weight = tl.zeros([BLOCK_GROUP, BLOCK_PAGES], tl.float32)
     for i in range(UNITS):
         unit = (row * GROUP + group[:, None]) * pages * UNITS + page[None, :] * UNITS + i
-        here = tl.load(unit_max + unit, mask=in_group[:, None] & (page[None, :] < pages), other=float("-inf"))
-        largest = tl.maximum(largest, here)
-    weight = tl.exp(largest - total_max[:, None]) * inverse[:, None]
-    tl.store(scores + row * pages + page, tl.max(weight, 0), mask=page < pages)
+        here = tl.load(unit_logit + unit, mask=in_group[:, None] & (page[None, :] < pages), other=float("-inf"))
+        here = tl.exp(here - total_max[:, None]) * inverse[:, None]
+        weight = weight + here if SUM else tl.maximum(weight, here)
+    score = tl.sum(weight, 0) / GROUP if MEAN else tl.max(weight, 0)
+    tl.store(scores + row * pages + page, score, mask=page < pages)
 
 
 def _attend_tile(dk: int, itemsize: int) -> int:
@@ -225,15 +259,19 @@ def _dot_operand(dtype: torch.dtype) -> tl.dtype:
     return tl.float32 if triton.knobs.runtime.interpret else operands[dtype]
 
 
-def attend(query, keys, values, bias, scale, page_size, softcap=None, sinks=None):
+def attend(
+    query, keys, values, bias, scale, page_size, softcap=None, sinks=None, table=None, scales=None,
+    page_score="max", group_score="max",
+):  # fmt: skip
     """See `raas_kernels.reference.attend`."""
     # The store is contiguous; what a model expands of a latent need not be.
     query, keys, values, bias = (t.contiguous() for t in (query, keys, values, bias))
-    batch, heads, slots, dk = keys.shape
+    batch, heads, stored_slots, dk = keys.shape
     dv, rows = values.shape[-1], batch * heads
     group = query.shape[1] // heads
-    pages = slots // page_size
-    tile = _attend_tile(dk, keys.element_size())
+    pages = stored_slots // page_size if table is None else table.shape[-1]
+    slots = pages * page_size
+    tile = _attend_tile(dk, query.element_size())
     unit = min(page_size, tile)
     slices = max(1, min(TARGET_PROGRAMS // rows, triton.cdiv(slots, tile)))
     slots_per_slice = triton.cdiv(triton.cdiv(slots, slices), tile) * tile
@@ -243,7 +281,7 @@ def attend(query, keys, values, bias, scale, page_size, softcap=None, sinks=None
     part_output = torch.empty(rows, slices, group, dv, **scratch)
     part_max = torch.empty(rows, slices, group, **scratch)
     part_sum = torch.empty(rows, slices, group, **scratch)
-    unit_max = torch.empty(rows, group, slots // unit, **scratch)
+    unit_logit = torch.empty(rows, group, slots // unit, **scratch)
     output = torch.empty(batch, heads * group, 1, dv, dtype=query.dtype, device=query.device)
     scores = torch.empty(batch, heads, pages, **scratch)
     shape = {
@@ -251,15 +289,18 @@ def attend(query, keys, values, bias, scale, page_size, softcap=None, sinks=None
         "BLOCK_DV": max(MIN_DOT, triton.next_power_of_2(dv)),
     }  # fmt: skip
     attend_kernel[(rows, slices)](
-        query, keys, values, bias, scale, 1.0 if softcap is None else softcap,
-        part_output, part_max, part_sum, unit_max, slots, slots_per_slice,
-        CAPPED=softcap is not None, UNIT=unit, DK=dk, BLOCK_SLOTS=tile,
-        BLOCK_DK=max(MIN_DOT, triton.next_power_of_2(dk)), OPERAND=_dot_operand(keys.dtype), **shape,
+        query, keys, values, bias, bias if table is None else table.contiguous(), *(scales or (bias, bias)),
+        scale, 1.0 if softcap is None else softcap, part_output, part_max, part_sum, unit_logit,
+        slots, slots_per_slice, stored_slots,
+        CAPPED=softcap is not None, TABLE=table is not None, QUANTIZED=scales is not None, SUM=page_score == "sum",
+        PAGE=page_size, UNIT=unit, DK=dk, BLOCK_SLOTS=tile,
+        BLOCK_DK=max(MIN_DOT, triton.next_power_of_2(dk)), OPERAND=_dot_operand(query.dtype), **shape,
     )  # fmt: skip
     block_pages = min(128, triton.next_power_of_2(pages))
     reduce_kernel[(rows, triton.cdiv(pages, block_pages))](
-        part_output, part_max, part_sum, unit_max, output if sinks is None else sinks, output, scores,
-        pages, slices, heads, SINKS=sinks is not None, BLOCK_PAGES=block_pages, UNITS=page_size // unit, **shape,
+        part_output, part_max, part_sum, unit_logit, output if sinks is None else sinks, output, scores,
+        pages, slices, heads, SINKS=sinks is not None, SUM=page_score == "sum", MEAN=group_score == "mean",
+        BLOCK_PAGES=block_pages, UNITS=page_size // unit, **shape,
     )  # fmt: skip
     return output, scores
 

@@ -9,10 +9,35 @@ A layer's store is a set of static buffers, written in place (shapes as in the p
     priority    [B, H, E]       float64, page with the smallest value is evicted first; -inf = holds nothing
     open_slot   [B, H]          int64, first slot of the decode page that takes the next token
     clock       [2]             int64, (sequence index, decode-token index) of the present token
-    minima, maxima [B, H, P, Dk]  element-wise bounds of each page's keys (only for min/max scoring)
+    minima, maxima [B, H, P, Dk]  element-wise bounds of each page's keys (only to score by them or to select pages);
+                              of an 8-bit store in float32
+    scales      two [B, H, N]   float32, what a slot's key and value codes are multiplied by (only for 8-bit stores)
+
+Keys and values of an 8-bit store are int8 or float8_e4m3fn codes, each token and head with a scale of its own.
 """
 
+from typing import Literal
+
 import torch
+
+
+CODE_RANGE = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+Reduction = Literal["max", "sum", "mean"]
+
+
+def quantize(states: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """8-bit codes of `states` `[..., D]` in `dtype`, and the scales `[...]` float32 that give the states back."""
+    largest = states.abs().amax(-1).float()
+    scales = torch.where(largest == 0, 1.0, largest / CODE_RANGE[dtype])
+    codes = (states.float() / scales[..., None]).clamp_(-CODE_RANGE[dtype], CODE_RANGE[dtype])
+    # Half up, not half to even: the Triton kernels have only floor.
+    return (codes.add_(0.5).floor_() if dtype == torch.int8 else codes).to(dtype), scales
+
+
+def dequantize(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The states `[..., D]` that `quantize` gave `codes` and `scales` for, but for rounding, in `dtype`."""
+    accumulate = torch.promote_types(dtype, torch.float32)
+    return (codes.to(accumulate) * scales[..., None]).to(dtype)
 
 
 def victim(positions: torch.Tensor, priority: torch.Tensor, page_size: int) -> torch.Tensor:
@@ -40,6 +65,7 @@ def append(
     page_size: int,
     minima: torch.Tensor | None = None,
     maxima: torch.Tensor | None = None,
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
     """Write one decode token a row into the open page; when that is full, first recycle the victim page in place.
 
@@ -47,9 +73,10 @@ def append(
     then it cannot be a victim, so this is "the open page's timestamp becomes t" at every token (RaaS, section 3).
 
     Args:
-        key, value: `[B, H, 1, Dk]` and `[B, H, 1, Dv]`, dtype of `keys` / `values`.
+        key, value: `[B, H, 1, Dk]` and `[B, H, 1, Dv]`, dtype of `keys` / `values`, or what becomes 8-bit codes.
         page_size: S, tokens a page.
         minima, maxima: bounds to keep up to date, or None.
+        scales: of an 8-bit store's keys and values; None for any other.
     """
     now, decoded = clock.tolist()
     offset = decoded % page_size
@@ -61,8 +88,16 @@ def append(
         bias.scatter_(2, page, float("-inf"))
         positions.scatter_(2, page, (now + lane).int().expand_as(page))
     slot = (open_slot + offset)[..., None]
-    keys.scatter_(2, slot[..., None].expand(-1, -1, -1, keys.shape[-1]), key)
-    values.scatter_(2, slot[..., None].expand(-1, -1, -1, values.shape[-1]), value)
+    contents = (keys, key), (values, value)
+    if scales is not None:
+        (key_codes, key_scale), (value_codes, value_scale) = (quantize(new, held.dtype) for held, new in contents)
+        key = dequantize(key_codes, key_scale, torch.promote_types(key.dtype, torch.float32))
+        for held, new in zip(scales, (key_scale, value_scale), strict=True):
+            held.scatter_(2, slot, new)
+        # scatter_ knows no float8: codes move as bytes.
+        contents = [(a.view(torch.int8), b.view(torch.int8)) for a, b in ((keys, key_codes), (values, value_codes))]
+    for held, new in contents:
+        held.scatter_(2, slot[..., None].expand(-1, -1, -1, held.shape[-1]), new)
     bias.scatter_(2, slot, 0)
     if offset in (0, page_size - 1):
         priority.scatter_(2, (open_slot[..., None] - first_decode_slot) // page_size, now)
@@ -81,10 +116,15 @@ def attend(
     page_size: int,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    table: torch.Tensor | None = None,
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+    page_score: Reduction = "max",
+    group_score: Reduction = "max",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of one decode token a row over every resident token, and each page's score from the same softmax.
 
-    `score[page] = max over the query group, max over the page's tokens, softmax(q . k * scale)` (RaaS, section 3).
+    With both reductions `"max"`: `score[page] = max over the query group, max over the page's tokens,
+    softmax(q . k * scale)` (RaaS, section 3).
 
     Args:
         query: `[B, H * G, 1, Dk]`; the G query heads of a KV head are consecutive.
@@ -92,25 +132,60 @@ def attend(
         page_size: S, tokens a page.
         softcap: logits become `softcap * tanh(logits / softcap)` (Gemma 2), or None.
         sinks: `[H * G]`, one more logit in each query head's softmax, with nothing behind it (gpt-oss), or None.
+        table: `[B, H, K]` int, the pages to read, no other is; None reads all.
+        scales: of an 8-bit store's keys and values; None for any other.
+        page_score: `"max"` or `"sum"` of a query head's weights on the page's tokens.
+        group_score: `"max"` or `"mean"` over the query group.
 
     Returns:
-        output `[B, H * G, 1, Dv]` in the query's dtype, scores `[B, H, P]` float32 (float64 for float64 inputs).
+        output `[B, H * G, 1, Dv]` in the query's dtype, scores `[B, H, P]` float32 (float64 for float64 inputs); with a
+        table `[B, H, K]`, in its order.
     """
+    if table is not None:
+        pick = _picker(table, keys.shape[2] // page_size)
+        keys, values, bias = (pick(states) for states in (keys, values, bias))
+        scales = scales and tuple(pick(states) for states in scales)
     batch, heads, slots, _ = keys.shape
     accumulate = torch.promote_types(query.dtype, torch.float32)
     grouped = query.reshape(batch * heads, -1, query.shape[-1]).to(accumulate)
     # baddbmm and bmm, not @: on the CPU matmul copies the strided K and V, at twice the time of the whole attention.
     transposed, contents = keys.flatten(0, 1).to(accumulate).mT, values.flatten(0, 1).to(accumulate)
-    if softcap is None:
+    if softcap is None and scales is None:
         logits = torch.baddbmm(bias.view(-1, 1, slots), grouped, transposed, alpha=scale)
     else:
-        logits = _capped(torch.bmm(grouped, transposed) * scale, softcap) + bias.view(-1, 1, slots)
+        factor = scale if scales is None else scales[0].view(-1, 1, slots) * scale
+        logits = _capped(torch.bmm(grouped, transposed) * factor, softcap) + bias.view(-1, 1, slots)
     if sinks is not None:
         sinks = sinks.view(1, heads, -1, 1).expand(batch, -1, -1, -1).reshape(batch * heads, -1, 1)
     weights = _softmax(logits, sinks)
-    output = torch.bmm(weights, contents).to(query.dtype)
-    scores = weights.amax(1).view(batch, heads, -1, page_size).amax(-1)
-    return output.view(batch, -1, 1, values.shape[-1]), scores
+    scaled = weights if scales is None else weights * scales[1].view(-1, 1, slots)
+    output = torch.bmm(scaled, contents).to(query.dtype)
+    scores = _page_scores(weights, page_size, page_score, group_score)
+    return output.view(batch, -1, 1, values.shape[-1]), scores.view(batch, heads, -1)
+
+
+def _picker(table: torch.Tensor, pages: int):
+    """A function that gathers the table's pages of a `[B, H, N, ...]` tensor: `[B, H, K * S, ...]`, contiguous."""
+    batch, heads, _ = table.shape
+    rows = torch.arange(batch * heads, device=table.device).view(batch, heads, 1)
+    index = (rows * pages + table).flatten()
+
+    def pick(states: torch.Tensor) -> torch.Tensor:
+        # index_select knows no float8: codes move as bytes.
+        movable = states.view(torch.int8) if states.element_size() == 1 else states
+        picked = movable.reshape(batch * heads * pages, -1).index_select(0, index)
+        return picked.view(batch, heads, -1, *states.shape[3:]).view(states.dtype)
+
+    return pick
+
+
+def _page_scores(weights: torch.Tensor, page_size: int, page_score: Reduction, group_score: Reduction) -> torch.Tensor:
+    """Scores `[B * H, P]` from weights `[B * H, G, N]`."""
+    if page_score == group_score == "max":
+        return weights.amax(1).unflatten(-1, (-1, page_size)).amax(-1)
+    pages = weights.unflatten(-1, (-1, page_size))
+    pages = pages.amax(-1) if page_score == "max" else pages.sum(-1)
+    return pages.amax(1) if group_score == "max" else pages.mean(1)
 
 
 def _capped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
@@ -121,6 +196,11 @@ def _softmax(logits: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
     if sinks is None:
         return logits.softmax(-1)
     return torch.cat([logits, sinks.to(logits.dtype).expand(*logits.shape[:-1], 1)], -1).softmax(-1)[..., :-1]
+
+
+def resident(positions: torch.Tensor, bias: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Whether each of `tokens` `[T]` (sequence indices) is resident, so no padding: `[B, H, T]` bool."""
+    return ((positions[:, :, None] == tokens[:, None]) & (bias == 0)[:, :, None]).any(-1)
 
 
 def extend(
@@ -134,6 +214,9 @@ def extend(
     page_size: int,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    page_score: Reduction = "max",
+    group_score: Reduction = "max",
+    observed: int | None = None,
     max_logits: int = 1 << 26,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of T new tokens a row over the residents and, causally, over each other; scores as in `attend`.
@@ -144,10 +227,11 @@ def extend(
     Args:
         query: `[B, H * G, T, Dk]`.
         query_positions: `[T]` int, sequence index of each query.
+        observed: how many of the last queries the scores come from; None for all. Padding gives none.
         max_logits: bound on the logits held at once, in elements.
 
     Returns:
-        output `[B, H * G, T, Dv]`, scores `[B, H, P]`, the max over the T queries too.
+        output `[B, H * G, T, Dv]`, scores `[B, H, P]`, over the queries the max if `page_score` is, or the sum.
     """
     batch, heads, slots, _ = keys.shape
     length = query.shape[2]
@@ -159,14 +243,24 @@ def extend(
     transposed, contents = keys[:, :, None].mT.to(accumulate), values[:, :, None].to(accumulate)
     if sinks is not None:
         sinks = sinks.view(heads, -1, 1, 1)
+    first_observed = 0 if observed is None else length - observed
     for start in range(0, length, block):
-        window = slice(start, start + block)
+        window = slice(start, min(start + block, length))
         logits = _capped(grouped[:, :, :, window].to(accumulate) * scale @ transposed, softcap)
         visible = (bias == 0)[:, :, None] & (positions[:, :, None] <= query_positions[window, None])
         # A padding query sees nothing: its row of the softmax is 0 / 0, and its output is never used.
         weights = _softmax(logits.masked_fill_(~visible[:, :, None], float("-inf")), sinks).nan_to_num_(0.0)
         output[:, :, :, window] = (weights @ contents).to(query.dtype)
-        torch.maximum(scores, weights.amax((2, 3)).view(*scores.shape, page_size).amax(-1), out=scores)
+        counted = slice(max(start, first_observed), window.stop)
+        if counted.start < counted.stop:
+            weights = weights[:, :, :, counted.start - start :]
+            weights = weights * resident(positions, bias, query_positions[counted])[:, :, None, :, None]
+            by_query = weights.permute(0, 1, 3, 2, 4).flatten(0, 2)
+            by_query = _page_scores(by_query, page_size, page_score, group_score).unflatten(0, (batch, heads, -1))
+            if page_score == "max":
+                torch.maximum(scores, by_query.amax(2), out=scores)
+            else:
+                scores += by_query.sum(2)
     return output.view(batch, -1, length, values.shape[-1]), scores
 
 

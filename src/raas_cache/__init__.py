@@ -6,10 +6,39 @@
 from importlib.resources import files
 
 from .attention import register, unregister
-from .cache import RaaSCache
+from .cache import PagedCache
+from .methods import (
+    DenseCache,
+    H2OCache,
+    QuestCache,
+    RaaSCache,
+    RKVCache,
+    StreamingLLMCache,
+    TOVACache,
+    from_name,
+    list_methods,
+)
+from .policies import Pages, Policy, register_policy
 
 
-__all__ = ["RaaSCache", "embedded_model", "register", "unregister"]
+__all__ = [
+    "DenseCache",
+    "H2OCache",
+    "PagedCache",
+    "Pages",
+    "Policy",
+    "QuestCache",
+    "RKVCache",
+    "RaaSCache",
+    "StreamingLLMCache",
+    "TOVACache",
+    "embedded_model",
+    "from_name",
+    "list_methods",
+    "register",
+    "register_policy",
+    "unregister",
+]
 
 
 def embedded_model() -> str:

@@ -89,12 +89,14 @@ def dispatcher(dense: Callable) -> Callable:
         if layer.awaits_attention:  # not where a layer that shares the KV of another reads it once more
             _require_self_attention(module, query, key, layer)
             layer.admit(_visible_new_tokens(attention_mask, query.shape[2], is_first=layer.is_first_forward))
-        if layer.is_first_forward:
-            _expected.reference = None
-            return dense(module, query, key, value, attention_mask, *args, **kwargs)
         scaling = kwargs.get("scaling")
         scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
         softcap, sinks = (kwargs.get(name) if name in extras else None for name in ("softcap", "s_aux"))
+        if layer.is_first_forward:
+            _expected.reference = None
+            output = dense(module, query, key, value, attention_mask, *args, **kwargs)
+            layer.attend_first(query, (key, value), scale=scale, softcap=softcap, sinks=sinks)
+            return output
         output = layer.attend(query, scale, softcap, sinks, expanded=(key, value) if layer.is_latent else None)
         return output.transpose(1, 2).contiguous(), None
 

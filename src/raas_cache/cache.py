@@ -1,9 +1,10 @@
-"""`RaaSCache`: the transformers `Cache` API over paged layers, nothing else."""
+"""`PagedCache`: the transformers `Cache` API over paged layers, nothing else."""
 
 import inspect
 import warnings
+from dataclasses import replace
 from functools import partial
-from typing import Literal
+from typing import Literal, TypedDict
 
 import torch
 from transformers import PreTrainedConfig
@@ -11,11 +12,10 @@ from transformers.cache_utils import Cache
 
 from .attention import expect
 from .hybrid import plan_layers
-from .layer import PagedLayer
-from .policies import RaaSPolicy
+from .layer import LayerSettings, PagedLayer
+from .policies import Policy
 
 
-DEFAULT_ALPHA = 1e-4
 NEEDS_CONFIG = (
     "This model has linear-attention layers, which the cache must know beforehand: use "
     "RaaSCache(budget, config=model.config)."
@@ -31,30 +31,44 @@ class _LayersToCome(list):
         return super().__getitem__(index)
 
 
-class RaaSCache(Cache):
-    """A KV cache of bounded size for long chains of thought (RaaS, Hu et al., Findings of ACL 2025, section 3).
+class CacheOptions(TypedDict, total=False):
+    """The options that every paged cache takes; see `PagedCache`."""
 
-    Pages of KV get the present step as timestamp whenever their attention score makes them a milestone; when the
-    budget is full the page with the oldest timestamp is evicted; the prompt never is. Time and memory a step are
-    O(budget), however many tokens have been seen. As long as nothing is evicted, outputs are `DynamicCache`'s.
+    page_size: int
+    scoring: Literal["exact", "minmax"]
+    granularity: Literal["head", "layer"] | None
+    min_decode_pages: int
+    prompt: Literal["pin", "select", "evict"] | None
+    kv_dtype: Literal["int8", "fp8"] | None
+    config: PreTrainedConfig | None
+    offloading: bool
 
-    Example:
 
-    ```python
-    >>> from raas_cache import RaaSCache
-    >>> out = model.generate(**inputs, past_key_values=RaaSCache(budget=1024), max_new_tokens=32_000)
-    ```
+class PagedCache(Cache):
+    """A KV cache in pages, whose policy says which page goes when the budget is full.
+
+    Time and memory a step are O(budget), however many tokens have been seen, for every policy that evicts. As long as
+    nothing is evicted, outputs are `DynamicCache`'s.
 
     Args:
-        budget (`int`): tokens to hold for each row, layer and KV head, the prompt counted in; at least one page.
+        budget (`int`): tokens to hold for each row, layer and KV head, the prompt counted in; at least one page. For a
+            method that never evicts: tokens to read.
+        policy (`Policy`): the method, for example `H2OPolicy()`; `RaaSCache`, `QuestCache` and the like bring theirs.
         page_size (`int`): tokens a page, a power of two.
-        alpha (`float`): a page with an attention weight of at least `alpha` on one of its tokens is stamped. In (0, 1).
-        top_ratio (`float`, *optional*): instead of `alpha`, stamp this share of the held decode pages, the ones with
-            the highest scores. In (0, 1].
-        scoring (`str`): `"exact"` scores a page by its largest softmax weight; `"minmax"` by the softmax over min/max
+        scoring (`str`): `"exact"` scores a page by its tokens' softmax weights; `"minmax"` by the softmax over min/max
             representatives of the pages.
-        granularity (`str`): `"head"` evicts for every KV head by itself; `"layer"` for all heads of a row alike.
+        granularity (`str`, *optional*): `"head"` evicts for every KV head by itself; `"layer"` for all heads of a row
+            alike. By default what the method's paper does.
         min_decode_pages (`int`): decode pages held even where the prompt leaves room for fewer (a warning says so).
+        prompt (`str`, *optional*): by default what the method's paper does.
+
+            - `"pin"`: input is never evicted, and always read.
+            - `"select"`: input is never evicted; a decode step reads those of its pages whose min/max bounds are
+              highest, at most half of the budget. O(budget) time and O(prompt + budget) memory for any prompt.
+            - `"evict"`: once a forward of input is over, its pages compete like all others, but for the first page, the
+              sink. O(budget) memory, however long the prompt. Takes no assisted decoding.
+        kv_dtype (`str`, *optional*): hold K and V as `"int8"` or `"fp8"` codes, with a scale for each token and head;
+            by default in the model's dtype.
         config (`PreTrainedConfig`, *optional*): the model's config. Says which layers have full attention and so
             are paged; the others (sliding windows, linear attention, layers that share another's KV) keep the cache
             that transformers gives them. Without it the first attention call tells; needed by models whose first
@@ -62,46 +76,46 @@ class RaaSCache(Cache):
         offloading (`bool`): keep each layer's K and V in CPU memory while other layers run. Needs a CUDA GPU.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong type or out of range, or `config` has a layer type that
-            this cache cannot hold.
+        TypeError, ValueError: an argument is of the wrong type or out of range, the method cannot do what it asks for,
+            or `config` has a layer type that this cache cannot hold.
     """
 
     def __init__(
         self,
         budget: int,
         *,
+        policy: Policy,
         page_size: int = 16,
-        alpha: float | None = DEFAULT_ALPHA,
-        top_ratio: float | None = None,
         scoring: Literal["exact", "minmax"] = "exact",
-        granularity: Literal["head", "layer"] = "head",
+        granularity: Literal["head", "layer"] | None = None,
         min_decode_pages: int = 8,
+        prompt: Literal["pin", "select", "evict"] | None = None,
+        kv_dtype: Literal["int8", "fp8"] | None = None,
         config: PreTrainedConfig | None = None,
         offloading: bool = False,
     ):
-        for name, value in (("budget", budget), ("page_size", page_size), ("min_decode_pages", min_decode_pages)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name}={value!r} must be an int, not {type(value).__name__}.")
-            if value < 1:
-                raise ValueError(f"{name}={value} must be positive.")
-        if page_size & (page_size - 1):
-            raise ValueError(f"page_size={page_size} must be a power of two: try 16.")
-        if budget < page_size:
-            raise ValueError(f"budget={budget} is less than one page: make it at least page_size={page_size} tokens.")
+        if not isinstance(policy, Policy):
+            raise TypeError(f"policy={policy!r} must be a raas_cache.Policy, such as RaaSPolicy().")
+        granularity = policy.granularity if granularity is None else granularity
+        prompt = policy.prompt if prompt is None else prompt
+        _check_size(budget=budget, page_size=page_size, min_decode_pages=min_decode_pages)
         for name, value, options in (
             ("scoring", scoring, ("exact", "minmax")),
             ("granularity", granularity, ("head", "layer")),
+            ("prompt", prompt, ("pin", "select", "evict")),
+            ("kv_dtype", kv_dtype, (None, "int8", "fp8")),
         ):
             if value not in options:
                 raise ValueError(f"{name}={value!r} is unknown: use one of {', '.join(map(repr, options))}.")
-        # The identity tells a default alpha, which top_ratio replaces, from a given one, which contradicts it.
-        if top_ratio is not None and alpha is DEFAULT_ALPHA:
-            alpha = None
+        if prompt not in policy.prompts:
+            able = ", ".join(map(repr, policy.prompts))
+            raise ValueError(f"prompt={prompt!r} is not what {type(policy).__name__} can do: use one of {able}.")
         if offloading and not torch.cuda.is_available():
             raise ValueError("offloading=True moves layers between GPU and CPU memory, and there is no CUDA GPU here.")
-        policy = RaaSPolicy(alpha, top_ratio)
-        self._new_layer = partial(PagedLayer, policy, budget, page_size, min_decode_pages, scoring, granularity)
-        layers = _LayersToCome() if config is None else plan_layers(config, self._new_layer)
+        self.settings = LayerSettings(
+            policy, budget, page_size, min_decode_pages, scoring, granularity, prompt, kv_dtype
+        )
+        layers = _LayersToCome() if config is None else plan_layers(config, self._settings_of)
         super().__init__(layers=layers, offloading=offloading)
         self.budget = budget
         self._records_past = False
@@ -110,6 +124,9 @@ class RaaSCache(Cache):
         self._warned = False
         if config is not None:
             self._warn_if_nothing_is_paged(config)
+
+    def _settings_of(self, layer_idx: int) -> LayerSettings:
+        return replace(self.settings, policy=self.settings.policy.for_layer(layer_idx))
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
         """Store the new tokens of a layer, and hand the layer to the attention function (see `PagedLayer.update`).
@@ -126,7 +143,7 @@ class RaaSCache(Cache):
                 "between cache and attention, needs a DynamicCache."
             )
         while len(self.layers) <= layer_idx:
-            self._add(self._new_layer())
+            self._add(PagedLayer(self._settings_of(len(self.layers))))
         layer = self.layers[layer_idx]
         if self.offloading:
             layer.prefetch()
@@ -163,7 +180,7 @@ class RaaSCache(Cache):
         if not isinstance(config, PreTrainedConfig):
             self.layers = list(self.layers)
             return held
-        planned, self.layers = plan_layers(config, self._new_layer), []
+        planned, self.layers = plan_layers(config, self._settings_of), []
         for index, layer in enumerate(planned):
             if index == layer_idx and isinstance(layer, PagedLayer):
                 self.layers.append(held)
@@ -203,9 +220,10 @@ class RaaSCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the K and V buffers over all layers, allocated, not used."""
-        # Linear-attention layers have neither attribute, layers not yet filled have None.
-        buffers = (getattr(layer, name, None) for layer in self.layers for name in ("keys", "values"))
+        """Bytes of the K and V buffers over all layers, allocated, not used; scales of 8-bit codes counted in."""
+        # Linear-attention layers have none of these attributes, layers not yet filled have None.
+        names = ("keys", "values", "key_scales", "value_scales")
+        buffers = (getattr(layer, name, None) for layer in self.layers for name in names)
         return sum(buffer.nbytes for buffer in buffers if buffer is not None)
 
     def resident_positions(self, layer_idx: int) -> torch.Tensor:
@@ -257,9 +275,12 @@ class RaaSCache(Cache):
 
         `generate` calls this for assisted decoding and prompt look-up. The next forward is input even if it is of
         several tokens; after that, several tokens in one forward are a draft of generated ones.
+
+        Raises:
+            ValueError: with `prompt="evict"`, where input goes for good.
         """
-        self._records_past = True
         super().activate_past_recording()
+        self._records_past = True
 
     def deactivate_past_recording(self) -> None:
         """End what `activate_past_recording` began, which `generate` never does: several tokens are input again."""
@@ -294,12 +315,26 @@ class RaaSCache(Cache):
 
     def __repr__(self) -> str:
         paged = [layer for layer in self.layers if isinstance(layer, PagedLayer) and layer.is_initialized]
-        held, seen = (paged[0].held, paged[0].seen) if paged else (0, 0)
+        held = max((int((layer.bias == 0).sum(-1).max()) for layer in paged), default=0)
+        seen = paged[0].seen if paged else 0
         evicted = sum(layer.evicted * layer.batch_size * layer.num_heads for layer in paged)
         return (
-            f"{type(self).__name__}(budget={self.budget}, held={held}, seen={seen}, evicted={evicted} pages, "
-            f"{self.nbytes} bytes)"
+            f"{type(self).__name__}({self.settings.policy}, budget={self.budget}, held={held}, seen={seen}, "
+            f"evicted={evicted} pages, {self.nbytes} bytes)"
         )
+
+
+def _check_size(**sizes: int) -> None:
+    for name, value in sizes.items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}={value!r} must be an int, not {type(value).__name__}.")
+        if value < 1:
+            raise ValueError(f"{name}={value} must be positive.")
+    budget, page_size = sizes["budget"], sizes["page_size"]
+    if page_size & (page_size - 1):
+        raise ValueError(f"page_size={page_size} must be a power of two: try 16.")
+    if budget < page_size:
+        raise ValueError(f"budget={budget} is less than one page: make it at least page_size={page_size} tokens.")
 
 
 def _calling_implementation() -> str:

@@ -1,11 +1,11 @@
 """Which layer of a model gets which cache: RaaS pages full attention; what is bounded already stays as it is."""
 
-from functools import partial
+from collections.abc import Callable
 
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicCache, LinearAttentionLayer
 
-from .layer import PagedLayer
+from .layer import LayerSettings, PagedLayer
 
 
 # Layers of transformers that stay beside the paged ones: none of them grows with the sequence.
@@ -22,9 +22,9 @@ class LinearAttentionAndPagedLayer(LinearAttentionLayer, PagedLayer):
 
     is_compileable = False
 
-    def __init__(self, number_of_states: int, *args):
+    def __init__(self, number_of_states: int, settings: LayerSettings):
         LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
-        PagedLayer.__init__(self, *args)
+        PagedLayer.__init__(self, settings)
 
     def lazy_initialization(self, *args, **kwargs) -> None:
         # `update` gives key and value by position, the linear-attention methods give their states by name.
@@ -55,12 +55,12 @@ class LinearAttentionAndPagedLayer(LinearAttentionLayer, PagedLayer):
         LinearAttentionLayer.crop(self, tokens_to_remove)
 
 
-def plan_layers(config: PreTrainedConfig, new_layer: partial) -> list:
+def plan_layers(config: PreTrainedConfig, settings_of: Callable[[int], LayerSettings]) -> list:
     """The cache layers that transformers would build for `config`, the full-attention ones paged.
 
     Args:
         config: the model's config, or that of its text decoder.
-        new_layer: makes a `PagedLayer`.
+        settings_of: gives the settings of the paged layer of an index.
 
     Raises:
         ValueError: a layer of the model needs a cache that is neither bounded nor paged.
@@ -69,9 +69,9 @@ def plan_layers(config: PreTrainedConfig, new_layer: partial) -> list:
     for index, layer in enumerate(layers):
         kind = type(layer).__name__
         if kind == "DynamicLayer":
-            layers[index] = new_layer()
+            layers[index] = PagedLayer(settings_of(index))
         elif kind == "LinearAttentionAndFullAttentionLayer":
-            layers[index] = LinearAttentionAndPagedLayer(layer.number_of_states, *new_layer.args)
+            layers[index] = LinearAttentionAndPagedLayer(layer.number_of_states, settings_of(index))
         elif kind not in KEPT_LAYERS:
             raise ValueError(
                 f"config: layer {index} of {config.model_type!r} needs a {kind}, which this cache cannot hold: use a "

@@ -1,46 +1,61 @@
 """The cache layer of full attention: transformers' contract on top of the pages, and the attention that reads them."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
+from torch.nn.functional import pad
 from transformers.cache_utils import CacheLayerMixin
 
 import raas_kernels
 
-from .policies import Policy
+from .policies import Pages, Policy
 from .recording import Past
 from .store import PageStore
 
 
-class PagedLayer(PageStore, CacheLayerMixin):
-    """One layer's KV in pages (see `PageStore`), a policy that orders them for eviction, and their attention.
+@dataclass(frozen=True)
+class LayerSettings:
+    """What a paged layer is told; see `PagedCache` for the meanings.
 
     Args:
-        policy: orders the decode pages for eviction.
-        budget: tokens to hold, the prompt counted in.
-        page_size: tokens a page, a power of two.
-        min_decode_pages: decode pages to hold even where the prompt leaves room for fewer.
-        scoring: `"exact"` takes a page's largest softmax weight, `"minmax"` the softmax over min/max representatives.
-        granularity: `"head"` evicts for each KV head by itself, `"layer"` for all heads of a row alike.
+        policy: orders the evictable pages.
     """
+
+    policy: Policy
+    budget: int
+    page_size: int = 16
+    min_decode_pages: int = 8
+    scoring: Literal["exact", "minmax"] = "exact"
+    granularity: Literal["head", "layer"] = "head"
+    prompt: Literal["pin", "select", "evict"] = "pin"
+    kv_dtype: Literal["int8", "fp8"] | None = None
+
+
+class PagedLayer(PageStore, CacheLayerMixin):
+    """One layer's KV in pages (see `PageStore`), a policy that orders them for eviction, and their attention."""
 
     is_sliding = False
     is_croppable = True
     supports_early_init = False  # the sizes wait for the prompt's length
 
-    def __init__(
-        self,
-        policy: Policy,
-        budget: int,
-        page_size: int,
-        min_decode_pages: int,
-        scoring: Literal["exact", "minmax"],
-        granularity: Literal["head", "layer"],
-    ):
+    def __init__(self, settings: LayerSettings):
         CacheLayerMixin.__init__(self)
-        PageStore.__init__(self, budget, page_size, min_decode_pages, has_bounds=scoring == "minmax")
-        self.policy, self.scoring, self.granularity = policy, scoring, granularity
+        self.policy, self.scoring, self.granularity = settings.policy, settings.scoring, settings.granularity
+        self.reads_all = self.policy.reads == "all" and (settings.prompt != "select" or not self.policy.evicts)
+        PageStore.__init__(
+            self,
+            settings.budget,
+            settings.page_size,
+            settings.min_decode_pages,
+            prompt=settings.prompt,
+            kv_dtype=settings.kv_dtype,
+            has_bounds=settings.scoring == "minmax" or not self.reads_all,
+            grows=not self.policy.evicts,
+            num_states=len(self.policy.state),
+        )
         self.reset()
 
     def reset(self) -> None:
@@ -89,13 +104,16 @@ class PagedLayer(PageStore, CacheLayerMixin):
         else:
             self._store(key, value, pin=new > 1 or not self.seen)
         if self.is_latent and not self.is_first_forward:
+            keys, values = self.states()
             if self._draft is None:
-                return self.keys, self.values
-            return torch.cat([self.keys, key], 2), torch.cat([self.values, value], 2)
+                return keys, values
+            return torch.cat([keys, key], 2), torch.cat([values, value], 2)
         key_states.paged_layer = value_states.paged_layer = self
         return key_states, value_states
 
     def _store(self, key: torch.Tensor, value: torch.Tensor, pin: bool) -> None:
+        if not pin:
+            self.make_room()
         if not self.record_past:
             self._past.entries.clear()  # what was noted before would be undone in the wrong place
         elif self.seen:
@@ -178,40 +196,150 @@ class PagedLayer(PageStore, CacheLayerMixin):
         return torch.cat(outputs, 2)
 
     def attend_stored(self, query: torch.Tensor, expanded=None, **softmax) -> torch.Tensor:
-        """Attention of the last `query.shape[2]` tokens, which are stored, and the stamps it gives; as `attend`."""
-        keys, values = (self.keys, self.values) if expanded is None else expanded
-        # All heads read the one latent: each gets the one page table, and the pages get the heads' largest score.
-        bias = self.bias.expand(-1, keys.shape[1], -1).contiguous()
-        if query.shape[2] == 1:
-            output, scores = raas_kernels.attend(query, keys, values, bias, page_size=self.page_size, **softmax)
-        else:
-            indices = torch.arange(self.seen - query.shape[2], self.seen, device=self.device)
-            store = (keys, values, bias, self.positions.expand_as(bias), indices)
-            output, scores = raas_kernels.extend(query, *store, page_size=self.page_size, **softmax)
+        """Attention of the last `query.shape[2]` tokens, which are stored; the policy sees the scores. As `attend`."""
+        if query.shape[2] > 1:
+            observed = self.policy.prompt_window if self.holds_input else None
+            return self._attend_input(query, observed, expanded, **softmax)
+        keys, values = self.contents if expanded is None else expanded
+        bias = self._bias_for(keys)
+        bounds = self._page_bounds(query, keys, bias, expanded, softmax)
+        table = None if self.reads_all else self._pages_to_read(bounds)
+        output, scores = raas_kernels.attend(
+            query,
+            keys,
+            values,
+            bias,
+            page_size=self.page_size,
+            table=table,
+            scales=self.scales if expanded is None else None,
+            page_score=self.policy.page_score,
+            group_score=self.policy.group_score,
+            **softmax,
+        )
+        if table is not None:
+            scores = scores.new_zeros(*bias.shape[:2], bias.shape[2] // self.page_size).scatter_(2, table, scores)
         if self.decoded:
             if self.scoring == "minmax":
-                bounds = (self.minima, self.maxima)
-                if expanded is not None:
-                    bounds = raas_kernels.page_extremes(keys, bias, self.page_size)
-                scores = self._representative_scores(query, *bounds, bias, softmax["scale"], softmax["softcap"])
-            scores = self._shared(scores[..., self.pinned_pages :])
-            first = self.positions[..., self.pinned_pages * self.page_size :: self.page_size]
-            self.policy.on_scores(self.priority, scores, first, self.clock)
+                scores = self._shared(bounds).softmax(-1)
+            self._tell_policy(self._shared(scores)[..., self.pinned_pages :], queries=1)
         return output
 
-    def _representative_scores(self, query, minima, maxima, bias, scale, softcap) -> torch.Tensor:
-        """Softmax over the resident pages' upper bounds, the max over the new queries: `[batch, kv_heads, pages]`."""
-        bounds = [
-            raas_kernels.page_bounds(one, minima, maxima, bias, scale, self.page_size, softcap)
-            for one in query.split(1, dim=2)
+    def attend_first(self, query: torch.Tensor, expanded: tuple[torch.Tensor, torch.Tensor], **softmax) -> None:
+        """After the first forward, whose attention is the model's own: with `prompt="evict"`, cut it to the budget.
+
+        Args:
+            query: `[batch, heads, new, head_dim]`.
+            expanded: for a latent, what the model made of it.
+        """
+        if not self.holds_input:
+            return
+        window = self.policy.prompt_window
+        observed = self.new if window is None else min(window, self.new)
+        if observed:
+            missing = self.keys.shape[2] - self.new
+            expanded = [pad(states, (0, 0, 0, missing)) for states in expanded] if self.is_latent else None
+            self._attend_input(query[:, :, -observed:], None, expanded, **softmax)
+        else:
+            self._cut_input(None, queries=0)
+
+    def _attend_input(self, query: torch.Tensor, observed: int | None, expanded, **softmax) -> torch.Tensor:
+        """Attention of several tokens that are input; the last `observed` of them (None: all) tell the policy."""
+        keys, values = self.states() if expanded is None else expanded
+        bias = self._bias_for(keys)
+        length = query.shape[2]
+        queries = length if observed is None else min(observed, length)
+        indices = torch.arange(self.seen - length, self.seen, device=self.device)
+        output, scores = raas_kernels.extend(
+            query,
+            keys,
+            values,
+            bias,
+            self.positions.expand_as(bias),
+            indices,
+            page_size=self.page_size,
+            page_score=self.policy.page_score,
+            group_score=self.policy.group_score,
+            observed=queries,
+            **softmax,
+        )
+        if queries and self.scoring == "minmax" and (self.decoded or self.holds_input):
+            scores = self._representative_scores(query[:, :, length - queries :], keys, bias, expanded, softmax)
+        scores = self._shared(scores)
+        if self.holds_input:
+            self._cut_input(scores, queries)
+        elif self.decoded:
+            self._tell_policy(scores[..., self.pinned_pages :], queries)
+        return output
+
+    def _bias_for(self, keys: torch.Tensor) -> torch.Tensor:
+        """The bias, for as many heads as read the store: all heads of a model read its one latent."""
+        return self.bias.expand(-1, keys.shape[1], -1).contiguous()
+
+    def _tell_policy(self, scores: torch.Tensor, queries: int) -> None:
+        mean_keys = lambda: self.mean_keys()[:, :, self.pinned_pages :]  # noqa: E731
+        self._on_scores(scores, self.priority, self.page_state, self.first, queries, mean_keys)
+
+    def _cut_input(self, scores: torch.Tensor | None, queries: int) -> None:
+        """Let input compete with what else is held, once the policy has seen the scores `[batch, kv_heads, pages]`."""
+        sink, others, ranked = self.candidates()
+        if queries:
+            mean_keys = lambda: torch.take_along_dim(self.mean_keys(), others[..., None], 2)  # noqa: E731
+            self._on_scores(scores.gather(-1, others), *ranked.values(), queries, mean_keys)
+        self.keep(sink, others, ranked)
+
+    def _on_scores(self, scores, priority, page_state, first, queries: int, mean_keys: Callable) -> None:
+        state = {name: page_state[..., i] for i, name in enumerate(self.policy.state)}
+        limit = max(self.room_for_decode, self.min_decode_pages)
+        pages = Pages(priority, scores, first, self.clock, state, limit, self.page_size, queries, mean_keys)
+        self.policy.on_scores(pages)
+
+    def _page_bounds(self, query, keys, bias, expanded, softmax) -> torch.Tensor | None:
+        """Upper bounds of the pages' logits for one query, `[batch, kv_heads, pages]`; None where nobody asks."""
+        if not self.has_bounds:
+            return None
+        bounds = (self.minima, self.maxima)
+        if expanded is not None:
+            bounds = raas_kernels.page_extremes(keys, bias, self.page_size)
+        return raas_kernels.page_bounds(query, *bounds, bias, softmax["scale"], self.page_size, softmax["softcap"])
+
+    def _pages_to_read(self, bounds: torch.Tensor) -> torch.Tensor | None:
+        """The pages that one decode step reads, `[batch, kv_heads, K]`: those of the highest bounds; None for all."""
+        pages, budget = bounds.shape[-1], self.budget // self.page_size
+        if self.policy.reads == "all":
+            wanted = self.input_pages_read + self.decode_pages
+        elif self.prompt == "select":
+            wanted = max(budget, 1)
+        else:
+            wanted = self.pinned_pages + max(budget - self.pinned_pages, self.min_decode_pages)
+        if wanted >= pages:
+            return None
+        bounds = bounds.clone()
+        if self.prompt == "pin":
+            bounds[..., : self.pinned_pages] = float("inf")
+        if self.policy.reads == "all":
+            bounds[..., self.pinned_pages :] = float("inf")
+        else:
+            newest = (self.open_slot // self.page_size)[..., None].expand(-1, bounds.shape[1], -1)
+            bounds.scatter_(-1, newest, float("inf"))
+        return bounds.topk(wanted, dim=-1, sorted=False).indices
+
+    def _representative_scores(self, query, keys, bias, expanded, softmax) -> torch.Tensor:
+        """Softmax over the resident pages' upper bounds, over the queries the max or sum; padding gives none."""
+        tokens = torch.arange(self.seen - query.shape[2], self.seen, device=self.device)
+        counts = raas_kernels.resident(self.positions.expand_as(bias), bias, tokens)
+        scores = [
+            self._shared(self._page_bounds(one, keys, bias, expanded, softmax)).softmax(-1) * counts[..., i, None]
+            for i, one in enumerate(query.split(1, dim=2))
         ]
-        return torch.stack([self._shared(bound).softmax(-1) for bound in bounds]).amax(0)
+        return torch.stack(scores).amax(0) if self.policy.page_score == "max" else torch.stack(scores).sum(0)
 
     def _shared(self, scores: torch.Tensor) -> torch.Tensor:
-        """With `granularity="layer"`, every head gets the row's largest score; a latent serves all heads as one."""
-        if self.is_latent:
-            return scores.amax(1, keepdim=True)
-        return scores if self.granularity == "head" else scores.amax(1, keepdim=True).expand_as(scores)
+        """With `granularity="layer"`, every head gets the row's score; a latent serves all heads as one."""
+        if self.granularity == "head" and not self.is_latent:
+            return scores
+        over_heads = torch.amax if self.policy.group_score == "max" else torch.mean
+        shared = over_heads(scores, 1, keepdim=True)
+        return shared if self.is_latent else shared.expand_as(scores)
 
     def get_seq_length(self) -> int:
         """Tokens seen, evicted ones included: positions go on from here."""
@@ -231,6 +359,11 @@ class PagedLayer(PageStore, CacheLayerMixin):
         The next forward may be of several tokens that are input (the prompt, a turn); after it, several tokens are a
         draft. Recording ends when `record_past` is set to False, and with `reset`.
         """
+        if self.prompt == "evict":
+            raise ValueError(
+                "prompt='evict' drops input for good, so that no token could be taken back: for assisted decoding and "
+                "prompt look-up use prompt='pin' or 'select'."
+            )
         self.record_past = self._expects_turn = True
 
     def check_crop(self, tokens_to_remove: int) -> None:
@@ -256,7 +389,7 @@ class PagedLayer(PageStore, CacheLayerMixin):
         Also forgets how to take back the tokens before them. Raises as `check_crop` does.
         """
         self.check_crop(tokens_to_remove)
-        self._past.undo(self, -tokens_to_remove, self.attend_stored)
+        self._past.undo(self, -tokens_to_remove, partial(self._attend_input, observed=None, expanded=None))
 
     def apply_to_rows(self, function: Callable) -> None:
         """Make every tensor that has rows what `function` makes of it."""

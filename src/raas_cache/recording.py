@@ -8,12 +8,13 @@ import torch
 
 import raas_kernels
 
+from .store import BOUNDS, EVICTABLE, SLOTS
+
 
 if TYPE_CHECKING:
     from .store import PageStore
 
-BOUNDS = ("minima", "maxima")
-PAGED = ("keys", "values", "bias", "positions", *BOUNDS)
+PAGED = (*SLOTS, *BOUNDS)
 
 
 def _pages_of(store: "PageStore", name: str) -> torch.Tensor:
@@ -29,7 +30,7 @@ class Step:
     Args:
         page: `[batch, kv_heads]` int64, index of that page.
         state: name -> tensor of the store as it was: that page's contents `[batch, kv_heads, width]`, and the whole
-            `priority` and `open_slot`.
+            `priority`, `page_state` and `open_slot`.
     """
 
     page: torch.Tensor
@@ -44,10 +45,9 @@ class Step:
             page = raas_kernels.victim(store.positions, store.priority, store.page_size) + store.pinned_pages
         else:
             page = store.open_slot // store.page_size
-        state = {"priority": store.priority.clone(), "open_slot": store.open_slot.clone()}
-        for name in PAGED if opening else BOUNDS:
-            if getattr(store, name) is not None:
-                state[name] = torch.take_along_dim(_pages_of(store, name), page[..., None, None], 2).squeeze(2)
+        state = {name: tensor.clone() for name, tensor in store.held_tensors(*EVICTABLE, "open_slot").items()}
+        for name in store.held_tensors(*(PAGED if opening else BOUNDS)):
+            state[name] = torch.take_along_dim(_pages_of(store, name), page[..., None, None], 2).squeeze(2)
         return cls(page, state)
 
     def undo(self, store: "PageStore", kept: int, attend: Callable) -> int:
@@ -77,26 +77,27 @@ class Turn:
 
     Args:
         length: tokens of the forward.
-        priority: `[batch, kv_heads, decode_pages]` before the forward.
+        state: name -> the store's `priority` and `page_state` before the forward.
         reads: the attention calls of the forward: query, and settings of the softmax.
     """
 
     length: int
-    priority: torch.Tensor
+    state: dict[str, torch.Tensor]
     reads: list[tuple[torch.Tensor, dict]] = field(default_factory=list)
 
     def undo(self, store: "PageStore", kept: int, attend: Callable) -> int:
         """Take back all but the first `kept` tokens, and the stamps of those; returns the tokens taken back."""
         store.unpin(self.length - kept)
         if store.decoded:
-            store.priority.copy_(self.priority)
+            for name, before in self.state.items():
+                getattr(store, name).copy_(before)
         if kept:
             for query, softmax in self.reads:
                 attend(query[:, :, :kept], **softmax)
         return self.length - kept
 
     def apply_to_rows(self, function: Callable) -> None:
-        self.priority = function(self.priority)
+        self.state = {name: function(tensor) for name, tensor in self.state.items()}
         self.reads = [(function(query), softmax) for query, softmax in self.reads]
 
 
@@ -109,7 +110,11 @@ class Past:
 
     def note(self, store: "PageStore", length: int, pin: bool) -> None:
         """Called before `store` stores `length` tokens, as input (`pin`) or as one decode step."""
-        self.entries.append(Turn(length, store.priority.clone()) if pin else Step.about_to_append(store))
+        if pin:
+            before = {name: tensor.clone() for name, tensor in store.held_tensors(*EVICTABLE).items()}
+            self.entries.append(Turn(length, before))
+        else:
+            self.entries.append(Step.about_to_append(store))
         del self.entries[: -self.limit]
 
     def note_read(self, query: torch.Tensor, softmax: dict) -> None:
@@ -120,6 +125,8 @@ class Past:
 
     def removable(self, store: "PageStore") -> int:
         """Tokens that `undo` can take back."""
+        if store.prompt == "evict":  # of what was cut away there is no record
+            return 0
         steps = sum(isinstance(entry, Step) for entry in self.entries)
         # As long as no token was generated, input alone is held: it can go without a record.
         return store.seen if steps == store.decoded else sum(entry.length for entry in self.entries)

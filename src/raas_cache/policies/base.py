@@ -1,25 +1,111 @@
-"""What an eviction policy is."""
+"""What an eviction policy is, what it sees, and the registry of policies by name."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal, TypeVar
 
 import torch
 
 
-class Policy(ABC):
-    """Orders the decode pages for eviction: when a page must go, the one with the smallest priority goes.
+@dataclass(frozen=True)
+class Pages:
+    """The E evictable pages of one layer after a forward; some may hold nothing yet.
 
-    The store sets the priority of the page that takes a new token to that token's sequence index (`on_append` of
-    every policy here), takes the smallest `(priority, first sequence index)` as victim, and asks the policy, once a
-    forward and layer, to bring the priorities up to date with the attention scores.
+    Args:
+        priority: `[batch, kv_heads, E]` float64, to be updated in place: when a page must go, the one with the smallest
+            goes, among equals the oldest. -inf marks a page that holds nothing: leave it. A page comes with the
+            sequence index of its newest token.
+        scores: `[batch, kv_heads, E]`, attention score of each page for this forward's queries, reduced over tokens,
+            query group and queries as the policy asks for; 0 for a page that was not read.
+        first: `[batch, kv_heads, E]` int32, sequence index of each page's first token.
+        clock: `[2]` int64, (sequence index, decode-token index) of the present token.
+        state: the policy's own numbers by name, `[batch, kv_heads, E]` float64 each, to be updated in place; 0 for a
+            new page. They stay with their page whatever happens to rows, crops and drafts.
+        limit: pages that may be held; E is larger while a prompt is being cut down to the budget.
+        page_size: tokens a page.
+        queries: how many queries the scores come from; 1 in a decode step.
+        mean_keys: gives the mean of each page's keys, `[batch, kv_heads, E, head_dim]`, 0 for a page of no token.
     """
 
-    @abstractmethod
-    def on_scores(self, priority: torch.Tensor, scores: torch.Tensor, first: torch.Tensor, clock: torch.Tensor) -> None:
-        """Update `priority` in place, without a host synchronisation.
+    priority: torch.Tensor
+    scores: torch.Tensor
+    first: torch.Tensor
+    clock: torch.Tensor
+    state: dict[str, torch.Tensor]
+    limit: int
+    page_size: int
+    queries: int
+    mean_keys: Callable[[], torch.Tensor]
 
-        Args:
-            priority: `[batch, kv_heads, decode_pages]` float64; -inf marks a page that holds nothing: leave it.
-            scores: `[batch, kv_heads, decode_pages]`, attention score of each decode page for this forward's queries.
-            first: `[batch, kv_heads, decode_pages]` int32, sequence index of each page's first token.
-            clock: `[2]` int64, (sequence index, decode-token index) of the present token.
-        """
+    @property
+    def held(self) -> torch.Tensor:
+        """Which pages hold anything, `[batch, kv_heads, E]` bool."""
+        return self.priority > float("-inf")
+
+    def newest(self, count: int) -> torch.Tensor:
+        """The `count` held pages that were opened last, `[batch, kv_heads, E]` bool."""
+        age = self.first.masked_fill(~self.held, -1)
+        count = min(count, age.shape[-1])
+        return self.held & (age >= age.topk(count, dim=-1).values[..., -1:]) if count else torch.zeros_like(self.held)
+
+
+class Policy(ABC):
+    """Orders the evictable pages: the smallest priority goes first, and after a forward a policy updates them.
+
+    Attributes:
+        name: what `from_name` and the tables call it.
+        prompt: what becomes of input by default: `"pin"`, `"select"` or `"evict"` (see `PagedCache`).
+        prompts: which of these the method can do.
+        granularity: `"head"` or `"layer"` by default.
+        page_score: a page's score is the `"max"` or the `"sum"` of its tokens' weights; the same over several queries.
+        group_score: over the query heads of a KV head (with `granularity="layer"` over all), the `"max"` or `"mean"`.
+        prompt_window: with `prompt="evict"`, how many of the last queries of input are looked at; None for all.
+        evicts: whether pages are ever evicted; otherwise the store grows.
+        reads: `"all"` evictable pages in a decode step, or the `"top"` of them by their min/max bounds.
+        state: names of the numbers that the policy keeps for each page.
+    """
+
+    name: ClassVar[str]
+    prompt: ClassVar[Literal["pin", "select", "evict"]] = "pin"
+    prompts: ClassVar[tuple[str, ...]] = ("pin", "select", "evict")
+    granularity: ClassVar[Literal["head", "layer"]] = "head"
+    page_score: ClassVar[Literal["max", "sum"]] = "max"
+    group_score: ClassVar[Literal["max", "mean"]] = "max"
+    prompt_window: ClassVar[int | None] = 32
+    evicts: ClassVar[bool] = True
+    reads: ClassVar[Literal["all", "top"]] = "all"
+    state: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def on_scores(self, pages: Pages) -> None:
+        """Bring `pages.priority` and `pages.state` up to date, in place and without a host synchronisation."""
+
+    def for_layer(self, layer_idx: int) -> "Policy":
+        """The policy of one layer of the model, for methods that treat layers differently."""
+        return self
+
+
+POLICIES: dict[str, type[Policy]] = {}
+AnyPolicy = TypeVar("AnyPolicy", bound=Policy)
+
+
+def register_policy(name: str) -> Callable[[type[AnyPolicy]], type[AnyPolicy]]:
+    """Class decorator that makes a policy available as `from_name(name, budget=...)`.
+
+    Raises:
+        TypeError: what is decorated is not a subclass of `Policy`.
+        ValueError: `name` belongs to another policy.
+    """
+
+    def register(policy: type[AnyPolicy]) -> type[AnyPolicy]:
+        if not (isinstance(policy, type) and issubclass(policy, Policy)):
+            raise TypeError(f"policy={policy!r} must be a subclass of raas_cache.Policy.")
+        # The same class under the same name again is a notebook cell run twice.
+        if name in POLICIES and POLICIES[name].__qualname__ != policy.__qualname__:
+            raise ValueError(f"name={name!r} belongs to {POLICIES[name].__name__} already: choose another name.")
+        policy.name = name
+        POLICIES[name] = policy
+        return policy
+
+    return register

@@ -2,36 +2,38 @@
 
 from dataclasses import dataclass
 
-import torch
-
 import raas_kernels
 
-from .base import Policy
+from .base import Pages, Policy, register_policy
 
 
+DEFAULT_ALPHA = 1e-4
+
+
+@register_policy("raas")
 @dataclass(frozen=True)
 class RaaSPolicy(Policy):
     """Evict the page whose last milestone stamp is oldest (section 3): the priority of a page is its timestamp.
 
     Args:
-        alpha: a page whose score is at least `alpha` is a milestone now and gets the present timestamp. In (0, 1).
+        alpha: a page whose score is at least `alpha` is a milestone now and gets the present timestamp. In (0, 1);
+            None is the default, unless `top_ratio` takes its place.
         top_ratio: instead of `alpha`, stamp this share of the held decode pages, those with the highest scores
             (the paper's variant uses 0.5). In (0, 1].
 
     Raises:
         TypeError: an argument is not a number.
-        ValueError: an argument is out of range, or not exactly one of the two is given.
+        ValueError: an argument is out of range, or both are given.
     """
 
-    alpha: float | None = 1e-4
+    alpha: float | None = None
     top_ratio: float | None = None
 
     def __post_init__(self):
-        if (self.alpha is None) == (self.top_ratio is None):
-            raise ValueError(
-                f"alpha={self.alpha} and top_ratio={self.top_ratio}: give exactly one of the two stamping rules "
-                "(alpha=None with a top_ratio, or top_ratio=None with an alpha)."
-            )
+        if self.alpha is not None and self.top_ratio is not None:
+            raise ValueError(f"alpha={self.alpha} and top_ratio={self.top_ratio}: give one of the two stamping rules.")
+        if self.alpha is None and self.top_ratio is None:
+            object.__setattr__(self, "alpha", DEFAULT_ALPHA)
         for name, value in (("alpha", self.alpha), ("top_ratio", self.top_ratio)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
                 raise TypeError(f"{name}={value!r} must be a float, not {type(value).__name__}.")
@@ -40,5 +42,5 @@ class RaaSPolicy(Policy):
         if self.top_ratio is not None and not 0 < self.top_ratio <= 1:
             raise ValueError(f"top_ratio={self.top_ratio} must lie in (0, 1]: it is a share of the pages; try 0.5.")
 
-    def on_scores(self, priority: torch.Tensor, scores: torch.Tensor, first: torch.Tensor, clock: torch.Tensor) -> None:
-        raas_kernels.stamp(priority, scores, first, clock, self.alpha, self.top_ratio)
+    def on_scores(self, pages: Pages) -> None:
+        raas_kernels.stamp(pages.priority, pages.scores, pages.first, pages.clock, self.alpha, self.top_ratio)

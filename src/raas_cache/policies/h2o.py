@@ -1,0 +1,37 @@
+"""H2O: Heavy-Hitter Oracle for Efficient Generative Inference (Zhang et al., NeurIPS 2023, arXiv 2306.14048)."""
+
+from dataclasses import dataclass
+
+from .base import Pages, Policy, register_policy
+
+
+@register_policy("h2o")
+@dataclass(frozen=True)
+class H2OPolicy(Policy):
+    """Keep the pages that have gathered the most attention so far, and the newest ones (algorithm 1).
+
+    Args:
+        recent_ratio: share of the pages kept for being new, whatever their attention. In [0, 1]; the paper's is half.
+
+    Raises:
+        ValueError: `recent_ratio` is out of range.
+    """
+
+    recent_ratio: float = 0.5
+
+    prompt = "evict"
+    page_score = "sum"
+    group_score = "mean"
+    prompt_window = None
+    state = ("attention",)
+
+    def __post_init__(self):
+        if not 0 <= self.recent_ratio <= 1:
+            raise ValueError(
+                f"recent_ratio={self.recent_ratio} must lie in [0, 1]: it is a share of the pages; try 0.5."
+            )
+
+    def on_scores(self, pages: Pages) -> None:
+        attention = pages.state["attention"].add_(pages.scores)
+        ranked = attention.masked_fill(pages.newest(int(self.recent_ratio * pages.limit)), float("inf"))
+        pages.priority.copy_(ranked.masked_fill(~pages.held, float("-inf")))
