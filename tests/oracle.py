@@ -291,6 +291,8 @@ class OracleCache(DynamicCache):
                     for state in heads:
                         self.place(state, [first + i for i in step], is_generated, padding)
                 is_scored = self.method.is_scored and any(not page.pinned for page in heads[0].seen)
+                # Input that may be evicted is cut down once, after its first reader.
+                is_scored = is_scored and (is_new or is_generated or self.prompt != "evict")
                 scored_queries = self.scored_queries(step, is_generated) if is_scored else []
                 selects = is_generated and self.selects(layer)
                 totals = [[0.0] * len(state.seen) for state in heads]

@@ -199,6 +199,12 @@ class PagedCache(Cache):
                 stacklevel=3,
             )
 
+    def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
+        """Fetch a layer's K and V ahead of its turn, but not before they have got to the CPU."""
+        # transformers queues that copy on the stream that computes; its prefetch stream would not wait for it.
+        self.prefetch_stream.wait_stream(torch.cuda.current_stream())
+        super().prefetch(layer_idx, only_non_sliding)
+
     def offload(self, layer_idx: int, only_non_sliding: bool = True) -> None:
         """Move a layer's K and V to the CPU; a paged layer's only when the next one comes: attention reads it first."""
         if isinstance(self.layers[layer_idx], PagedLayer):

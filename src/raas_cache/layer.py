@@ -220,7 +220,7 @@ class PagedLayer(PageStore, CacheLayerMixin):
             scores = scores.new_zeros(*bias.shape[:2], bias.shape[2] // self.page_size).scatter_(2, table, scores)
         if self.decoded:
             if self.scoring == "minmax":
-                scores = self._shared(bounds).softmax(-1)
+                scores = bounds.softmax(-1)
             self._tell_policy(self._shared(scores)[..., self.pinned_pages :], queries=1)
         return output
 
@@ -289,9 +289,10 @@ class PagedLayer(PageStore, CacheLayerMixin):
 
     def _on_scores(self, scores, priority, page_state, first, queries: int, mean_keys: Callable) -> None:
         state = {name: page_state[..., i] for i, name in enumerate(self.policy.state)}
-        limit = max(self.room_for_decode, self.min_decode_pages)
-        pages = Pages(priority, scores, first, self.clock, state, limit, self.page_size, queries, mean_keys)
+        pages = Pages(priority, scores, first, self.clock, state, self.limit, self.page_size, queries, mean_keys)
         self.policy.on_scores(pages)
+        if self.granularity == "layer":  # a policy that looks at keys ranks head by head
+            priority.copy_(priority.mean(1, keepdim=True).expand_as(priority))
 
     def _page_bounds(self, query, keys, bias, expanded, softmax) -> torch.Tensor | None:
         """Upper bounds of the pages' logits for one query, `[batch, kv_heads, pages]`; None where nobody asks."""
@@ -300,7 +301,11 @@ class PagedLayer(PageStore, CacheLayerMixin):
         bounds = (self.minima, self.maxima)
         if expanded is not None:
             bounds = raas_kernels.page_extremes(keys, bias, self.page_size)
-        return raas_kernels.page_bounds(query, *bounds, bias, softmax["scale"], self.page_size, softmax["softcap"])
+        scale, softcap = softmax["scale"], softmax["softcap"]
+        bounds = raas_kernels.page_bounds(query, *bounds, bias, scale, self.page_size, softcap)
+        if self.is_latent:  # all heads are one query group
+            return bounds.amax(1, keepdim=True).expand_as(bounds)
+        return self._shared(bounds)
 
     def _pages_to_read(self, bounds: torch.Tensor) -> torch.Tensor | None:
         """The pages that one decode step reads, `[batch, kv_heads, K]`: those of the highest bounds; None for all."""
@@ -328,7 +333,7 @@ class PagedLayer(PageStore, CacheLayerMixin):
         tokens = torch.arange(self.seen - query.shape[2], self.seen, device=self.device)
         counts = raas_kernels.resident(self.positions.expand_as(bias), bias, tokens)
         scores = [
-            self._shared(self._page_bounds(one, keys, bias, expanded, softmax)).softmax(-1) * counts[..., i, None]
+            self._page_bounds(one, keys, bias, expanded, softmax).softmax(-1) * counts[..., i, None]
             for i, one in enumerate(query.split(1, dim=2))
         ]
         return torch.stack(scores).amax(0) if self.policy.page_score == "max" else torch.stack(scores).sum(0)

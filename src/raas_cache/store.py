@@ -140,6 +140,11 @@ class PageStore:
         return self.budget // self.page_size - self.input_pages_read
 
     @property
+    def limit(self) -> int:
+        """Evictable pages that may be held: settled when decoding begins, but for where input is evictable too."""
+        return max(self.room_for_decode, self.min_decode_pages) if self.prompt == "evict" else self.decode_pages
+
+    @property
     def opened(self) -> int:
         """Evictable pages that were ever opened."""
         return self.released_pages + math.ceil(self.decoded / self.page_size)
@@ -301,7 +306,7 @@ class PageStore:
         closing = -self.decoded % self.page_size
         self.decoded += closing
         self.clock[1] += closing
-        limit = max(self.room_for_decode, self.min_decode_pages)
+        limit = self.limit
         by_age = ranked["first"].argsort(-1)
         order = by_age.gather(-1, ranked["priority"].gather(-1, by_age).argsort(dim=-1, stable=True))
         kept = order[..., -limit:].sort(-1).values
