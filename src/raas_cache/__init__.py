@@ -6,6 +6,7 @@
 from importlib.resources import files
 
 from .attention import register, unregister
+from .budgets import learn_budgets
 from .cache import PagedCache
 from .methods import (
     DenseCache,
@@ -34,6 +35,7 @@ __all__ = [
     "TOVACache",
     "embedded_model",
     "from_name",
+    "learn_budgets",
     "list_methods",
     "register",
     "register_policy",

@@ -16,6 +16,7 @@ from .layer import LayerSettings, PagedLayer
 from .policies import Policy
 
 
+Budget = int | list[int] | tuple[int, ...]
 NEEDS_CONFIG = (
     "This model has linear-attention layers, which the cache must know beforehand: use "
     "RaaSCache(budget, config=model.config)."
@@ -51,8 +52,9 @@ class PagedCache(Cache):
     nothing is evicted, outputs are `DynamicCache`'s.
 
     Args:
-        budget (`int`): tokens to hold for each row, layer and KV head, the prompt counted in; at least one page. For a
-            method that never evicts: tokens to read.
+        budget (`int`, or a list of them): tokens to hold for each row, layer and KV head, the prompt counted in; at
+            least one page. For a method that never evicts: tokens to read. A list has an entry for each layer of the
+            model (see `learn_budgets`); those of layers without full attention are not used.
         policy (`Policy`): the method, for example `H2OPolicy()`; `RaaSCache`, `QuestCache` and the like bring theirs.
         page_size (`int`): tokens a page, a power of two.
         scoring (`str`): `"exact"` scores a page by its tokens' softmax weights; `"minmax"` by the softmax over min/max
@@ -82,7 +84,7 @@ class PagedCache(Cache):
 
     def __init__(
         self,
-        budget: int,
+        budget: Budget,
         *,
         policy: Policy,
         page_size: int = 16,
@@ -98,7 +100,9 @@ class PagedCache(Cache):
             raise TypeError(f"policy={policy!r} must be a raas_cache.Policy, such as RaaSPolicy().")
         granularity = policy.granularity if granularity is None else granularity
         prompt = policy.prompt if prompt is None else prompt
-        _check_size(budget=budget, page_size=page_size, min_decode_pages=min_decode_pages)
+        self.budget = tuple(budget) if isinstance(budget, list) else budget
+        for of_layer in self.budget if isinstance(self.budget, tuple) else (budget,):
+            _check_size(budget=of_layer, page_size=page_size, min_decode_pages=min_decode_pages)
         for name, value, options in (
             ("scoring", scoring, ("exact", "minmax")),
             ("granularity", granularity, ("head", "layer")),
@@ -112,12 +116,10 @@ class PagedCache(Cache):
             raise ValueError(f"prompt={prompt!r} is not what {type(policy).__name__} can do: use one of {able}.")
         if offloading and not torch.cuda.is_available():
             raise ValueError("offloading=True moves layers between GPU and CPU memory, and there is no CUDA GPU here.")
-        self.settings = LayerSettings(
-            policy, budget, page_size, min_decode_pages, scoring, granularity, prompt, kv_dtype
-        )
+        # The budget is filled in for each layer.
+        self.settings = LayerSettings(policy, 0, page_size, min_decode_pages, scoring, granularity, prompt, kv_dtype)
         layers = _LayersToCome() if config is None else plan_layers(config, self._settings_of)
         super().__init__(layers=layers, offloading=offloading)
-        self.budget = budget
         self._records_past = False
         self._handed_out: PagedLayer | None = None
         self._not_offloaded: int | None = None
@@ -126,7 +128,12 @@ class PagedCache(Cache):
             self._warn_if_nothing_is_paged(config)
 
     def _settings_of(self, layer_idx: int) -> LayerSettings:
-        return replace(self.settings, policy=self.settings.policy.for_layer(layer_idx))
+        budget = self.budget
+        if isinstance(budget, tuple):
+            if layer_idx >= len(budget):
+                raise ValueError(f"budget={budget} has {len(budget)} entries, and the model has a layer {layer_idx}.")
+            budget = budget[layer_idx]
+        return replace(self.settings, budget=budget, policy=self.settings.policy.for_layer(layer_idx))
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
         """Store the new tokens of a layer, and hand the layer to the attention function (see `PagedLayer.update`).
@@ -218,9 +225,9 @@ class PagedCache(Cache):
         self._warned = True
         total = (layer.pinned_pages + layer.decode_pages) * layer.page_size
         warnings.warn(
-            f"budget={self.budget} leaves {max(layer.room_for_decode, 0)} pages of {layer.page_size} tokens beside the "
-            f"{layer.pinned_pages} pages of the prompt; the cache holds {layer.decode_pages} decode pages all the same "
-            f"(min_decode_pages={layer.min_decode_pages}), {total} tokens in all.",
+            f"budget={layer.budget} leaves {max(layer.room_for_decode, 0)} pages of {layer.page_size} tokens beside "
+            f"the {layer.pinned_pages} pages of the prompt; the cache holds {layer.decode_pages} decode pages all the "
+            f"same (min_decode_pages={layer.min_decode_pages}), {total} tokens in all.",
             stacklevel=2,
         )
 

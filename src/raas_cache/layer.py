@@ -282,7 +282,7 @@ class PagedLayer(PageStore, CacheLayerMixin):
     def _cut_input(self, scores: torch.Tensor | None, queries: int) -> None:
         """Let input compete with what else is held, once the policy has seen the scores `[batch, kv_heads, pages]`."""
         sink, others, ranked = self.candidates()
-        if queries:
+        if queries and others.shape[-1]:
             mean_keys = lambda: torch.take_along_dim(self.mean_keys(), others[..., None], 2)  # noqa: E731
             self._on_scores(scores.gather(-1, others), *ranked.values(), queries, mean_keys)
         self.keep(sink, others, ranked)
@@ -326,7 +326,7 @@ class PagedLayer(PageStore, CacheLayerMixin):
         else:
             newest = (self.open_slot // self.page_size)[..., None].expand(-1, bounds.shape[1], -1)
             bounds.scatter_(-1, newest, float("inf"))
-        return bounds.topk(wanted, dim=-1, sorted=False).indices
+        return bounds.argsort(dim=-1, descending=True, stable=True)[..., :wanted]  # ties to the older page
 
     def _representative_scores(self, query, keys, bias, expanded, softmax) -> torch.Tensor:
         """Softmax over the resident pages' upper bounds, over the queries the max or sum; padding gives none."""

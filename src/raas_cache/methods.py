@@ -22,7 +22,7 @@ from .policies import (
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .cache import CacheOptions
+    from .cache import Budget, CacheOptions
 
 
 class RaaSCache(PagedCache):
@@ -44,8 +44,11 @@ class RaaSCache(PagedCache):
         budget (`int`): tokens to hold for each row, layer and KV head, the prompt counted in; at least one page.
         alpha (`float`, *optional*): a page with an attention weight of at least `alpha` on one of its tokens is
             stamped. In (0, 1).
+            The default is chosen in docs/stamping-study.md; the paper's is 1e-4.
         top_ratio (`float`, *optional*): instead of `alpha`, stamp this share of the held decode pages, the ones with
             the highest scores. In (0, 1].
+        probation (`int`): beyond the paper: tokens after which being stamped proves that a page is needed again; until
+            then it counts as four times as many tokens older. 0 is the paper's rule.
         options: as `PagedCache`.
 
     Raises:
@@ -54,13 +57,14 @@ class RaaSCache(PagedCache):
 
     def __init__(
         self,
-        budget: int,
+        budget: Budget,
         *,
         alpha: float | None = None,
         top_ratio: float | None = None,
+        probation: int = 0,
         **options: Unpack[CacheOptions],
     ):
-        super().__init__(budget, policy=RaaSPolicy(alpha, top_ratio), **options)
+        super().__init__(budget, policy=RaaSPolicy(alpha, top_ratio, probation), **options)
 
 
 class QuestCache(PagedCache):
@@ -72,7 +76,7 @@ class QuestCache(PagedCache):
         options: as `PagedCache`.
     """
 
-    def __init__(self, budget: int, *, dense_layers: int = 2, **options: Unpack[CacheOptions]):
+    def __init__(self, budget: Budget, *, dense_layers: int = 2, **options: Unpack[CacheOptions]):
         super().__init__(budget, policy=QuestPolicy(dense_layers), **options)
 
 
@@ -85,21 +89,21 @@ class H2OCache(PagedCache):
         options: as `PagedCache`.
     """
 
-    def __init__(self, budget: int, *, recent_ratio: float = 0.5, **options: Unpack[CacheOptions]):
+    def __init__(self, budget: Budget, *, recent_ratio: float = 0.5, **options: Unpack[CacheOptions]):
         super().__init__(budget, policy=H2OPolicy(recent_ratio), **options)
 
 
 class StreamingLLMCache(PagedCache):
     """StreamingLLM: keep the first page and the newest ones; see `StreamingLLMPolicy`. Takes what `PagedCache` does."""
 
-    def __init__(self, budget: int, **options: Unpack[CacheOptions]):
+    def __init__(self, budget: Budget, **options: Unpack[CacheOptions]):
         super().__init__(budget, policy=StreamingLLMPolicy(), **options)
 
 
 class TOVACache(PagedCache):
     """TOVA: evict what the newest query attends to least; see `TOVAPolicy`. Takes what `PagedCache` does."""
 
-    def __init__(self, budget: int, **options: Unpack[CacheOptions]):
+    def __init__(self, budget: Budget, **options: Unpack[CacheOptions]):
         super().__init__(budget, policy=TOVAPolicy(), **options)
 
 
@@ -112,14 +116,14 @@ class RKVCache(PagedCache):
         options: as `PagedCache`.
     """
 
-    def __init__(self, budget: int, *, importance_weight: float = 0.1, **options: Unpack[CacheOptions]):
+    def __init__(self, budget: Budget, *, importance_weight: float = 0.1, **options: Unpack[CacheOptions]):
         super().__init__(budget, policy=RKVPolicy(importance_weight), **options)
 
 
 class DenseCache(PagedCache):
     """Keep and read everything, on the store of the other methods; see `DensePolicy`. `budget` bounds nothing here."""
 
-    def __init__(self, budget: int, **options: Unpack[CacheOptions]):
+    def __init__(self, budget: Budget, **options: Unpack[CacheOptions]):
         super().__init__(budget, policy=DensePolicy(), **options)
 
 
@@ -139,7 +143,7 @@ def list_methods() -> list[str]:
     return list(POLICIES)
 
 
-def from_name(name: str, budget: int, **options) -> PagedCache:
+def from_name(name: str, budget: Budget, **options) -> PagedCache:
     """A cache of the method `name`, so that to compare methods is to swap one word.
 
     Args:

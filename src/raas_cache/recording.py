@@ -8,7 +8,7 @@ import torch
 
 import raas_kernels
 
-from .store import BOUNDS, EVICTABLE, SLOTS
+from .store import BOUNDS, EMPTY, EVICTABLE, SLOTS
 
 
 if TYPE_CHECKING:
@@ -21,6 +21,15 @@ def _pages_of(store: "PageStore", name: str) -> torch.Tensor:
     """A paged tensor as `[batch, kv_heads, pages, width]`, in place."""
     tensor = getattr(store, name)
     return tensor.view(*tensor.shape[:2], store.pinned_pages + store.decode_pages, -1)
+
+
+def _restore(store: "PageStore", name: str, before: torch.Tensor) -> None:
+    """Put a whole tensor back; pages that a store has grown by since hold nothing."""
+    tensor = getattr(store, name)
+    if tensor.shape != before.shape:
+        tensor[:, :, before.shape[2] :] = EMPTY.get(name, 0)
+        tensor = tensor[:, :, : before.shape[2]]
+    tensor.copy_(before)
 
 
 @dataclass
@@ -63,7 +72,7 @@ class Step:
                 index = self.page[..., None, None].expand_as(before[:, :, None])
                 _pages_of(store, name).scatter_(2, index, before[:, :, None])
             else:
-                getattr(store, name).copy_(before)
+                _restore(store, name, before)
         return 1
 
     def apply_to_rows(self, function: Callable) -> None:
@@ -90,7 +99,7 @@ class Turn:
         store.unpin(self.length - kept)
         if store.decoded:
             for name, before in self.state.items():
-                getattr(store, name).copy_(before)
+                _restore(store, name, before)
         if kept:
             for query, softmax in self.reads:
                 attend(query[:, :, :kept], **softmax)
