@@ -332,7 +332,8 @@ class OracleCache(DynamicCache):
                                 per_query_head.append(self.page_weights(state.seen, tokens, weights))
                         if per_query_head:
                             scores.append(self.reduced(per_query_head))
-                    if i not in scored_queries or first + i in padding:
+                    # A generated token that is masked is a finished row's: what it stamps is nobody's business.
+                    if i not in scored_queries or (first + i in padding and not is_generated):
                         continue
                     if self.scoring == "minmax":
                         scores = [softmax(mine) for mine in bounds]

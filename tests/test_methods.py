@@ -366,6 +366,34 @@ def test_a_latent_a_cap_sinks_and_shared_kv(name, method, mode):
         assert max(state.evicted for state in oracle.heads.values()) >= 6
 
 
+@pytest.mark.parametrize(
+    ("method", "mode", "more"),
+    [
+        ("raas", "select", {"kv_dtype": "int8"}),
+        ("raas", "evict", {"kv_dtype": "fp8", "scoring": "minmax"}),
+        ("raas", "pin", {"probation": 4}),
+        ("h2o", "evict", {}),
+        ("tova", "evict", {"page_size": 1}),
+        ("rkv", "evict", {}),
+        ("quest", "select", {"kv_dtype": "int8"}),
+    ],
+    ids=str,
+)
+def test_triton_kernels(method, mode, more, monkeypatch):
+    """Tables, sums, means and codes in the kernels; in the interpreter where there is no GPU."""
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = tiny_model(layers=1, dtype=torch.float32).to(device)
+    inputs = {name: tensor.to(device) for name, tensor in prompt(2, 33, (7, 0)).items()}
+    results = []
+    for engine in ("torch", "triton"):
+        monkeypatch.setenv("RAAS_KERNELS", engine)
+        cache = from_name(method, **options(method, mode, **more))
+        results.append((generate(model, inputs, cache, 30, sample=False), cache.resident_positions(0).sort(-1).values))
+        assert (cache.evicted_pages(0).min() >= 1) == (method in EVICTING)
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
 def test_names():
     assert {*CLASSES, "dense"} <= set(list_methods())
     for name, cls in CLASSES.items():

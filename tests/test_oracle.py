@@ -1,15 +1,11 @@
 """The cache against the brute-force oracle: every token, and what every layer, row and head holds at the end."""
 
 import itertools
-from functools import partial
 
 import pytest
 import torch
-from transformers import Cache
 
 from raas_cache import RaaSCache
-from raas_cache.layer import PagedLayer
-from raas_cache.policies import Policy
 
 from .architectures import build
 from .helpers import generate, prompt, resident_set, tiny_model
@@ -76,23 +72,6 @@ def test_a_budget_below_the_prompt_keeps_the_floor_of_decode_pages():
 
 def test_one_decode_page():
     compare(tiny_model(), prompt(1, 5), 60, budget=12, page_size=4, min_decode_pages=1, alpha=1e-2)
-
-
-class Window(Policy):
-    """Leaves priorities as the store makes them: a page's is that of its last token, so the oldest page goes."""
-
-    def on_scores(self, priority, scores, first, clock):
-        pass
-
-
-def test_another_policy_on_the_same_store():
-    model, inputs = tiny_model(), prompt(2, 21, (5, 0))
-    cache = Cache(layer_class_to_replicate=partial(PagedLayer, Window(), 64, 4, 3, "exact", "head"))
-    tokens = generate(model, inputs, cache, 200)
-    model.set_attn_implementation("oracle")
-    oracle = OracleCache(64, page_size=4, min_decode_pages=3, method="streaming_llm", prompt="pin")
-    assert torch.equal(generate(model, inputs, oracle, 200), tokens)
-    assert oracle.evicted(1, 0, 0) == 40 and oracle.resident_set(1, 1, 1) == {*range(21), *range(181, 220)}
 
 
 def forward_both(model, caches, chunks, mask):

@@ -101,6 +101,8 @@ class PagedCache(Cache):
         granularity = policy.granularity if granularity is None else granularity
         prompt = policy.prompt if prompt is None else prompt
         self.budget = tuple(budget) if isinstance(budget, list) else budget
+        if self.budget == ():
+            raise ValueError(f"budget={budget} must be an int, or have an int for each layer of the model.")
         for of_layer in self.budget if isinstance(self.budget, tuple) else (budget,):
             _check_size(budget=of_layer, page_size=page_size, min_decode_pages=min_decode_pages)
         for name, value, options in (

@@ -48,7 +48,7 @@ class RaaSPolicy(Policy):
         if self.top_ratio is not None and not 0 < self.top_ratio <= 1:
             raise ValueError(f"top_ratio={self.top_ratio} must lie in (0, 1]: it is a share of the pages; try 0.5.")
         if self.probation < 0:
-            raise ValueError(f"probation={self.probation} must be 0 or more tokens: try 24, or 0 for none.")
+            raise ValueError(f"probation={self.probation} must be 0 or more tokens: try 16, or 0 for none.")
 
     @property
     def state(self) -> tuple[str, ...]:
