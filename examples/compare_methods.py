@@ -4,7 +4,7 @@ Budgets are shares of all tokens of a problem, prompt and chain. Methods run as 
 the prompt there once more with the prompt pinned, so that what differs is the method. Budgets by layer are learnt on 16
 training problems, with the same budget on average.
 
-    python examples/compare_methods.py --problems 200 > docs/results/methods.md
+    python examples/compare_methods.py --problems 400 > docs/results/methods.md
 """
 
 import argparse
@@ -19,7 +19,7 @@ from raas_cache.eval.accuracy import accuracy, tokens_of, wilson_interval
 from raas_cache.eval.chains import problems
 
 
-# (shown as, method, options); learnt: budgets by layer
+# (shown as, method, options). learnt: budgets by layer. same_bytes: as many tokens as fit into the bytes of the others
 ROWS = [
     ("StreamingLLM", "streaming_llm", {}),
     ("StreamingLLM, prompt pinned", "streaming_llm", {"prompt": "pin"}),
@@ -38,6 +38,8 @@ ROWS = [
     ("RaaS, prompt evicted", "raas", {"prompt": "evict"}),
     ("RaaS, int8", "raas", {"kv_dtype": "int8"}),
     ("RaaS, fp8", "raas", {"kv_dtype": "fp8"}),
+    ("RaaS, int8 in the same bytes", "raas", {"kv_dtype": "int8", "same_bytes": True}),
+    ("RaaS, fp8 in the same bytes", "raas", {"kv_dtype": "fp8", "same_bytes": True}),
     ("RaaS, budgets learnt", "raas", {"learnt": True}),
     ("RaaS, budgets learnt, probation 16", "raas", {"learnt": True, "probation": 16}),
 ]
@@ -52,6 +54,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=100)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--rows", nargs="+", default=[name for name, _, _ in ROWS], help="which methods, as shown")
     args = parser.parse_args()
     disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(embedded_model())
@@ -81,8 +84,11 @@ def main() -> None:
     report("Dense (`DenseCache`)", "all", partial(from_name, "dense", total, page_size=args.page_size))
     for share in args.budget:
         learnt = None
-        for name, method, options in ROWS:
+        for name, method, options in (row for row in ROWS if row[0] in args.rows):
             budget, options = int(share * total), dict(options)
+            if options.pop("same_bytes", False):
+                head_dim, size = model.config.head_dim, model.dtype.itemsize
+                budget = min(int(budget * size * head_dim / (head_dim + 4)), 2 * total)  # a code each, a float32 scale
             if options.pop("learnt", False):
                 steps = total - inputs["input_ids"].shape[1]
                 if learnt is None:
