@@ -147,7 +147,7 @@ class TestBudgetsByLayer:
         generate(tiny_model(), prompt(), cache, 120)
         assert [cache.resident_positions(layer).shape[2] for layer in (0, 1)] == [96, 48]
         assert cache.evicted_pages(0).max() < cache.evicted_pages(1).min()
-        assert repr(cache).startswith("RaaSCache(RaaSPolicy(alpha=0.2, top_ratio=None, probation=0), budget=(96, 48),")
+        assert repr(cache).startswith("RaaSCache(budget=(96, 48), held=")
 
     def test_too_few_of_them(self):
         with pytest.raises(ValueError, match=r"budget=\(96,\) has 1 entries, and the model has a layer 1"):

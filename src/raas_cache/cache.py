@@ -332,9 +332,10 @@ class PagedCache(Cache):
         paged = [layer for layer in self.layers if isinstance(layer, PagedLayer) and layer.is_initialized]
         held = max((int((layer.bias == 0).sum(-1).max()) for layer in paged), default=0)
         seen = paged[0].seen if paged else 0
+        policy = f"{self.settings.policy}, " if type(self) is PagedCache else ""
         evicted = sum(layer.evicted * layer.batch_size * layer.num_heads for layer in paged)
         return (
-            f"{type(self).__name__}({self.settings.policy}, budget={self.budget}, held={held}, seen={seen}, "
+            f"{type(self).__name__}({policy}budget={self.budget}, held={held}, seen={seen}, "
             f"evicted={evicted} pages, {self.nbytes} bytes)"
         )
 

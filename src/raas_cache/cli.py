@@ -16,9 +16,9 @@ from transformers.utils.logging import disable_progress_bar
 from . import RaaSCache, embedded_model
 from .eval import chains
 from .eval.chains import ChainProblem
+from .policies.raas import DEFAULT_ALPHA
 
 
-DEMO_ALPHA = 0.3
 DEMO_PAGE_SIZE = 4
 DEMO_SHARES = (0.75, 0.5, 0.33)
 """The default budgets, as shares of a problem's tokens, prompt and chain."""
@@ -42,7 +42,7 @@ def demo(
             show_default=", ".join(f"{share:.0%}" for share in DEMO_SHARES) + " of its tokens",
         ),
     ] = None,
-    alpha: Annotated[float, typer.Option(help="Attention weight that makes a page a milestone.")] = DEMO_ALPHA,
+    alpha: Annotated[float, typer.Option(help="Attention weight that makes a page a milestone.")] = DEFAULT_ALPHA,
     page_size: Annotated[int, typer.Option(min=1, help="Tokens a page, a power of two.")] = DEMO_PAGE_SIZE,
     seed: Annotated[int, typer.Option(help="Which held-out problems are drawn.")] = 0,
 ) -> None:

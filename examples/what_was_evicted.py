@@ -1,0 +1,103 @@
+"""Why RaaS falls short of keeping everything: which values were evicted before they were needed, in Markdown.
+
+The embedded model reads gold chains token by token through a cache. Whenever a line is about to restate the value that
+it cites, it is noted which KV heads still hold a page that states the value, and whether the model gets the digit
+right. Citations are grouped by how many lines ago the value was last stated.
+
+    python examples/what_was_evicted.py --problems 100 > docs/results/evicted.md
+"""
+
+import argparse
+from collections import defaultdict
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
+
+from raas_cache import RaaSCache, embedded_model, learn_budgets
+from raas_cache.eval.accuracy import tokens_of
+from raas_cache.eval.chains import TOKENS_PER_LINE, problems
+
+
+LEFT, CITED, RESULT = 5, 7, 10  # tokens of a line that state a value
+BANDS = ((2, 4), (5, 8), (9, 12), (13, 16), (17, 99))
+
+
+def statements(problem, line: int) -> tuple[list[int], int]:
+    """Tokens of the chain that state what `line` cites, before it does; and how many lines ago the last did."""
+    value = problem.refs[line] - problem.num_givens
+    stated = [(value, RESULT), (value + 1, LEFT)]
+    stated += [(other, CITED) for other in range(value + 1, line) if problem.refs[other] == problem.refs[line]]
+    stated = [(where, token) for where, token in stated if where < line]
+    return [where * TOKENS_PER_LINE + token for where, token in stated], line - max(where for where, _ in stated)
+
+
+@torch.no_grad()
+def read(model, tokenizer, sample, cache) -> list[tuple[int, list[bool], bool]]:
+    """Each citation of a derived value: lines since the value was stated, held by each head, digit right."""
+    texts = [f"{problem.prompt} {problem.chain}" for problem in sample]
+    tokens = tokenizer(texts, return_tensors="pt", return_token_type_ids=False)["input_ids"]
+    prompt = tokenizer(sample[0].prompt, return_tensors="pt")["input_ids"].shape[1]
+    model(tokens[:, :prompt], past_key_values=cache)
+    citations = []
+    for position in range(prompt, tokens.shape[1] - 1):
+        logits = model(tokens[:, position : position + 1], past_key_values=cache).logits[:, -1]
+        line, token = divmod(position + 1 - prompt, TOKENS_PER_LINE)
+        if token != CITED or line >= len(sample[0].refs):
+            continue
+        right = (logits.argmax(-1) == tokens[:, position + 1]).tolist()
+        held = [cache.resident_positions(layer) for layer in range(len(cache.layers))]
+        for row, problem in enumerate(sample):
+            if problem.refs[line] < problem.num_givens:
+                continue
+            stated, ago = statements(problem, line)
+            stated = torch.tensor(stated) + prompt
+            heads = [bool(torch.isin(head, stated).any()) for layer in held for head in layer[row]]
+            citations.append((ago, heads, right[row]))
+    return citations
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--problems", type=int, default=100)
+    parser.add_argument("--lines", type=int, default=50)
+    parser.add_argument("--budget", type=float, default=0.5, help="share of all tokens")
+    parser.add_argument("--page-size", type=int, default=4)
+    args = parser.parse_args()
+    disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(embedded_model())
+    model = AutoModelForCausalLM.from_pretrained(embedded_model()).eval()
+    sample = problems(args.problems, args.lines, seed=3)
+    total = max(map(tokens_of, sample))
+    budget = int(args.budget * total)
+    calibration = [p.prompt for p in problems(16, args.lines, seed=0, split="train")]
+    inputs = tokenizer(calibration, padding=True, return_tensors="pt", return_token_type_ids=False)
+    steps = total - inputs["input_ids"].shape[1]
+    learnt = learn_budgets(model, inputs, budget, steps, page_size=args.page_size)
+    caches = {
+        f"alpha 1e-4 (paper), budget {budget}": (budget, {"alpha": 1e-4}),
+        f"default, budget {budget}": (budget, {}),
+        f"probation 16, budget {budget}": (budget, {"probation": 16}),
+        f"budgets learnt, {learnt}": (learnt, {}),
+    }
+    print(f"{args.problems} gold chains of {args.lines} lines, {total} tokens, pages of {args.page_size}.\n")
+    bands = [f"{low} to {high} lines" for low, high in BANDS[:-1]] + [f"{BANDS[-1][0]} lines or more"]
+    print("| cache | | " + " | ".join(bands) + " |\n|---|---|" + "---|" * len(bands))
+    for name, (tokens, options) in caches.items():
+        cache = RaaSCache(tokens, page_size=args.page_size, min_decode_pages=1, **options)
+        groups = defaultdict(list)
+        for ago, held, right in read(model, tokenizer, sample, cache):
+            groups[next(band for band in BANDS if band[0] <= max(ago, 2) <= band[1])].append((held, right))
+        found = [groups[band] for band in BANDS]
+        rows = [("citations", [str(len(group)) for group in found])]
+        for head in range(len(cache.layers) * model.config.num_key_value_heads):
+            shares = [sum(held[head] for held, _ in group) / max(len(group), 1) for group in found]
+            where = divmod(head, model.config.num_key_value_heads)
+            rows.append(("held by layer {}, head {}".format(*where), [f"{share:.0%}" for share in shares]))
+        rows.append(("digit right", [f"{sum(r for _, r in group) / max(len(group), 1):.1%}" for group in found]))
+        for what, cells in rows:
+            print(f"| {name} | {what} | " + " | ".join(cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
