@@ -12,7 +12,8 @@ from transformers.cache_utils import Cache
 
 from .attention import expect
 from .hybrid import plan_layers
-from .layer import LayerSettings, PagedLayer
+from .layer import PagedLayer
+from .paged_attention import LayerSettings
 from .policies import Policy
 
 

@@ -5,7 +5,8 @@ from collections.abc import Callable
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicCache, LinearAttentionLayer
 
-from .layer import LayerSettings, PagedLayer
+from .layer import PagedLayer
+from .paged_attention import LayerSettings
 
 
 # Layers of transformers that stay beside the paged ones: none of them grows with the sequence.

@@ -1,0 +1,214 @@
+"""Attention over a layer's pages, and what it tells the policy."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch.nn.functional import pad
+
+import raas_kernels
+
+from .policies import Pages, Policy
+from .store import PageStore
+
+
+@dataclass(frozen=True)
+class LayerSettings:
+    """What a paged layer is told; see `PagedCache` for the meanings.
+
+    Args:
+        policy: orders the evictable pages.
+    """
+
+    policy: Policy
+    budget: int
+    page_size: int = 16
+    min_decode_pages: int = 8
+    scoring: Literal["exact", "minmax"] = "exact"
+    granularity: Literal["head", "layer"] = "head"
+    prompt: Literal["pin", "select", "evict"] = "pin"
+    kv_dtype: Literal["int8", "fp8"] | None = None
+
+
+class PagedAttention(PageStore):
+    """Reads the pages of one layer, all or those a step should read, and lets the policy rank the evictable ones.
+
+    `is_latent` says that the model caches a latent and expands it afterwards (MLA): attention then gets the expanded
+    keys and values, and all heads share the one page table.
+    """
+
+    def __init__(self, settings: LayerSettings):
+        self.policy, self.scoring, self.granularity = settings.policy, settings.scoring, settings.granularity
+        self.reads_all = self.policy.reads == "all" and (settings.prompt != "select" or not self.policy.evicts)
+        super().__init__(
+            settings.budget,
+            settings.page_size,
+            settings.min_decode_pages,
+            prompt=settings.prompt,
+            kv_dtype=settings.kv_dtype,
+            has_bounds=settings.scoring == "minmax" or not self.reads_all,
+            grows=not self.policy.evicts,
+            num_states=len(self.policy.state),
+        )
+
+    def release(self) -> None:
+        """Hold nothing, and no memory."""
+        super().release()
+        self.is_latent = False
+
+    def expect_latent(self) -> None:
+        """From now on the store holds a latent, which comes to attention expanded."""
+        self.is_latent = True
+        self.minima = self.maxima = None  # bounds of a latent bound nothing: those of the expanded keys are taken
+
+    def attend_stored(self, query: torch.Tensor, expanded=None, **softmax) -> torch.Tensor:
+        """Attention of the last `query.shape[2]` tokens, which are stored; the policy sees the scores. As `attend`."""
+        if query.shape[2] > 1:
+            observed = self.policy.prompt_window if self.holds_input else None
+            return self._attend_input(query, observed, expanded, **softmax)
+        keys, values = self.contents if expanded is None else expanded
+        bias = self._bias_for(keys)
+        bounds = self._page_bounds(query, keys, bias, expanded, softmax)
+        table = None if self.reads_all else self._pages_to_read(bounds)
+        output, scores = raas_kernels.attend(
+            query,
+            keys,
+            values,
+            bias,
+            page_size=self.page_size,
+            table=table,
+            scales=self.scales if expanded is None else None,
+            page_score=self.policy.page_score,
+            group_score=self.policy.group_score,
+            **softmax,
+        )
+        if table is not None:
+            scores = scores.new_zeros(*bias.shape[:2], bias.shape[2] // self.page_size).scatter_(2, table, scores)
+        if self.decoded:
+            if self.scoring == "minmax":
+                scores = bounds.softmax(-1)
+            self._tell_policy(self._shared(scores)[..., self.pinned_pages :], queries=1)
+        return output
+
+    def attend_first(self, query: torch.Tensor, expanded: tuple[torch.Tensor, torch.Tensor], **softmax) -> None:
+        """After the first forward, whose attention is the model's own: with `prompt="evict"`, cut it to the budget.
+
+        Args:
+            query: `[batch, heads, new, head_dim]`.
+            expanded: for a latent, what the model made of it.
+        """
+        if not self.holds_input:
+            return
+        window = self.policy.prompt_window
+        observed = self.new if window is None else min(window, self.new)
+        if observed:
+            missing = self.keys.shape[2] - self.new
+            expanded = [pad(states, (0, 0, 0, missing)) for states in expanded] if self.is_latent else None
+            self._attend_input(query[:, :, -observed:], None, expanded, **softmax)
+        else:
+            self._cut_input(None, queries=0)
+
+    def _attend_input(self, query: torch.Tensor, observed: int | None, expanded, **softmax) -> torch.Tensor:
+        """Attention of several tokens that are input; the last `observed` of them (None: all) tell the policy."""
+        keys, values = self.states() if expanded is None else expanded
+        bias = self._bias_for(keys)
+        length = query.shape[2]
+        queries = length if observed is None else min(observed, length)
+        indices = torch.arange(self.seen - length, self.seen, device=self.device)
+        output, scores = raas_kernels.extend(
+            query,
+            keys,
+            values,
+            bias,
+            self.positions.expand_as(bias),
+            indices,
+            page_size=self.page_size,
+            page_score=self.policy.page_score,
+            group_score=self.policy.group_score,
+            observed=queries,
+            **softmax,
+        )
+        if queries and self.scoring == "minmax" and (self.decoded or self.holds_input):
+            scores = self._representative_scores(query[:, :, length - queries :], keys, bias, expanded, softmax)
+        scores = self._shared(scores)
+        if self.holds_input:
+            self._cut_input(scores, queries)
+        elif self.decoded:
+            self._tell_policy(scores[..., self.pinned_pages :], queries)
+        return output
+
+    def _bias_for(self, keys: torch.Tensor) -> torch.Tensor:
+        """The bias, for as many heads as read the store: all heads of a model read its one latent."""
+        return self.bias.expand(-1, keys.shape[1], -1).contiguous()
+
+    def _tell_policy(self, scores: torch.Tensor, queries: int) -> None:
+        mean_keys = lambda: self.mean_keys()[:, :, self.pinned_pages :]  # noqa: E731
+        self._on_scores(scores, self.priority, self.page_state, self.first, queries, mean_keys)
+
+    def _cut_input(self, scores: torch.Tensor | None, queries: int) -> None:
+        """Let input compete with what else is held, once the policy has seen the scores `[batch, kv_heads, pages]`."""
+        sink, others, ranked = self.candidates()
+        if queries and others.shape[-1]:
+            mean_keys = lambda: torch.take_along_dim(self.mean_keys(), others[..., None], 2)  # noqa: E731
+            self._on_scores(scores.gather(-1, others), *ranked.values(), queries, mean_keys)
+        self.keep(sink, others, ranked)
+
+    def _on_scores(self, scores, priority, page_state, first, queries: int, mean_keys: Callable) -> None:
+        state = {name: page_state[..., i] for i, name in enumerate(self.policy.state)}
+        pages = Pages(priority, scores, first, self.clock, state, self.limit, self.page_size, queries, mean_keys)
+        self.policy.on_scores(pages)
+        if self.granularity == "layer":  # a policy that looks at keys ranks head by head
+            priority.copy_(priority.mean(1, keepdim=True).expand_as(priority))
+
+    def _page_bounds(self, query, keys, bias, expanded, softmax) -> torch.Tensor | None:
+        """Upper bounds of the pages' logits for one query, `[batch, kv_heads, pages]`; None where nobody asks."""
+        if not self.has_bounds:
+            return None
+        bounds = (self.minima, self.maxima)
+        if expanded is not None:
+            bounds = raas_kernels.page_extremes(keys, bias, self.page_size)
+        scale, softcap = softmax["scale"], softmax["softcap"]
+        bounds = raas_kernels.page_bounds(query, *bounds, bias, scale, self.page_size, softcap)
+        if self.is_latent:  # all heads are one query group
+            return bounds.amax(1, keepdim=True).expand_as(bounds)
+        return self._shared(bounds)
+
+    def _pages_to_read(self, bounds: torch.Tensor) -> torch.Tensor | None:
+        """The pages that one decode step reads, `[batch, kv_heads, K]`: those of the highest bounds; None for all."""
+        pages, budget = bounds.shape[-1], self.budget // self.page_size
+        if self.policy.reads == "all":
+            wanted = self.input_pages_read + self.decode_pages
+        elif self.prompt == "select":
+            wanted = max(budget, 1)
+        else:
+            wanted = self.pinned_pages + max(budget - self.pinned_pages, self.min_decode_pages)
+        if wanted >= pages:
+            return None
+        bounds = bounds.clone()
+        if self.prompt == "pin":
+            bounds[..., : self.pinned_pages] = float("inf")
+        if self.policy.reads == "all":
+            bounds[..., self.pinned_pages :] = float("inf")
+        else:
+            newest = (self.open_slot // self.page_size)[..., None].expand(-1, bounds.shape[1], -1)
+            bounds.scatter_(-1, newest, float("inf"))
+        return bounds.argsort(dim=-1, descending=True, stable=True)[..., :wanted]  # ties to the older page
+
+    def _representative_scores(self, query, keys, bias, expanded, softmax) -> torch.Tensor:
+        """Softmax over the resident pages' upper bounds, over the queries the max or sum; padding gives none."""
+        tokens = torch.arange(self.seen - query.shape[2], self.seen, device=self.device)
+        counts = raas_kernels.resident(self.positions.expand_as(bias), bias, tokens)
+        scores = [
+            self._page_bounds(one, keys, bias, expanded, softmax).softmax(-1) * counts[..., i, None]
+            for i, one in enumerate(query.split(1, dim=2))
+        ]
+        return torch.stack(scores).amax(0) if self.policy.page_score == "max" else torch.stack(scores).sum(0)
+
+    def _shared(self, scores: torch.Tensor) -> torch.Tensor:
+        """With `granularity="layer"`, every head gets the row's score; a latent serves all heads as one."""
+        if self.granularity == "head" and not self.is_latent:
+            return scores
+        over_heads = torch.amax if self.policy.group_score == "max" else torch.mean
+        shared = over_heads(scores, 1, keepdim=True)
+        return shared if self.is_latent else shared.expand_as(scores)
