@@ -19,7 +19,8 @@ from raas_cache.eval.accuracy import accuracy, tokens_of, wilson_interval
 from raas_cache.eval.chains import problems
 
 
-# (shown as, method, options). learnt: budgets by layer. same_bytes: as many tokens as fit into the bytes of the others
+# (shown as, method, options). learnt: budgets by layer. pyramid: decode pages of the bottom layer, as a share of the
+# mean, those of the top layer as much less. same_bytes: as many tokens as fit into the bytes of the others.
 ROWS = [
     ("StreamingLLM", "streaming_llm", {}),
     ("StreamingLLM, prompt pinned", "streaming_llm", {"prompt": "pin"}),
@@ -40,6 +41,8 @@ ROWS = [
     ("RaaS, fp8", "raas", {"kv_dtype": "fp8"}),
     ("RaaS, int8 in the same bytes", "raas", {"kv_dtype": "int8", "same_bytes": True}),
     ("RaaS, fp8 in the same bytes", "raas", {"kv_dtype": "fp8", "same_bytes": True}),
+    ("RaaS, budgets in a pyramid", "raas", {"pyramid": 1.25}),
+    ("RaaS, budgets in a pyramid upside down", "raas", {"pyramid": 0.75}),
     ("RaaS, budgets learnt", "raas", {"learnt": True}),
     ("RaaS, budgets learnt, probation 16", "raas", {"learnt": True, "probation": 16}),
 ]
@@ -89,8 +92,13 @@ def main() -> None:
             if options.pop("same_bytes", False):
                 head_dim, size = model.config.head_dim, model.dtype.itemsize
                 budget = min(int(budget * size * head_dim / (head_dim + 4)), 2 * total)  # a code each, a float32 scale
+            prompt = inputs["input_ids"].shape[1]
+            if bottom := options.pop("pyramid", None):
+                layers = model.config.num_hidden_layers
+                shares = [bottom + (2 - 2 * bottom) * layer / (layers - 1) for layer in range(layers)]
+                budget = [prompt + round(share_of_layer * (budget - prompt)) for share_of_layer in shares]
             if options.pop("learnt", False):
-                steps = total - inputs["input_ids"].shape[1]
+                steps = total - prompt
                 if learnt is None:
                     learnt = learn_budgets(model, inputs.to(args.device), budget, steps, page_size=args.page_size)
                 budget = learnt
