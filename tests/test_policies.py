@@ -89,8 +89,7 @@ def test_each_method_is_one_short_file():
     lines = (folder / "__init__.py").read_text().splitlines()
     for name in list_methods():
         assert sum(f".{name} " in line for line in lines) == 1
-        # RaaS is what the package is about, with a rule and arguments of its own beyond the paper.
-        assert files[name] < (60 if name != "raas" else 75), name
+        assert files[name] < 60, name
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,14 @@ class Policy(ABC):
         return self
 
 
+def check_number(name: str, value: float | None, is_inside: Callable[[float], bool], must: str) -> None:
+    """Raise a TypeError if a policy's argument is no number, a ValueError if it is out of range. None passes."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        raise TypeError(f"{name}={value!r} must be a number, not {type(value).__name__}.")
+    if value is not None and not is_inside(value):
+        raise ValueError(f"{name}={value} must {must}.")
+
+
 POLICIES: dict[str, type[Policy]] = {}
 AnyPolicy = TypeVar("AnyPolicy", bound=Policy)
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .base import Pages, Policy, register_policy
+from .base import Pages, Policy, check_number, register_policy
 
 
 @register_policy("h2o")
@@ -14,7 +14,7 @@ class H2OPolicy(Policy):
         recent_ratio: share of the pages kept for being new, whatever their attention. In [0, 1]; the paper's is half.
 
     Raises:
-        ValueError: `recent_ratio` is out of range.
+        TypeError, ValueError: `recent_ratio` is no number or out of range.
     """
 
     recent_ratio: float = 0.5
@@ -26,10 +26,7 @@ class H2OPolicy(Policy):
     state = ("attention",)
 
     def __post_init__(self):
-        if not 0 <= self.recent_ratio <= 1:
-            raise ValueError(
-                f"recent_ratio={self.recent_ratio} must lie in [0, 1]: it is a share of the pages; try 0.5."
-            )
+        check_number("recent_ratio", self.recent_ratio, lambda share: 0 <= share <= 1, "lie in [0, 1]: try 0.5")
 
     def on_scores(self, pages: Pages) -> None:
         attention = pages.state["attention"].add_(pages.scores)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .base import Pages, Policy, register_policy
+from .base import Pages, Policy, check_number, register_policy
 from .dense import DensePolicy
 
 
@@ -18,7 +18,7 @@ class QuestPolicy(Policy):
         dense_layers: layers at the bottom that read everything, as attention is less sparse there (section 3.4: 2).
 
     Raises:
-        ValueError: `dense_layers` is negative.
+        TypeError, ValueError: `dense_layers` is no number or negative.
     """
 
     dense_layers: int = 2
@@ -29,8 +29,7 @@ class QuestPolicy(Policy):
     reads = "top"
 
     def __post_init__(self):
-        if self.dense_layers < 0:
-            raise ValueError(f"dense_layers={self.dense_layers} must be 0 or more: it is a count of layers; try 2.")
+        check_number("dense_layers", self.dense_layers, lambda count: count >= 0, "be 0 or more layers: try 2")
 
     def for_layer(self, layer_idx: int) -> Policy:
         return DensePolicy() if layer_idx < self.dense_layers else self

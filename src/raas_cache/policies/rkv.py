@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import normalize
 
-from .base import Pages, Policy, register_policy
+from .base import Pages, Policy, check_number, register_policy
 
 
 OBSERVED = 8  # newest queries that say what is important; the newest tokens, as many, are always kept
@@ -27,7 +27,7 @@ class RKVPolicy(Policy):
         importance_weight: share of importance in the priority, the rest is for redundancy. In [0, 1]; the paper's 0.1.
 
     Raises:
-        ValueError: `importance_weight` is out of range.
+        TypeError, ValueError: `importance_weight` is no number or out of range.
     """
 
     importance_weight: float = 0.1
@@ -39,8 +39,7 @@ class RKVPolicy(Policy):
     state = ("importance",)
 
     def __post_init__(self):
-        if not 0 <= self.importance_weight <= 1:
-            raise ValueError(f"importance_weight={self.importance_weight} must lie in [0, 1]: it is a share; try 0.1.")
+        check_number("importance_weight", self.importance_weight, lambda w: 0 <= w <= 1, "lie in [0, 1]: try 0.1")
 
     def on_scores(self, pages: Pages) -> None:
         share = min(pages.queries / OBSERVED, 1.0)
