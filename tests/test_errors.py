@@ -42,7 +42,11 @@ def tiny_qwen3_next():
         ({"alpha": 1.0}, ValueError, r"alpha=1.0 must lie in \(0, 1\)"),
         ({"alpha": float("nan")}, ValueError, r"alpha=nan must lie in \(0, 1\)"),
         ({"alpha": "high"}, TypeError, "alpha='high' must be a number, not str"),
-        ({"alpha": 0.01, "top_ratio": 0.5}, ValueError, "alpha=0.01 and top_ratio=0.5: give one of the two stamping rules"),
+        (
+            {"alpha": 0.01, "top_ratio": 0.5},
+            ValueError,
+            "alpha=0.01 and top_ratio=0.5: give one of the two stamping rules",
+        ),
         ({"top_ratio": 0.0}, ValueError, r"top_ratio=0.0 must lie in \(0, 1\]"),
         ({"top_ratio": 1.5}, ValueError, r"top_ratio=1.5 must lie in \(0, 1\]"),
         ({"scoring": "mean"}, ValueError, "scoring='mean' is unknown: use one of 'exact', 'minmax'"),

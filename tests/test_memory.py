@@ -23,6 +23,25 @@ def test_nbytes_is_pages_times_page_bytes(length, budget, page_size):
     assert cache.resident_positions(0).shape == (2, 2, slots)
 
 
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
+def test_codes_take_a_byte_each_and_a_scale_a_token(kv_dtype):
+    cache = RaaSCache(64, page_size=4, min_decode_pages=2, kv_dtype=kv_dtype)
+    generate(tiny_model(dtype=torch.float32), prompt(2, 20), cache, 1)
+    assert cache.nbytes == 2 * 2 * 2 * 2 * 64 * (8 + 4)  # K and V, layers, rows, KV heads, slots, head size + scale
+
+
+@pytest.mark.filterwarnings("ignore:budget=64 leaves 0 pages")
+@pytest.mark.parametrize(("mode", "slots"), [("pin", 200 + 8 * 4), ("select", 200 + 32), ("evict", 64)])
+def test_a_prompt_longer_than_the_budget(mode, slots):
+    """In one forward and in chunks: pinned and the floor of decode pages, or and half of the budget, or the budget."""
+    model = tiny_model(dtype=torch.float32)
+    for chunk in (200, 37):
+        cache = RaaSCache(64, page_size=4, prompt=mode)
+        generate(model, prompt(2, 200), cache, 40, sample=False, prefill_chunk_size=chunk)
+        assert {layer.keys.shape[2] for layer in cache.layers} == {slots}
+        assert cache.resident_tokens(0).max() <= slots
+
+
 def test_nbytes_is_the_same_after_5000_steps():
     model = tiny_model(layers=1, dtype=torch.float32)
     cache = RaaSCache(64, page_size=4)

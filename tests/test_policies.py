@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -115,6 +116,13 @@ def test_each_method_is_one_short_file():
 def test_bad_arguments(name, kwargs, error, message):
     with pytest.raises(error, match=message):
         from_name(name, **{"budget": 64, **kwargs})
+
+
+def test_what_never_evicts_does_not_warn_of_a_long_prompt():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name in ("dense", "quest"):
+            generate(tiny_model(), prompt(2, 40), from_name(name, 16), 3)
 
 
 def test_a_policy_that_is_none():

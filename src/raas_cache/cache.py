@@ -223,7 +223,7 @@ class PagedCache(Cache):
             super().offload(layer_idx, only_non_sliding)
 
     def _warn_if_prompt_fills_budget(self, layer: PagedLayer) -> None:
-        if self._warned or layer.room_for_decode >= layer.min_decode_pages:
+        if self._warned or layer.grows or layer.room_for_decode >= layer.min_decode_pages:
             return
         self._warned = True
         total = (layer.pinned_pages + layer.decode_pages) * layer.page_size
