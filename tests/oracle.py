@@ -295,7 +295,9 @@ class OracleCache(DynamicCache):
             heads = [self.heads.setdefault((layer, row, head), Head()) for head in range(kv_heads)]
             for step in steps:
                 now = first + step[-1]
-                is_generated = len(step) == 1 and now > 0 and self.treat_as != "input"
+                # A second reader may come with the last token of several.
+                is_single = new == 1 or self.treat_as == "draft"
+                is_generated = is_single and len(step) == 1 and now > 0 and self.treat_as != "input"
                 if is_new:
                     for state in heads:
                         self.place(state, [first + i for i in step], is_generated, padding)

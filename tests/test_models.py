@@ -1,11 +1,22 @@
 """Every architecture of transformers that builds from a tiny config: served exactly, or refused with the reason."""
 
+import itertools
 import re
 
 import pytest
 
 from .architectures import LEFT_OUT, names
 from .model_matrix import ERRORS, REFUSED, full_budget, small_budget
+
+
+OTHER_METHODS = {
+    "h2o": {"prompt": "evict"},
+    "quest": {"dense_layers": 0},
+    "raas": {"prompt": "select", "probation": 4, "min_decode_pages": 2},
+    "rkv": {"prompt": "evict"},
+    "tova": {"prompt": "pin"},
+    "streaming_llm": {},
+}
 
 
 def test_enough_architectures():
@@ -25,6 +36,15 @@ def test_full_budget_equals_dynamic_cache_or_is_refused(name):
 @pytest.mark.parametrize("name", [name for name in names() if name not in REFUSED])
 def test_small_budget_equals_the_oracle(name):
     small_budget(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    zip((name for name in names() if name not in REFUSED), itertools.cycle(OTHER_METHODS), strict=False),
+)
+def test_another_method_equals_the_oracle(name, method):
+    """In a rotation: each method meets two dozen architectures."""
+    small_budget(name, method, steps=60, **OTHER_METHODS[method])
 
 
 @pytest.mark.parametrize("name", ["youtu", "gemma2", "gpt_oss", "gemma3n_text", "falcon_h1"])
