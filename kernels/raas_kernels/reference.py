@@ -182,7 +182,7 @@ def _picker(table: torch.Tensor, pages: int):
 def _page_scores(weights: torch.Tensor, page_size: int, page_score: Reduction, group_score: Reduction) -> torch.Tensor:
     """Scores `[B * H, P]` from weights `[B * H, G, N]`."""
     if page_score == group_score == "max":
-        return weights.amax(1).unflatten(-1, (-1, page_size)).amax(-1)
+        return weights.amax(1).view(weights.shape[0], -1, page_size).amax(-1)
     pages = weights.unflatten(-1, (-1, page_size))
     pages = pages.amax(-1) if page_score == "max" else pages.sum(-1)
     return pages.amax(1) if group_score == "max" else pages.mean(1)

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, TypeVar
 import torch
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Pages:
     """The E evictable pages of one layer after a forward; some may hold nothing yet.
 
