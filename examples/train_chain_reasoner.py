@@ -11,7 +11,6 @@ so a resumed run sees the batches that an uninterrupted one sees, whatever the n
 from __future__ import annotations
 
 import json
-import math
 import random
 import time
 from pathlib import Path
@@ -25,6 +24,7 @@ from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    DynamicCache,
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -32,12 +32,12 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from raas_cache.eval.accuracy import accuracy, wilson_interval
 from raas_cache.eval.chains import (
     TOKENS_OF_ANSWER,
     TOKENS_PER_LINE,
     VOCABULARY,
     ChainProblem,
-    is_exact,
     lifetimes,
     make_problem,
     problems,
@@ -154,22 +154,9 @@ def greedy_exact(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, sample: list[ChainProblem], batch_size: int
 ) -> int:
     """How many problems greedy decoding with the default (dense) cache gets right, every token of them."""
-    exact = 0
-    for i in tqdm(range(0, len(sample), batch_size), desc="generate", unit="batch", leave=False):
-        part = sample[i : i + batch_size]
-        inputs = tokenizer([p.prompt for p in part], padding=True, return_tensors="pt", return_token_type_ids=False)
-        longest = max(len(p.chain.split()) for p in part) + 1
-        out = model.generate(**inputs.to(model.device), max_new_tokens=longest)
-        texts = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        exact += sum(map(is_exact, texts, part))
-    return exact
-
-
-def wilson(successes: int, count: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95 % Wilson score interval of a proportion."""
-    p, n = successes / count, count
-    centre, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, (centre - spread) / (1 + z * z / n)), (centre + spread) / (1 + z * z / n)
+    parts = [sample[i : i + batch_size] for i in range(0, len(sample), batch_size)]
+    parts = tqdm(parts, desc="generate", unit="batch", leave=False)
+    return sum(sum(accuracy(model, tokenizer, part, DynamicCache, batch_size).exact) for part in parts)
 
 
 def learning_rate_scale(progress: float, step: int) -> float:
@@ -270,7 +257,7 @@ def evaluate(
             half, nine_tenths = (sorted(values)[int(q * len(values))] for q in (0.5, 0.9))
             print(f"{num_lines} lines: {name} p50 {half}, p90 {nine_tenths}, max {max(values)} lines", flush=True)
         exact = greedy_exact(model, tokenizer, sample, batch_size)
-        low, high = wilson(exact, count)
+        low, high = wilson_interval(exact, count)
         share = f"{exact}/{count} = {exact / count:.1%}"
         print(f"{num_lines} lines, {split}: {share} exact [{low:.1%}, {high:.1%}]", flush=True)
 

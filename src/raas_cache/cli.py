@@ -15,6 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from . import RaaSCache, embedded_model
 from .eval import chains
+from .eval.accuracy import completion_length, kv_nbytes
 from .eval.chains import ChainProblem
 from .policies.raas import DEFAULT_ALPHA
 
@@ -55,7 +56,7 @@ def demo(
     tokenizer = AutoTokenizer.from_pretrained(embedded_model())
     model = AutoModelForCausalLM.from_pretrained(embedded_model(), dtype=torch.float32).eval()
 
-    prompt, chain = len(tokenizer(sample[0].prompt)["input_ids"]), _completion_length(sample)
+    prompt, chain = len(tokenizer(sample[0].prompt)["input_ids"]), completion_length(sample)
     # The prompt and the one decode page that a cache must have: a smaller budget would not be kept to.
     least = (math.ceil(prompt / page_size) + 1) * page_size
     budgets = budget or [max(round(share * (prompt + chain)), least) for share in DEMO_SHARES]
@@ -81,7 +82,7 @@ def demo(
             completions, speed = _generate(model, tokenizer, sample, cache)
         exact = sum(map(chains.is_exact, completions, sample))
         right = sum(chains.answer_of(text) == problem.answer for text, problem in zip(completions, sample, strict=True))
-        name, limit, size, evicted = "Dense", "none", _nbytes(cache), "-"
+        name, limit, size, evicted = "Dense", "none", kv_nbytes(cache), "-"
         if isinstance(cache, RaaSCache):
             name, limit = "RaaS", f"{cache.budget} ({cache.budget / (prompt + chain):.0%})"
             evicted = f"{sum(cache.evicted_pages(layer).sum().item() for layer in range(len(cache.layers))):,}"
@@ -99,22 +100,12 @@ def _refusing(option: str | None = None) -> Iterator[None]:
         raise typer.BadParameter(str(error), param_hint=option) from None
 
 
-def _completion_length(sample: list[ChainProblem]) -> int:
-    return max(len(problem.chain.split()) for problem in sample) + 1  # the end token
-
-
-def _nbytes(cache: DynamicCache | RaaSCache) -> int:
-    if isinstance(cache, RaaSCache):
-        return cache.nbytes
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-
-
 def _generate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sample: list[ChainProblem], cache, streamer=None
 ) -> tuple[list[str], float]:
     """Greedy completions of a batch, and the new tokens a second."""
     inputs = tokenizer([p.prompt for p in sample], padding=True, return_tensors="pt", return_token_type_ids=False)
-    options = {"max_new_tokens": _completion_length(sample), "do_sample": False, "streamer": streamer}
+    options = {"max_new_tokens": completion_length(sample), "do_sample": False, "streamer": streamer}
     started = time.perf_counter()
     new = model.generate(**inputs, past_key_values=cache, **options)[:, inputs["input_ids"].shape[1] :]
     speed = (new != tokenizer.pad_token_id).sum().item() / (time.perf_counter() - started)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-from .chains import ChainProblem
+from .chains import ChainProblem, is_exact
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,17 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
     z, share = 1.959964, successes / trials
     middle = share + z * z / (2 * trials)
     spread = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
-    return tuple((middle + sign * spread) / (1 + z * z / trials) for sign in (-1, 1))
+    return max(0.0, (middle - spread) / (1 + z * z / trials)), (middle + spread) / (1 + z * z / trials)
 
 
 def tokens_of(problem: ChainProblem) -> int:
     """Tokens of the problem, its chain and the end token included."""
     return len(f"<s> {problem.prompt} {problem.chain} </s>".split())
+
+
+def completion_length(sample: list[ChainProblem]) -> int:
+    """Tokens of the longest chain, the end token included."""
+    return max(len(problem.chain.split()) for problem in sample) + 1
 
 
 @torch.no_grad()
@@ -73,22 +78,21 @@ def accuracy(
     for start in range(0, len(sample), batch_size):
         part, cache = sample[start : start + batch_size], new_cache()
         inputs = tokenizer([p.prompt for p in part], padding=True, return_tensors="pt", return_token_type_ids=False)
-        new_tokens = max(len(problem.chain.split()) for problem in part) + 1  # the end token
-        out = model.generate(
-            **inputs.to(model.device), past_key_values=cache, max_new_tokens=new_tokens, do_sample=False
-        )
+        options = {"max_new_tokens": completion_length(part), "do_sample": False}
+        out = model.generate(**inputs.to(model.device), past_key_values=cache, **options)
         out = out[:, inputs["input_ids"].shape[1] :]
         steps += out.shape[1]
-        nbytes += _nbytes(cache)
-        for words, problem in zip(tokenizer.batch_decode(out, skip_special_tokens=True), part, strict=True):
-            words, gold = words.split(), problem.chain.split()
+        nbytes += kv_nbytes(cache)
+        for completion, problem in zip(tokenizer.batch_decode(out, skip_special_tokens=True), part, strict=True):
+            words, gold = completion.split(), problem.chain.split()
             same = [ours == theirs for ours, theirs in zip(words, gold, strict=False)] + [False]
-            exact.append(words == gold)
+            exact.append(is_exact(completion, problem))
             right.append(min(same.index(False), len(gold)) / len(gold))
     return Accuracy(exact, right, nbytes / len(sample), time.perf_counter() - started, steps)
 
 
-def _nbytes(cache: Cache) -> int:
+def kv_nbytes(cache: Cache) -> int:
+    """Bytes of K and V that a paged cache, or a cache of transformers, has allocated."""
     if hasattr(cache, "nbytes"):
         return cache.nbytes
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
