@@ -52,7 +52,7 @@ class Decayed(Policy):
     tau: float = 64.0
 
     def on_scores(self, pages: Pages) -> None:
-        stamp = pages.clock[0] + self.tau * pages.scores.double().log()
+        stamp = pages.clock[..., :1] + self.tau * pages.scores.double().log()
         pages.priority.copy_(torch.maximum(pages.priority, stamp.masked_fill(~pages.held, float("-inf"))))
 
 

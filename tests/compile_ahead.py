@@ -11,6 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from raas_kernels import fused
+from raas_kernels.configs import default_config
 
 
 HEAD_SIZES = (64, 80, 96, 128, 256)
@@ -20,7 +21,7 @@ POINTERS = {
     "bias": "*fp32", "positions": "*i32", "first": "*i32", "priority": "*fp64", "open_slot": "*i64", "clock": "*i64",
     "part_output": "*fp32", "part_max": "*fp32", "part_sum": "*fp32", "unit_logit": "*fp32", "scores": "*fp32",
     "bounds": "*fp32", "table": "*i64", "key_scales": "*fp32", "value_scales": "*fp32", "key_scale": "*fp32",
-    "value_scale": "*fp32",
+    "value_scale": "*fp32", "visible": "*i1",
 }  # fmt: skip
 STATES = ("keys", "values", "key", "value", "minima", "maxima", "query", "output", "sinks")
 GROUP, PAGE = 4, 16
@@ -33,18 +34,18 @@ def constants_of(kernel: str, head_size: int, dtype: str, code: str | None) -> l
     """
     block = triton.next_power_of_2(head_size)
     group = {"GROUP": GROUP, "DV": head_size, "BLOCK_GROUP": fused.MIN_DOT, "BLOCK_DV": block}
-    tile = fused._attend_tile(head_size, DTYPES[dtype])
+    config = default_config(head_size, DTYPES[dtype])
     return {
         "append_kernel": [
             {
-                "PAGE": PAGE, "DK": head_size, "DV": head_size, "BOUNDS": bounds, "QUANTIZED": code is not None,
-                "BLOCK_PAGES": 64, "BLOCK_DK": block, "BLOCK_DV": block,
+                "PAGE": PAGE, "DK": head_size, "DV": head_size, "BOUNDS": is_other, "PADDED": is_other,
+                "QUANTIZED": code is not None, "BLOCK_PAGES": 64, "BLOCK_DK": block, "BLOCK_DV": block,
             }
-            for bounds in (False, True)
+            for is_other in (False, True)
         ],
         "attend_kernel": [
             {
-                **group, "PAGE": PAGE, "UNIT": PAGE, "DK": head_size, "BLOCK_SLOTS": tile, "BLOCK_DK": block,
+                **group, "PAGE": PAGE, "UNIT": PAGE, "DK": head_size, "BLOCK_SLOTS": config.tile, "BLOCK_DK": block,
                 "OPERAND": OPERANDS[dtype], "CAPPED": is_other, "TABLE": is_other, "SUM": is_other,
                 "QUANTIZED": code is not None,
             }

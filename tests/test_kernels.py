@@ -82,26 +82,32 @@ def check_page_bounds(group, page_size, dk, dtype, softcap=None, **shape):
     assert relative_error(bounds, reference.page_bounds(*exact, 0.3, page_size, softcap)) < TOLERANCE[dtype]
 
 
-def check_append(page_size, dk, dv, dtype, with_bounds, steps, code=None, **shape):
+def check_append(page_size, dk, dv, dtype, with_bounds, steps, code=None, padded=False, **shape):
     store, bounds = make_store(page_size=page_size, dk=dk, dv=dv, dtype=dtype, **shape)
     if code is not None:
         for name in ("keys", "values"):
             store[name], store[f"{name}_scale"] = reference.quantize(store[name], code)
         bounds = [t.float() for t in bounds]
+    batch, heads = store["keys"].shape[:2]
+    store["clock"] = torch.tensor([999, -1], device=DEVICE).expand(batch, heads, 2).contiguous()
     states = [
         {**{name: t.clone() for name, t in store.items()}, "bounds": [t.clone() for t in bounds]} for _ in range(2)
     ]
-    batch, heads = store["keys"].shape[:2]
     for step in range(steps):
-        clock = torch.tensor([1000 + step, step], device=DEVICE)
         # As a model gives them: the heads of one token side by side, so a (row, head) is not contiguous with the next.
         key = torch.randn(batch, 1, heads, dk, dtype=dtype, device=DEVICE).transpose(1, 2)
         value = torch.randn(batch, 1, heads, dv, dtype=dtype, device=DEVICE).transpose(1, 2)
+        visible = None
+        if padded:  # of padding K and V may be anything
+            visible = torch.tensor([(step + row) % 3 > 0 for row in range(batch)], device=DEVICE)
+            key[~visible], value[~visible] = float("nan"), float("nan")
         for state, engine in zip(states, (reference, fused), strict=True):
-            tensors = [state[name] for name in ("keys", "values", "bias", "positions", "priority", "open_slot")]
+            tensors = [
+                state[name] for name in ("keys", "values", "bias", "positions", "priority", "open_slot", "clock")
+            ]
             extremes = state["bounds"] if with_bounds else (None, None)
             scales = None if code is None else (state["keys_scale"], state["values_scale"])
-            engine.append(*tensors, clock, key, value, page_size, *extremes, scales)
+            engine.append(*tensors, key, value, page_size, *extremes, scales, visible)
     for name in store:
         assert torch.equal(states[0][name].view(torch.int8), states[1][name].view(torch.int8)), name
     for ours, theirs in zip(*(state["bounds"] for state in states), strict=True):
@@ -116,7 +122,7 @@ def check_stamp(alpha, top_ratio, decode_pages):
     priority = torch.randint(0, 9, scores.shape, device=DEVICE).double()
     priority[..., -2:] = float("-inf")
     scores[..., -2:] = 0
-    clock = torch.tensor([77, 5], device=DEVICE)
+    clock = torch.tensor([77, 5], device=DEVICE).expand(2, 2, 2).contiguous()
     expected = priority.clone()
     reference.stamp(expected, scores, positions[..., ::4], clock, alpha, top_ratio)
     fused.stamp(priority, scores, positions[..., ::4], clock, alpha, top_ratio)
@@ -229,13 +235,13 @@ def test_page_bounds(dk, dtype):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("with_bounds", [False, True])
 def test_append(dtype, with_bounds):
-    check_append(page_size=4, dk=80, dv=64, dtype=dtype, with_bounds=with_bounds, steps=30)
+    check_append(page_size=4, dk=80, dv=64, dtype=dtype, with_bounds=with_bounds, steps=30, padded=with_bounds)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("code", CODES, ids=str)
 def test_append_codes(code, dtype):
-    check_append(page_size=4, dk=80, dv=64, dtype=dtype, with_bounds=True, steps=30, code=code)
+    check_append(page_size=4, dk=80, dv=64, dtype=dtype, with_bounds=True, steps=30, code=code, padded=True)
 
 
 @pytest.mark.parametrize("decode_pages", [5, 70])

@@ -1,4 +1,8 @@
-"""Chooses the engine of each call: Triton for CUDA tensors, torch for all others, or what `RAAS_KERNELS` says."""
+"""Chooses the engine of each call: Triton for CUDA tensors, torch for all others, or what `RAAS_KERNELS` says.
+
+Under `torch.compile` the calls are custom operators `torch.ops.raas_kernels.*`, which inductor sees around and a CUDA
+graph captures; but what the torch engine does in plain torch it sees through, and fuses.
+"""
 
 import functools
 import importlib
@@ -6,12 +10,15 @@ import os
 from types import ModuleType
 
 import torch
+from torch import Tensor
+
+from . import reference
 
 
 @functools.cache
 def _load(name: str, device_type: str) -> ModuleType:
     if name == "torch":
-        return importlib.import_module("raas_kernels.reference")
+        return reference
     if name != "triton":
         raise ValueError(f"RAAS_KERNELS={name!r} is not an engine: set it to 'torch' or 'triton', or unset it.")
     if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -32,21 +39,117 @@ def engine(device: torch.device) -> ModuleType:
     return _load(os.environ.get("RAAS_KERNELS", default), device.type)
 
 
-def append(keys, *args, **kwargs):
+@torch.compiler.assume_constant_result
+def _is_traceable(device_type: str) -> bool:
+    return engine(torch.device(device_type)) is reference
+
+
+@torch.library.custom_op(
+    "raas_kernels::append",
+    mutates_args=(
+        "keys", "values", "bias", "positions", "priority", "open_slot", "clock", "minima", "maxima", "key_scales",
+        "value_scales",
+    ),
+)  # fmt: skip
+def _append(
+    keys: Tensor, values: Tensor, bias: Tensor, positions: Tensor, priority: Tensor, open_slot: Tensor, clock: Tensor,
+    key: Tensor, value: Tensor, page_size: int, minima: Tensor | None, maxima: Tensor | None,
+    key_scales: Tensor | None, value_scales: Tensor | None, visible: Tensor | None,
+) -> None:  # fmt: skip
+    scales = None if key_scales is None else (key_scales, value_scales)
+    engine(keys.device).append(
+        keys,
+        values,
+        bias,
+        positions,
+        priority,
+        open_slot,
+        clock,
+        key,
+        value,
+        page_size,
+        minima,
+        maxima,
+        scales,
+        visible,
+    )
+
+
+@torch.library.custom_op("raas_kernels::attend", mutates_args=())
+def _attend(
+    query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scale: float, page_size: int, softcap: float | None,
+    sinks: Tensor | None, table: Tensor | None, key_scales: Tensor | None, value_scales: Tensor | None,
+    page_score: str, group_score: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    scales = None if key_scales is None else (key_scales, value_scales)
+    return engine(query.device).attend(
+        query, keys, values, bias, scale, page_size, softcap, sinks, table, scales, page_score, group_score
+    )
+
+
+@_attend.register_fake
+def _(query, keys, values, bias, scale, page_size, softcap, sinks, table, *_):
+    pages = keys.shape[2] // page_size if table is None else table.shape[2]
+    accumulate = torch.promote_types(query.dtype, torch.float32)
+    output = query.new_empty(*query.shape[:3], values.shape[-1])
+    return output, query.new_empty(*keys.shape[:2], pages, dtype=accumulate)
+
+
+@torch.library.custom_op("raas_kernels::page_bounds", mutates_args=())
+def _page_bounds(
+    query: Tensor, minima: Tensor, maxima: Tensor, bias: Tensor, scale: float, page_size: int, softcap: float | None
+) -> Tensor:
+    return engine(query.device).page_bounds(query, minima, maxima, bias, scale, page_size, softcap)
+
+
+@_page_bounds.register_fake
+def _(query, minima, *_):
+    return query.new_empty(minima.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
+
+
+@torch.library.custom_op("raas_kernels::stamp", mutates_args=("priority",))
+def _stamp(
+    priority: Tensor, scores: Tensor, first: Tensor, clock: Tensor, alpha: float | None, top_ratio: float | None
+) -> None:
+    engine(priority.device).stamp(priority, scores, first, clock, alpha, top_ratio)
+
+
+def append(
+    keys, values, bias, positions, priority, open_slot, clock, key, value, page_size,
+    minima=None, maxima=None, scales=None, visible=None,
+) -> None:  # fmt: skip
     """See `raas_kernels.reference.append`."""
-    return engine(keys.device).append(keys, *args, **kwargs)
+    store = keys, values, bias, positions, priority, open_slot, clock
+    if torch.compiler.is_compiling():  # the torch engine too: it looks at the clock
+        _append(*store, key, value, page_size, minima, maxima, *(scales or (None, None)), visible)
+    else:
+        engine(keys.device).append(*store, key, value, page_size, minima, maxima, scales, visible)
 
 
-def attend(query, *args, **kwargs):
+def attend(
+    query, keys, values, bias, scale, page_size, softcap=None, sinks=None, table=None, scales=None,
+    page_score="max", group_score="max",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `raas_kernels.reference.attend`."""
-    return engine(query.device).attend(query, *args, **kwargs)
+    inputs = query, keys, values, bias, scale, page_size, softcap, sinks, table
+    if torch.compiler.is_compiling() and not _is_traceable(query.device.type):
+        return _attend(*inputs, *(scales or (None, None)), page_score, group_score)
+    run = reference if torch.compiler.is_compiling() else engine(query.device)
+    return run.attend(*inputs, scales, page_score, group_score)
 
 
-def page_bounds(query, *args, **kwargs):
+def page_bounds(query, minima, maxima, bias, scale, page_size, softcap=None) -> Tensor:
     """See `raas_kernels.reference.page_bounds`."""
-    return engine(query.device).page_bounds(query, *args, **kwargs)
+    inputs = query, minima, maxima, bias, scale, page_size, softcap
+    if torch.compiler.is_compiling():
+        return (reference.page_bounds if _is_traceable(query.device.type) else _page_bounds)(*inputs)
+    return engine(query.device).page_bounds(*inputs)
 
 
-def stamp(priority, *args, **kwargs):
+def stamp(priority, scores, first, clock, alpha, top_ratio) -> None:
     """See `raas_kernels.reference.stamp`."""
-    return engine(priority.device).stamp(priority, *args, **kwargs)
+    inputs = priority, scores, first, clock, alpha, top_ratio
+    if torch.compiler.is_compiling():
+        (reference.stamp if _is_traceable(priority.device.type) else _stamp)(*inputs)
+    else:
+        engine(priority.device).stamp(*inputs)

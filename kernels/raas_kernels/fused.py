@@ -3,16 +3,17 @@
 One program serves one (row, KV head), or one slice of its pages: all query heads of a group share one read of a page.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
+from .configs import Config, choose_config
 from .reference import quantize
 
 
-# tl.dot's smallest tile side: smaller query groups are padded up to it.
-MIN_DOT = 16
-TARGET_PROGRAMS = 264  # two waves of a 132-SM GPU: enough slices that a batch of one still fills it
+MIN_DOT = 16  # tl.dot's smallest tile side: smaller query groups are padded up to it
 
 
 @triton.jit
@@ -26,14 +27,20 @@ def capped(logits, softcap):
 @triton.jit
 def append_kernel(
     keys, values, bias, positions, priority, open_slot, clock, key, value, minima, maxima,
-    key_scales, value_scales, key_scale, value_scale,
-    pages, decode_pages, stride_key, stride_value,
-    PAGE: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BOUNDS: tl.constexpr, QUANTIZED: tl.constexpr,
+    key_scales, value_scales, key_scale, value_scale, visible,
+    heads, pages, decode_pages, stride_key, stride_value,
+    PAGE: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    BOUNDS: tl.constexpr, QUANTIZED: tl.constexpr, PADDED: tl.constexpr,
     BLOCK_PAGES: tl.constexpr, BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    now = tl.load(clock)
-    offset = tl.load(clock + 1) % PAGE
+    now = tl.load(clock + row * 2) + 1
+    decoded = tl.load(clock + row * 2 + 1) + 1
+    # No warp may read the clock after another has moved it on.
+    tl.debug_barrier()
+    tl.store(clock + row * 2, now)
+    tl.store(clock + row * 2 + 1, decoded)
+    offset = decoded % PAGE
     opening = offset == 0
     first_decode_page = pages - decode_pages
     lane = tl.arange(0, PAGE)
@@ -49,10 +56,12 @@ def append_kernel(
         start = (first_decode_page + victim).to(tl.int64) * PAGE
         tl.store(open_slot + row, start)
         tl.store(positions + row * pages * PAGE + start + lane, (now + lane).to(tl.int32))
+    # A padding token's K and V may be anything, NaN too, and 0 * NaN is NaN: they are not even loaded.
+    shown = tl.load(visible + row // heads).to(tl.int32) if PADDED else 1
     # An opening page (offset 0) is wiped in the same store: its mask is all lanes, otherwise one.
     tl.store(
         bias + row * pages * PAGE + start + lane,
-        tl.where(lane == offset, 0.0, float("-inf")),
+        tl.where(lane == offset, tl.where(shown > 0, 0.0, float("-inf")), float("-inf")),
         mask=(lane == offset) | (lane >= offset * PAGE),
     )
     page = start // PAGE
@@ -61,15 +70,15 @@ def append_kernel(
 
     slot = row * pages * PAGE + start + offset
     dk = tl.arange(0, BLOCK_DK)
-    new_key = tl.load(key + row * stride_key + dk, mask=dk < DK, other=0.0)
-    wide = new_key.to(tl.float32)
+    new_key = tl.load(key + row * stride_key + dk, mask=dk < DK * shown, other=0.0)
     dv = tl.arange(0, BLOCK_DV)
-    new_value = tl.load(value + row * stride_value + dv, mask=dv < DV, other=0.0)
+    new_value = tl.load(value + row * stride_value + dv, mask=dv < DV * shown, other=0.0)
+    wide = new_key.to(tl.float32)
     if QUANTIZED:
-        new_scale = tl.load(key_scale + row)
+        new_scale = tl.load(key_scale + row, mask=shown > 0, other=1.0)
         wide *= new_scale
         tl.store(key_scales + slot, new_scale)
-        tl.store(value_scales + slot, tl.load(value_scale + row))
+        tl.store(value_scales + slot, tl.load(value_scale + row, mask=shown > 0, other=1.0))
     tl.store(keys + slot * DK + dk, new_key, mask=dk < DK)
     tl.store(values + slot * DV + dv, new_value, mask=dv < DV)
 
@@ -77,15 +86,16 @@ def append_kernel(
         extreme = (row * pages + page) * DK + dk
         low = tl.load(minima + extreme, mask=dk < DK).to(tl.float32)
         high = tl.load(maxima + extreme, mask=dk < DK).to(tl.float32)
-        low = tl.where(opening, wide, tl.minimum(low, wide))
-        high = tl.where(opening, wide, tl.maximum(high, wide))
+        lowest, highest = tl.where(shown > 0, wide, float("inf")), tl.where(shown > 0, wide, float("-inf"))
+        low = tl.where(opening, lowest, tl.minimum(low, lowest))
+        high = tl.where(opening, highest, tl.maximum(high, highest))
         tl.store(minima + extreme, low.to(minima.dtype.element_ty), mask=dk < DK)
         tl.store(maxima + extreme, high.to(maxima.dtype.element_ty), mask=dk < DK)
 
 
 def append(
     keys, values, bias, positions, priority, open_slot, clock, key, value, page_size,
-    minima=None, maxima=None, scales=None,
+    minima=None, maxima=None, scales=None, visible=None,
 ):  # fmt: skip
     """See `raas_kernels.reference.append`."""
     batch, heads, slots, dk = keys.shape
@@ -100,8 +110,9 @@ def append(
     append_kernel[(batch * heads,)](
         keys, values, bias, positions, priority, open_slot, clock, key, value,
         minima if bounds else keys, maxima if bounds else keys, *(scales or new_scales), *new_scales,
-        slots // page_size, priority.shape[-1], key.stride(0), value.stride(0),
-        PAGE=page_size, DK=dk, DV=dv, BOUNDS=bounds, QUANTIZED=scales is not None,
+        bias if visible is None else visible.contiguous(),
+        heads, slots // page_size, priority.shape[-1], key.stride(0), value.stride(0),
+        PAGE=page_size, DK=dk, DV=dv, BOUNDS=bounds, QUANTIZED=scales is not None, PADDED=visible is not None,
         BLOCK_PAGES=triton.next_power_of_2(priority.shape[-1]),
         BLOCK_DK=triton.next_power_of_2(dk), BLOCK_DV=triton.next_power_of_2(dv),
     )  # fmt: skip
@@ -245,12 +256,6 @@ def reduce_kernel(
     tl.store(scores + row * pages + page, score, mask=page < pages)
 
 
-def _attend_tile(dk: int, itemsize: int) -> int:
-    """Slots a tile: no fewer than `tl.dot` takes, few enough that the pipeline fits 99 KiB of shared memory."""
-    tile = (32768 if itemsize == 2 else 16384) // (triton.next_power_of_2(dk) * itemsize)
-    return max(min(tile, 128), MIN_DOT)
-
-
 def _dot_operand(dtype: torch.dtype) -> tl.dtype:
     """What `tl.dot` multiplies: the cache's dtype; float32 in the interpreter, which multiplies bfloat16 as bits."""
     operands = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -259,11 +264,29 @@ def _dot_operand(dtype: torch.dtype) -> tl.dtype:
     return tl.float32 if triton.knobs.runtime.interpret else operands[dtype]
 
 
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
 def attend(
     query, keys, values, bias, scale, page_size, softcap=None, sinks=None, table=None, scales=None,
     page_score="max", group_score="max",
 ):  # fmt: skip
     """See `raas_kernels.reference.attend`."""
+    rows, head_size = keys.shape[0] * keys.shape[1], max(keys.shape[-1], values.shape[-1])
+    slots = keys.shape[2] if table is None else table.shape[-1] * page_size
+    config = choose_config(_capability(query.device), rows, slots, head_size, query.element_size())
+    return attend_as(
+        config, query, keys, values, bias, scale, page_size, softcap, sinks, table, scales, page_score, group_score
+    )
+
+
+def attend_as(
+    config: Config, query, keys, values, bias, scale, page_size, softcap=None, sinks=None, table=None, scales=None,
+    page_score="max", group_score="max",
+):  # fmt: skip
+    """`attend`, launched as `config` says."""
     # The store is contiguous; what a model expands of a latent need not be.
     query, keys, values, bias = (t.contiguous() for t in (query, keys, values, bias))
     batch, heads, stored_slots, dk = keys.shape
@@ -271,9 +294,9 @@ def attend(
     group = query.shape[1] // heads
     pages = stored_slots // page_size if table is None else table.shape[-1]
     slots = pages * page_size
-    tile = _attend_tile(dk, query.element_size())
+    tile = config.tile
     unit = min(page_size, tile)
-    slices = max(1, min(TARGET_PROGRAMS // rows, triton.cdiv(slots, tile)))
+    slices = max(1, min(config.programs // rows, triton.cdiv(slots, tile)))
     slots_per_slice = triton.cdiv(triton.cdiv(slots, slices), tile) * tile
     slices = triton.cdiv(slots, slots_per_slice)
 
@@ -295,6 +318,7 @@ def attend(
         CAPPED=softcap is not None, TABLE=table is not None, QUANTIZED=scales is not None, SUM=page_score == "sum",
         PAGE=page_size, UNIT=unit, DK=dk, BLOCK_SLOTS=tile,
         BLOCK_DK=max(MIN_DOT, triton.next_power_of_2(dk)), OPERAND=_dot_operand(query.dtype), **shape,
+        num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     block_pages = min(128, triton.next_power_of_2(pages))
     reduce_kernel[(rows, triton.cdiv(pages, block_pages))](
@@ -380,7 +404,7 @@ def stamp_kernel(
             count += tl.sum(alive.to(tl.int32), 0)
         held = tl.load(target + page, mask=exists, other=float("-inf")) > float("-inf")
         milestone = held & (better < tl.ceil(count.to(tl.float64) * TOP_RATIO))
-    tl.store(target + page, tl.load(clock).to(tl.float64), mask=milestone)
+    tl.store(target + page, tl.load(clock + row * 2).to(tl.float64), mask=milestone)
 
 
 def stamp(priority, scores, first, clock, alpha, top_ratio):

@@ -8,7 +8,7 @@ A layer's store is a set of static buffers, written in place (shapes as in the p
     positions   [B, H, N]       int32, sequence index of the token in a slot; meaningless where the bias is -inf
     priority    [B, H, E]       float64, page with the smallest value is evicted first; -inf = holds nothing
     open_slot   [B, H]          int64, first slot of the decode page that takes the next token
-    clock       [2]             int64, (sequence index, decode-token index) of the present token
+    clock       [B, H, 2]       int64, (sequence index, decode-token index) of the newest token, the same for all
     minima, maxima [B, H, P, Dk]  element-wise bounds of each page's keys (only to score by them or to select pages);
                               of an 8-bit store in float32
     scales      two [B, H, N]   float32, what a slot's key and value codes are multiplied by (only for 8-bit stores)
@@ -66,8 +66,9 @@ def append(
     minima: torch.Tensor | None = None,
     maxima: torch.Tensor | None = None,
     scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+    visible: torch.Tensor | None = None,
 ) -> None:
-    """Write one decode token a row into the open page; when that is full, first recycle the victim page in place.
+    """Advance the clock and write one decode token a row into the open page; when that is full, recycle the victim.
 
     A page's priority becomes the present sequence index when the page opens and when its last slot is filled: until
     then it cannot be a victim, so this is "the open page's timestamp becomes t" at every token (RaaS, section 3).
@@ -77,8 +78,10 @@ def append(
         page_size: S, tokens a page.
         minima, maxima: bounds to keep up to date, or None.
         scales: of an 8-bit store's keys and values; None for any other.
+        visible: `[B]` bool, False where the token is padding; None if no row's is.
     """
-    now, decoded = clock.tolist()
+    clock += 1
+    now, decoded = clock[0, 0].tolist()
     offset = decoded % page_size
     first_decode_slot = keys.shape[2] - priority.shape[-1] * page_size
     if offset == 0:
@@ -88,6 +91,9 @@ def append(
         bias.scatter_(2, page, float("-inf"))
         positions.scatter_(2, page, (now + lane).int().expand_as(page))
     slot = (open_slot + offset)[..., None]
+    hidden = None if visible is None or visible.all() else ~visible[:, None, None]
+    if hidden is not None:  # a padding token's K and V may be anything, NaN too, and 0 * NaN is NaN
+        key, value = (new.masked_fill(hidden[..., None], 0) for new in (key, value))
     contents = (keys, key), (values, value)
     if scales is not None:
         (key_codes, key_scale), (value_codes, value_scale) = (quantize(new, held.dtype) for held, new in contents)
@@ -98,13 +104,17 @@ def append(
         contents = [(a.view(torch.int8), b.view(torch.int8)) for a, b in ((keys, key_codes), (values, value_codes))]
     for held, new in contents:
         held.scatter_(2, slot[..., None].expand(-1, -1, -1, held.shape[-1]), new)
-    bias.scatter_(2, slot, 0)
+    if hidden is None:
+        bias.scatter_(2, slot, 0)
+    else:
+        bias.scatter_(2, slot, torch.zeros_like(slot, dtype=bias.dtype).masked_fill_(hidden, float("-inf")))
     if offset in (0, page_size - 1):
         priority.scatter_(2, (open_slot[..., None] - first_decode_slot) // page_size, now)
     if minima is not None:
         page = (open_slot // page_size)[..., None, None].expand_as(key)
-        for bounds, fold in ((minima, torch.minimum), (maxima, torch.maximum)):
-            bounds.scatter_(2, page, key if offset == 0 else fold(bounds.gather(2, page), key))
+        for bounds, fold, empty in ((minima, torch.minimum, float("inf")), (maxima, torch.maximum, float("-inf"))):
+            seen = key if hidden is None else key.masked_fill(hidden[..., None], empty)
+            bounds.scatter_(2, page, seen if offset == 0 else fold(bounds.gather(2, page), seen))
 
 
 def attend(
@@ -331,4 +341,4 @@ def stamp(
         wanted = (held.sum(-1, keepdim=True).double() * top_ratio).ceil()
         in_top = torch.arange(scores.shape[-1], device=scores.device) < wanted
         milestone = torch.zeros_like(held).scatter_(-1, ranked, in_top)
-    priority.masked_fill_(milestone, clock.tolist()[0])
+    priority.masked_fill_(milestone, clock[0, 0, 0])

@@ -7,10 +7,10 @@ from functools import partial
 from typing import Literal, TypedDict
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from .attention import expect
+from .attention import DISPATCHED, expect
 from .hybrid import plan_layers
 from .layer import PagedLayer
 from .paged_attention import LayerSettings
@@ -127,6 +127,7 @@ class PagedCache(Cache):
         self._handed_out: PagedLayer | None = None
         self._not_offloaded: int | None = None
         self._warned = False
+        self._suits_model: bool | None = None  # whether the model's decode step can be compiled; None: not yet asked
         if config is not None:
             self._warn_if_nothing_is_paged(config)
 
@@ -146,8 +147,10 @@ class PagedCache(Cache):
             ValueError: batch size, dtype or device differ from those of the tokens held.
         """
         if self._handed_out is not None and self._handed_out.awaits_attention:
+            module = _calling_module()
+            implementation = "in use" if module is None else repr(module.config._attn_implementation)
             raise RuntimeError(
-                f"The attention implementation {_calling_implementation()} did not read the paged cache, so its output "
+                f"The attention implementation {implementation} did not read the paged cache, so its output "
                 'would be wrong. Call model.set_attn_implementation("raas") (or "sdpa") and generate again with a new '
                 "cache. A model whose attention bypasses transformers' attention interface, or that changes its keys "
                 "between cache and attention, needs a DynamicCache."
@@ -160,7 +163,8 @@ class PagedCache(Cache):
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if isinstance(layer, PagedLayer):
             self._handed_out = layer
-            self._warn_if_prompt_fills_budget(layer)
+            if not self._warned and layer.is_first_forward | (key_states.shape[2] > 1):
+                self._warn_if_prompt_fills_budget(layer)
             if not self._knows_layers:
                 layer.on_module = partial(self._learn_layers, layer_idx)
             expect(layer)
@@ -223,7 +227,7 @@ class PagedCache(Cache):
             super().offload(layer_idx, only_non_sliding)
 
     def _warn_if_prompt_fills_budget(self, layer: PagedLayer) -> None:
-        if self._warned or layer.grows or layer.room_for_decode >= layer.min_decode_pages:
+        if layer.grows or layer.room_for_decode >= layer.min_decode_pages:
             return
         self._warned = True
         total = (layer.pinned_pages + layer.decode_pages) * layer.page_size
@@ -232,6 +236,31 @@ class PagedCache(Cache):
             f"the {layer.pinned_pages} pages of the prompt; the cache holds {layer.decode_pages} decode pages all the "
             f"same (min_decode_pages={layer.min_decode_pages}), {total} tokens in all.",
             stacklevel=2,
+        )
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether a decode step can be compiled, or captured in a CUDA graph, once and for all.
+
+        Not with a method that evicts nothing (its store grows), with offloading, while the past is recorded; not for
+        models that transformers cannot compile, and those with layers whose cache is not static (sliding windows).
+        The model is the one that asks first, as its `generate` does before the cache has seen anything of it.
+        """
+        if self.offloading or self._records_past or not self.settings.policy.evicts:
+            return False
+        if self._suits_model is None and not torch.compiler.is_compiling():
+            self._ask_model()
+        return self._suits_model is not False and all(layer.is_compileable for layer in self.layers)
+
+    def _ask_model(self) -> None:
+        model = _calling_module(PreTrainedModel)
+        if model is None:
+            return
+        layers = self.layers if self._knows_layers else plan_layers(model.config, self._settings_of)
+        self._suits_model = (
+            model._can_compile_fullgraph
+            and model.config._attn_implementation in (*DISPATCHED, "raas")
+            and all(layer.is_compileable for layer in layers)
         )
 
     @property
@@ -285,6 +314,7 @@ class PagedCache(Cache):
         """Forget all tokens, and stop recording the past; the next prompt may be of another size and batch."""
         super().reset()
         self._records_past = False
+        self._suits_model = None
 
     def activate_past_recording(self) -> None:
         """From now on, note what each forward overwrites, so that `crop` can take its tokens back.
@@ -354,12 +384,12 @@ def _check_size(**sizes: int) -> None:
         raise ValueError(f"budget={budget} is less than one page: make it at least page_size={page_size} tokens.")
 
 
-def _calling_implementation() -> str:
-    """The `_attn_implementation` of the attention module that is calling `Cache.update`, for an error message."""
+def _calling_module(kind: type[torch.nn.Module] = torch.nn.Module) -> torch.nn.Module | None:
+    """The innermost module of a transformers model, of class `kind`, that is calling the cache."""
     frame = inspect.currentframe()
     while frame is not None:
-        config = getattr(frame.f_locals.get("self"), "config", None)
-        if hasattr(config, "_attn_implementation"):
-            return repr(config._attn_implementation)
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, kind) and isinstance(getattr(caller, "config", None), PreTrainedConfig):
+            return caller
         frame = frame.f_back
-    return "in use"
+    return None

@@ -21,7 +21,7 @@ KEPT_LAYERS = (
 class LinearAttentionAndPagedLayer(LinearAttentionLayer, PagedLayer):
     """A layer with a linear-attention state and full attention side by side (Falcon-H1, Zamba): the latter is paged."""
 
-    is_compileable = False
+    is_compileable = PagedLayer.is_compileable
 
     def __init__(self, number_of_states: int, settings: LayerSettings):
         LinearAttentionLayer.__init__(self, number_of_states=number_of_states)

@@ -29,9 +29,17 @@ class PagedLayer(PagedAttention, CacheLayerMixin):
         # Called by the first attention with its module, key and value, while the cache does not know the model.
         self.on_module: Callable | None = None
         self.record_past = self._expects_turn = False
+        # Whether all tokens held came with the last `update`: plain causal attention over them is then exact.
+        self.is_first_forward = False
+        self._generated: tuple[torch.Tensor, torch.Tensor] | None = None
         # While recording, enough to take back a budget of tokens, so that recording left on stays O(budget) too.
         self._past = Past(self.budget)
         self._draft: tuple | None = None
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether a decode step has the shapes, and its buffers the places, of the one before it."""
+        return not (self.grows or self.record_past)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Take batch, heads, sizes, dtype and device from the first key and value; `update` sizes the buffers."""
@@ -39,7 +47,7 @@ class PagedLayer(PagedAttention, CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        """Store the new tokens; `attend` then reads the store.
+        """Take the new tokens; `admit` completes their storing and `attend` then reads the store.
 
         A single token after the first forward is a generated one; several are input. While the past is recorded,
         several are a draft: generated tokens, stored one by one in `attend`. Only the first forward after
@@ -60,13 +68,15 @@ class PagedLayer(PagedAttention, CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         self.check_same_use(key_states)
         key, value = key_states.detach(), value_states.detach()
-        new = key.shape[2]
+        self.is_first_forward = not self.is_filled
         is_turn, self._expects_turn = self._expects_turn and not self.is_latent, False
         self.awaits_attention = True
-        if self.record_past and self.seen and new > 1 and not is_turn:
-            self._draft = key, value, None
+        if self.is_first_forward or key.shape[2] > 1:
+            self._take_input(key, value, is_turn)
+        elif self.is_latent:  # the model expands it before `admit` is called
+            self._store_generated(key, value)
         else:
-            self._store(key, value, pin=new > 1 or not self.seen)
+            self._generated = key, value
         if self.is_latent and not self.is_first_forward:
             keys, values = self.states()
             if self._draft is None:
@@ -75,31 +85,43 @@ class PagedLayer(PagedAttention, CacheLayerMixin):
         key_states.paged_layer = value_states.paged_layer = self
         return key_states, value_states
 
-    def _store(self, key: torch.Tensor, value: torch.Tensor, pin: bool) -> None:
-        if not pin:
-            self.make_room()
-        if not self.record_past:
-            self._past.entries.clear()  # what was noted before would be undone in the wrong place
-        elif self.seen:
-            self._past.note(self, length=key.shape[2], pin=pin)
-        self.store(key, value, pin)
+    @torch.compiler.disable
+    def _take_input(self, key: torch.Tensor, value: torch.Tensor, is_turn: bool) -> None:
+        if self.record_past and self.is_filled and not is_turn:
+            self._draft = key, value, None
+            return
+        self._note(key.shape[2], pin=True)
+        self.pin(key, value)
 
-    @property
-    def is_first_forward(self) -> bool:
-        """Whether all tokens held came with the last `update`: plain causal attention over them is then exact."""
-        return self._draft is None and self.seen == self.new
+    def _store_generated(self, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor | None = None) -> None:
+        if self.grows:
+            self.make_room()
+        self._note(1, pin=False)
+        self.append(key, value, visible)
+
+    def _note(self, length: int, pin: bool) -> None:
+        """Before tokens are stored: note what they overwrite, while the past is recorded."""
+        if self.record_past and self.is_filled:
+            self._past.note(self, length, pin)
+        elif self._past.entries:
+            self._past.entries.clear()  # what was noted before would be undone in the wrong place
 
     def admit(self, visible: torch.Tensor | None) -> None:
-        """The attention of the last `update` has come: take note of padding among its tokens.
+        """The attention of the last `update` has come, and says which of its tokens are padding: store them for good.
 
         Args:
             visible: `[batch, new]` bool, False for padding; None if there is none.
         """
         self.awaits_attention = False
-        if self._draft is None:
-            self.hide(visible)
-        else:
+        if self._generated is not None:
+            (key, value), self._generated = self._generated, None
+            self._store_generated(key, value, None if visible is None else visible[:, 0])
+        elif self._draft is not None:
             self._draft = *self._draft[:2], visible
+        elif self.is_first_forward or self.new > 1:
+            self.hide(visible)
+        elif visible is not None:  # a latent's token, which had to be stored before
+            self.hide_generated(visible[:, 0])
 
     def attend(
         self,
@@ -133,10 +155,12 @@ class PagedLayer(PagedAttention, CacheLayerMixin):
                     "This model shares the KV of a layer with another layer: RaaSCache serves that for one token at a "
                     "time, not for drafts. Leave out assistant_model / prompt_lookup_num_tokens."
                 )
-            self._past.note_read(query, softmax)
+            if self._past.entries:
+                self._past.note_read(query, softmax)
             return self.attend_stored(query, expanded, **softmax)
         return self._attend_draft(query, expanded, **softmax)
 
+    @torch.compiler.disable
     def _attend_draft(self, query: torch.Tensor, expanded, **softmax) -> torch.Tensor:
         """Drafted tokens are decoded one after the other, so that what is kept is what plain decoding would hold."""
         (key, value, visible), self._draft = self._draft, None
@@ -145,8 +169,8 @@ class PagedLayer(PagedAttention, CacheLayerMixin):
             drafted, expanded = [t[:, :, slots:] for t in expanded], [t[:, :, :slots].clone() for t in expanded]
         outputs = []
         for token in (slice(i, i + 1) for i in range(key.shape[2])):
-            self._store(key[:, :, token], value[:, :, token], pin=False)
-            self.hide(None if visible is None else visible[:, token])
+            shown = None if visible is None else visible[:, token.start]
+            self._store_generated(key[:, :, token], value[:, :, token], shown)
             if expanded is not None:
                 slot = self.open_slot + (self.decoded - 1) % self.page_size
                 for whole, new in zip(expanded, drafted, strict=True):
@@ -155,8 +179,8 @@ class PagedLayer(PagedAttention, CacheLayerMixin):
         return torch.cat(outputs, 2)
 
     def get_seq_length(self) -> int:
-        """Tokens seen, evicted ones included: positions go on from here."""
-        return self.seen
+        """Tokens seen, evicted ones included: positions go on from here. A 0-d tensor while `torch.compile` traces."""
+        return self.clock[0, 0, 0] + 1 if torch.compiler.is_compiling() and self.is_filled else self.seen
 
     def get_max_length(self) -> int:
         """-1: however small the store, the sequence may go on."""
@@ -164,7 +188,7 @@ class PagedLayer(PagedAttention, CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(length, offset) of the mask: the new tokens only, for what is visible of the past is known here."""
-        return query_length, self.seen
+        return query_length, self.get_seq_length()
 
     def activate_past_recording(self) -> None:
         """From now on note what each forward overwrites, so that `crop` can take its tokens back.

@@ -68,7 +68,7 @@ class PagedAttention(PageStore):
             observed = self.policy.prompt_window if self.holds_input else None
             return self._attend_input(query, observed, expanded, **softmax)
         keys, values = self.contents if expanded is None else expanded
-        bias = self._bias_for(keys)
+        bias = self.bias if expanded is None else self._bias_for(keys)
         bounds = self._page_bounds(query, keys, bias, expanded, softmax)
         table = None if self.reads_all else self._pages_to_read(bounds)
         output, scores = raas_kernels.attend(
@@ -85,12 +85,13 @@ class PagedAttention(PageStore):
         )
         if table is not None:
             scores = scores.new_zeros(*bias.shape[:2], bias.shape[2] // self.page_size).scatter_(2, table, scores)
-        if self.decoded:
+        if self.is_decoding:
             if self.scoring == "minmax":
                 scores = bounds.softmax(-1)
             self._tell_policy(self._shared(scores)[..., self.pinned_pages :], queries=1)
         return output
 
+    @torch.compiler.disable
     def attend_first(self, query: torch.Tensor, expanded: tuple[torch.Tensor, torch.Tensor], **softmax) -> None:
         """After the first forward, whose attention is the model's own: with `prompt="evict"`, cut it to the budget.
 
@@ -109,6 +110,7 @@ class PagedAttention(PageStore):
         else:
             self._cut_input(None, queries=0)
 
+    @torch.compiler.disable
     def _attend_input(self, query: torch.Tensor, observed: int | None, expanded, **softmax) -> torch.Tensor:
         """Attention of several tokens that are input; the last `observed` of them (None: all) tell the policy."""
         keys, values = self.states() if expanded is None else expanded
@@ -129,12 +131,12 @@ class PagedAttention(PageStore):
             observed=queries,
             **softmax,
         )
-        if queries and self.scoring == "minmax" and (self.decoded or self.holds_input):
+        if queries and self.scoring == "minmax" and (self.is_decoding or self.holds_input):
             scores = self._representative_scores(query[:, :, length - queries :], keys, bias, expanded, softmax)
         scores = self._shared(scores)
         if self.holds_input:
             self._cut_input(scores, queries)
-        elif self.decoded:
+        elif self.is_decoding:
             self._tell_policy(scores[..., self.pinned_pages :], queries)
         return output
 

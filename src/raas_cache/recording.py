@@ -61,9 +61,7 @@ class Step:
 
     def undo(self, store: "PageStore", kept: int, attend: Callable) -> int:
         """Put `store` back as it was before the step (`kept` is 0); returns the tokens taken back: 1."""
-        store.decoded -= 1
-        store.seen -= 1
-        store.clock -= 1
+        store.retract()
         # The token's slot, in case the page stays: a page that goes brings its own bias back.
         slot = store.open_slot[..., None] + store.decoded % store.page_size
         store.bias.scatter_(2, slot, float("-inf"))
@@ -97,7 +95,7 @@ class Turn:
     def undo(self, store: "PageStore", kept: int, attend: Callable) -> int:
         """Take back all but the first `kept` tokens, and the stamps of those; returns the tokens taken back."""
         store.unpin(self.length - kept)
-        if store.decoded:
+        if store.is_decoding:
             for name, before in self.state.items():
                 _restore(store, name, before)
         if kept:

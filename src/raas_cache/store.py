@@ -14,8 +14,8 @@ SLOTS = ("keys", "values", "bias", "positions", "key_scales", "value_scales")
 BOUNDS = ("minima", "maxima")
 EVICTABLE = ("priority", "page_state")
 EMPTY = {"bias": float("-inf"), "priority": float("-inf")}
-ROWS = (*SLOTS, *BOUNDS, *EVICTABLE, "open_slot")
-"""Tensors of a store that have rows: `[batch, kv_heads, ...]`, an element a slot, a page, an evictable page, or one."""
+ROWS = (*SLOTS, *BOUNDS, *EVICTABLE, "open_slot", "clock")
+"""Tensors of a store that have rows: `[batch, kv_heads, ...]`, an element a slot, a page, an evictable page, or few."""
 
 
 class PageStore:
@@ -23,9 +23,12 @@ class PageStore:
 
     Pages `0 .. pinned_pages-1` are never evicted: the prompt and later turns, with `prompt="evict"` the sink. Behind
     them lie `decode_pages` evictable ones, recycled in place, or with `grows` more and more. All rows and KV heads fill
-    pages in step, so counts are host integers; what a page holds differs from head to head. Tensors are described in
+    pages in step, so sizes are host integers; what a page holds differs from head to head. Tensors are described in
     `raas_kernels.reference`. `seen` counts the tokens of the sequence, which positions depend on; the number of
     resident tokens is another.
+
+    A decode step moves the `clock` alone, and writes into buffers that stay where they are: a compiled step or a CUDA
+    graph can repeat it without the host. The host's own counts follow when somebody asks.
 
     Args:
         budget: tokens to hold, the prompt counted in.
@@ -57,10 +60,13 @@ class PageStore:
 
     def release(self) -> None:
         """Hold nothing, and no memory."""
-        for name in (*ROWS, "clock"):
+        for name in ROWS:
             setattr(self, name, None)
         self.pinned_pages = self.decode_pages = 0
-        self.seen = self.pinned = self.decoded = self.new = 0
+        self.pinned = self.new = 0
+        self._seen = self._decoded = 0
+        self._lags = False  # whether compiled steps have moved the clock on without the host's counts
+        self.is_filled = self.is_decoding = False  # whether any token was stored, any generated one
         self.released_pages = 0  # input pages that became evictable
         self.holds_input = False  # whether the last input is pinned only until `keep` has been called
 
@@ -88,7 +94,7 @@ class PageStore:
         self.bias, self.positions = empty(0, dtype=accumulate), empty(0, dtype=torch.int32)
         self.priority = empty(0, dtype=torch.float64)
         self.open_slot = empty(dtype=torch.int64).zero_()
-        self.clock = torch.tensor([-1, -1], device=self.device)
+        self.clock = empty(2, dtype=torch.int64).fill_(-1)
         if self.code is not None:
             self.key_scales, self.value_scales = empty(0, dtype=torch.float32), empty(0, dtype=torch.float32)
         if self.has_bounds:
@@ -121,6 +127,30 @@ class PageStore:
             scaled = zip(contents, self.scales, strict=True)
             contents = [raas_kernels.dequantize(codes, scale[:, :, slots], self.dtype) for codes, scale in scaled]
         return tuple(contents)
+
+    @property
+    def seen(self) -> int:
+        """Tokens of the sequence so far, evicted ones included."""
+        self._read_clock()
+        return self._seen
+
+    @property
+    def decoded(self) -> int:
+        """Generated tokens so far, counted on to a full page where input closed one."""
+        self._read_clock()
+        return self._decoded
+
+    def _read_clock(self) -> None:
+        if self._lags:
+            self._seen, self._decoded = (self.clock[0, 0] + 1).tolist()
+            self._lags = False
+
+    def _move_clock(self, seen: int, decoded: int) -> None:
+        """Count so many tokens on, or back."""
+        self._seen, self._decoded = self.seen + seen, self.decoded + decoded
+        self.clock[..., 0] += seen
+        self.clock[..., 1] += decoded
+        self.is_filled, self.is_decoding = self._seen > 0, self._decoded > 0
 
     def _budget_for_input(self, pinned_pages: int) -> int:
         """Pages of the budget that are spent on input; the others are for decode pages."""
@@ -167,28 +197,24 @@ class PageStore:
                     "use a new cache for another input, or call reset() on this one first."
                 )
 
-    def store(self, key: torch.Tensor, value: torch.Tensor, pin: bool) -> None:
-        """Write new tokens: input into pinned pages, one generated token into the open decode page.
-
-        Args:
-            key, value: `[batch, kv_heads, new, head_dim]`.
-            pin: whether they are input; otherwise `new` is 1.
-        """
-        self.new = key.shape[2]
-        if pin:
-            self._pin(key, value)
-        else:
-            self._append(key, value)
-        self.seen += self.new
-
     def make_room(self) -> None:
         """Called before a decode step: a store that grows takes more pages when all are held."""
         if self.grows and self.decoded % self.page_size == 0 and self.opened == self.decode_pages:
             self._resize(self.pinned_pages, self.decode_pages + max(self.decode_pages // 4, 8))
 
-    def _append(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        self.clock += 1
-        self.decoded += 1
+    def append(self, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor | None = None) -> None:
+        """Write one generated token into the open decode page.
+
+        Args:
+            key, value: `[batch, kv_heads, 1, head_dim]`.
+            visible: `[batch]` bool, False where it is padding; None if it is nowhere.
+        """
+        if torch.compiler.is_compiling():
+            self._lags, may_open = True, True
+        else:
+            may_open = self.decoded % self.page_size == 0
+            self._seen, self._decoded = self._seen + 1, self._decoded + 1
+        self.new, self.is_decoding = 1, True
         raas_kernels.append(
             *self.contents,
             self.bias,
@@ -202,16 +228,23 @@ class PageStore:
             self.minima,
             self.maxima,
             self.scales,
+            visible,
         )
-        if self.page_state is not None and (self.decoded - 1) % self.page_size == 0:
-            self.page_state.masked_fill_((self.first == self.clock[0])[..., None], 0)
+        if self.page_state is not None and may_open:  # a page begins with the present token if it opens now
+            self.page_state.masked_fill_((self.first == self.clock[..., :1])[..., None], 0)
+
+    def retract(self) -> None:
+        """Count the last generated token off; what it has overwritten is the caller's affair."""
+        self._move_clock(-1, -1)
 
     @property
     def first(self) -> torch.Tensor:
         """Sequence index of the first token of each evictable page, `[batch, kv_heads, decode_pages]`."""
         return self.positions[..., self.pinned_pages * self.page_size :: self.page_size]
 
-    def _pin(self, key: torch.Tensor, value: torch.Tensor) -> None:
+    def pin(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Write input tokens `[batch, kv_heads, new, head_dim]` into pinned pages."""
+        self.new = key.shape[2]
         start, end = self.pinned, self.pinned + self.new
         pinned_pages = math.ceil(end / self.page_size)
         if self.prompt == "evict":
@@ -228,14 +261,13 @@ class PageStore:
         self.bias[:, :, start:end] = 0
         self.positions[:, :, start:end] = torch.arange(self.seen, self.seen + self.new, device=self.device)
         self._move_open_page(self.new)
-        self.clock[0] += self.new
+        self._move_clock(self.new, 0)
         self.pinned = end
 
     def unpin(self, length: int) -> None:
         """Take back the last `length` tokens, all of them pinned; the stamps they gave are the caller's affair."""
         self.pinned -= length
-        self.seen -= length
-        self.clock[0] -= length
+        self._move_clock(-length, 0)
         self.bias[:, :, self.pinned : self.pinned + length] = float("-inf")
         self._move_open_page(-length)
         self._reserve(math.ceil(self.pinned / self.page_size))
@@ -273,6 +305,13 @@ class PageStore:
             for name, old in self.held_tensors(*names).items():
                 setattr(self, name, moved(name, old, unit, has_pinned))
         self.open_slot += (pinned_pages - old_pinned) * self.page_size
+        self._fix_addresses()
+
+    def _fix_addresses(self) -> None:
+        """Promise that the buffers stay where they are from step to step, which a CUDA graph needs to know."""
+        if self.device.type == "cuda":
+            for tensor in self.held_tensors(*ROWS).values():
+                torch._dynamo.mark_static_address(tensor, guard=False)
 
     def candidates(self) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """With `prompt="evict"`, after input: the sink, and the pages that compete for the rest of the budget.
@@ -304,8 +343,7 @@ class PageStore:
         self.released_pages += self.pinned_pages - 1
         # Whatever is open is closed: generated tokens open a page of their own.
         closing = -self.decoded % self.page_size
-        self.decoded += closing
-        self.clock[1] += closing
+        self._move_clock(0, closing)
         limit = self.limit
         by_age = ranked["first"].argsort(-1)
         order = by_age.gather(-1, ranked["priority"].gather(-1, by_age).argsort(dim=-1, stable=True))
@@ -323,8 +361,9 @@ class PageStore:
         self._resize(1, limit)
         self.pinned, self.holds_input = self.page_size, False
 
+    @torch.compiler.disable
     def hide(self, visible: torch.Tensor | None) -> None:
-        """Take note of padding among the tokens stored last, and finish their pages.
+        """Take note of padding among the input stored last, and finish its pages.
 
         Args:
             visible: `[batch, new]` bool, False for padding; None if there is none.
@@ -338,8 +377,17 @@ class PageStore:
             # A padding token's K and V may be anything, NaN too, and 0 * NaN is NaN.
             for tensor in self.held_tensors("keys", "values", "key_scales", "value_scales").values():
                 tensor.masked_fill_(hidden if tensor.ndim == 3 else hidden[..., None], 0)
-        if self.minima is not None and (self.new > 1 or self.seen == 1):
+        if self.minima is not None:
             self._summarise(slice((self.pinned - self.new) // self.page_size, self.pinned_pages))
+
+    def hide_generated(self, visible: torch.Tensor) -> None:
+        """Take note that the token appended last is padding where `visible` `[batch]` is False."""
+        slot = (self.open_slot + self.clock[..., 1] % self.page_size)[..., None]
+        for name, tensor in self.held_tensors("bias", "keys", "values", "key_scales", "value_scales").items():
+            index, hidden = slot, ~visible[:, None, None]
+            if tensor.ndim == 4:
+                index, hidden = slot[..., None].expand(-1, -1, -1, tensor.shape[-1]), hidden[..., None]
+            tensor.scatter_(2, index, tensor.gather(2, index).masked_fill(hidden, EMPTY.get(name, 0)))
 
     def _summarise(self, pages: slice) -> None:
         """Min/max representatives of pinned pages, over their resident tokens."""
@@ -355,7 +403,12 @@ class PageStore:
 
     def apply_to_rows(self, function: Callable) -> None:
         """Make every tensor that has rows what `function` makes of it."""
-        for name, tensor in self.held_tensors(*ROWS).items():
-            setattr(self, name, function(tensor).contiguous())
+        for name, old in self.held_tensors(*ROWS).items():
+            new = function(old).contiguous()
+            if new.shape == old.shape and old.is_cuda:  # beams change places at every step, and a CUDA graph may be on
+                old.copy_(new)
+            else:
+                setattr(self, name, new)
         if self.keys is not None:
             self.batch_size = self.keys.shape[0]
+            self._fix_addresses()

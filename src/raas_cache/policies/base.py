@@ -19,7 +19,8 @@ class Pages:
         scores: `[batch, kv_heads, E]`, attention score of each page for this forward's queries, reduced over tokens,
             query group and queries as the policy asks for; 0 for a page that was not read.
         first: `[batch, kv_heads, E]` int32, sequence index of each page's first token.
-        clock: `[2]` int64, (sequence index, decode-token index) of the present token.
+        clock: `[batch, kv_heads, 2]` int64, (sequence index, decode-token index) of the present token, everywhere the
+            same.
         state: the policy's own numbers by name, `[batch, kv_heads, E]` float64 each, to be updated in place; 0 for a
             new page. They stay with their page whatever happens to rows, crops and drafts.
         limit: pages that may be held; E is larger while a prompt is being cut down to the budget.

@@ -48,7 +48,7 @@ class RaaSPolicy(Policy):
         if not self.probation:
             raas_kernels.stamp(pages.priority, pages.scores, pages.first, pages.clock, self.alpha, self.top_ratio)
             return
-        now, timestamp, proven = pages.clock[0], pages.state["timestamp"], pages.state["proven"]
+        now, timestamp, proven = pages.clock[..., :1], pages.state["timestamp"], pages.state["proven"]
         newest = (pages.first + pages.page_size - 1).double()
         timestamp.clamp_(min=newest.clamp(max=now))
         stamped = timestamp.masked_fill(~pages.held, float("-inf")).contiguous()

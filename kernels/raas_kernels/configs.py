@@ -1,0 +1,65 @@
+"""How `attend` is launched: what `python -m raas_kernels.tune` measured for the common shapes, kept in configs.json."""
+
+import functools
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+
+CONFIGS_FILE = Path(__file__).with_name("configs.json")
+MIN_TILE = 16  # tl.dot's smallest
+
+
+@dataclass(frozen=True)
+class Config:
+    """One way to launch `attend`.
+
+    Args:
+        tile: slots a program reads at once, a power of two.
+        warps: warps a program.
+        stages: tiles in flight.
+        programs: programs to aim at over all (row, KV head) pairs, by slicing each one's slots.
+    """
+
+    tile: int
+    warps: int = 4
+    stages: int = 3
+    programs: int = 264  # two waves of a 132-SM GPU: enough slices that a batch of one still fills it
+
+
+def default_config(head_size: int, itemsize: int) -> Config:
+    """For a shape that nobody tuned: as large a tile as 99 KiB of shared memory hold, pipeline and all."""
+    tile = (32768 if itemsize == 2 else 16384) // (_padded(head_size) * itemsize)
+    return Config(max(min(tile, 128), MIN_TILE))
+
+
+@functools.cache
+def choose_config(capability: tuple[int, int] | None, rows: int, slots: int, head_size: int, itemsize: int) -> Config:
+    """The configuration of the nearest tuned shape of the same head size and element size, else the default.
+
+    Args:
+        capability: of the GPU, None in the interpreter. What was tuned on another kind of GPU may not fit this one.
+        rows: batch rows x KV heads.
+        slots: resident slots of each.
+        head_size: the larger of the K and V head sizes; counts as the next power of two.
+        itemsize: bytes of an element of the query.
+    """
+    measured, kind = _tuned(), (_padded(head_size), itemsize)
+    tuned = [shape for shape in measured["shapes"] if (shape["head_size"], shape["itemsize"]) == kind]
+    if not tuned or tuple(measured["capability"]) != capability:
+        return default_config(head_size, itemsize)
+
+    def distance(shape: dict) -> float:
+        return abs(math.log2(shape["rows"] / rows)) + abs(math.log2(shape["slots"] / slots))
+
+    return Config(**min(tuned, key=distance)["config"])
+
+
+@functools.cache
+def _tuned() -> dict:
+    return json.loads(CONFIGS_FILE.read_text())
+
+
+def _padded(head_size: int) -> int:
+    return 1 << (head_size - 1).bit_length()

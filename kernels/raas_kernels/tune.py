@@ -1,0 +1,111 @@
+"""Finds the fastest launch of `attend` for the common shapes on this GPU: `python -m raas_kernels.tune`.
+
+Every shape runs from a CUDA graph over buffers that together do not fit the L2 cache, as between the layers of a model.
+Prints the best of each shape against the card's copy bandwidth, and writes configs.json (or the file given).
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import triton
+
+from . import fused
+from .configs import CONFIGS_FILE, Config, default_config
+
+
+ROWS = (8, 64, 256)
+SLOTS = (1024, 2048, 4096, 8192)
+HEAD_SIZES = (64, 128)
+GROUP, PAGE = 4, 16
+COLD_BYTES = 256 << 20  # several times the L2 cache of an H100
+
+
+def candidates(rows: int, head_size: int) -> list[Config]:
+    """Launches worth a try; the default first."""
+    tiles = [tile for tile in (32, 64, 128) if tile * head_size <= 128 * 128]
+    programs = [p for p in (132, 264, 528, 1056, 2112) if p >= min(rows, 264)]
+    tried = itertools.product(tiles, (2, 4, 8), (2, 3, 4), programs)
+    return [default_config(head_size, 2), *itertools.starmap(Config, tried)]
+
+
+def make_inputs(rows: int, slots: int, head_size: int, dtype: torch.dtype) -> list[tuple]:
+    """Query, keys, values and bias of as many stores as it takes to be cold; `rows` KV heads in one batch row."""
+    copies = max(2, COLD_BYTES // (rows * slots * head_size * dtype.itemsize * 2))
+    shapes = (1, rows * GROUP, 1, head_size), (1, rows, slots, head_size), (1, rows, slots, head_size)
+    return [
+        (*(torch.randn(shape, dtype=dtype, device="cuda") for shape in shapes), torch.zeros(1, rows, slots).cuda())
+        for _ in range(min(copies, 64))
+    ]
+
+
+def seconds_of(run, repeats: int = 5) -> float:
+    """Median duration of `run` on the GPU, replayed from a CUDA graph."""
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    times = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(times)
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written a second by a large copy."""
+    source = torch.empty(1 << 30, dtype=torch.int8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / seconds_of(lambda: target.copy_(source))
+
+
+def tune(rows: int, slots: int, head_size: int, dtype: torch.dtype) -> tuple[Config, float, float]:
+    """The fastest launch for a shape, its seconds a call, and those of the default."""
+    inputs = make_inputs(rows, slots, head_size, dtype)
+    best, fastest, default = None, float("inf"), None
+    for config in candidates(rows, head_size):
+
+        def run(config=config):
+            for one in inputs:
+                fused.attend_as(config, *one, scale=head_size**-0.5, page_size=PAGE)
+
+        try:
+            seconds = seconds_of(run) / len(inputs)
+        except triton.runtime.errors.OutOfResources:
+            continue
+        default = default or seconds
+        if seconds < fastest:
+            best, fastest = config, seconds
+    return best, fastest, default
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=CONFIGS_FILE)
+    args = parser.parse_args()
+    dtype, bandwidth = torch.bfloat16, copy_bandwidth()
+    print(f"{torch.cuda.get_device_name()}: copies {bandwidth / 1e9:.0f} GB/s", flush=True)
+    shapes = []
+    for head_size, rows, slots in itertools.product(HEAD_SIZES, ROWS, SLOTS):
+        config, seconds, default = tune(rows, slots, head_size, dtype)
+        share = rows * slots * head_size * dtype.itemsize * 2 / seconds / bandwidth
+        print(f"{head_size=} {rows=} {slots=}: {seconds * 1e6:.1f} us, {share:.0%} of copying, "
+              f"default {default * 1e6:.1f} us; {config}", flush=True)  # fmt: skip
+        shape = {"head_size": head_size, "itemsize": dtype.itemsize, "rows": rows, "slots": slots}
+        shapes.append({**shape, "config": asdict(config)})
+    lines = ",\n".join("    " + json.dumps(shape) for shape in shapes)
+    device = f'"device": "{torch.cuda.get_device_name()}", "capability": {list(torch.cuda.get_device_capability())}'
+    args.out.write_text(f'{{\n  {device},\n  "shapes": [\n{lines}\n  ]\n}}\n')
+
+
+if __name__ == "__main__":
+    main()
