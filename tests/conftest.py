@@ -1,4 +1,5 @@
 import os
+import sys
 
 import pytest
 import torch
@@ -17,3 +18,12 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(autouse=True)
+def own_engine():
+    """A test that forces an engine does so for itself alone."""
+    yield
+    dispatch = sys.modules.get("raas_kernels.dispatch")
+    if dispatch is not None:
+        dispatch.engine.cache_clear()

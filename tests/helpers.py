@@ -3,6 +3,8 @@
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from raas_kernels import engine
+
 
 VOCAB = 97
 
@@ -44,6 +46,15 @@ def generate(model, inputs, cache, steps, sample=True, seed=0, **kw):
     torch.manual_seed(seed)
     kw = {"min_new_tokens": steps, "pad_token_id": 0, "do_sample": sample, **kw}
     return model.generate(**inputs, past_key_values=cache, max_new_tokens=steps, **kw)
+
+
+def use_engine(monkeypatch, name):
+    """Force the kernels' engine, which is otherwise chosen once; `name` None for the device's own."""
+    if name is None:
+        monkeypatch.delenv("RAAS_KERNELS", raising=False)
+    else:
+        monkeypatch.setenv("RAAS_KERNELS", name)
+    engine.cache_clear()
 
 
 def resident_set(cache, layer, row, head):

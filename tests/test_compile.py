@@ -9,7 +9,7 @@ from raas_cache import DenseCache, QuestCache, RaaSCache, from_name, list_method
 from raas_cache.layer import PagedLayer
 
 from .architectures import build
-from .helpers import generate, prompt, tiny_model
+from .helpers import generate, prompt, tiny_model, use_engine
 
 
 STEPS = 40
@@ -99,7 +99,7 @@ def test_inductor():
 
 
 def test_the_triton_engine_is_one_graph(monkeypatch):
-    monkeypatch.setenv("RAAS_KERNELS", "triton")
+    use_engine(monkeypatch, "triton")
     model = tiny_model(dtype=torch.float32, layers=1)
     compiles_once(model, lambda: RaaSCache(**SMALL, top_ratio=0.5, scoring="minmax"), backend="aot_eager", steps=30)
 

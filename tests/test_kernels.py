@@ -5,6 +5,8 @@ import torch
 
 from raas_kernels import dispatch, reference
 
+from .helpers import use_engine
+
 
 fused = pytest.importorskip("raas_kernels.fused", reason="triton is not installed here", exc_type=ImportError)
 
@@ -288,28 +290,26 @@ def test_append_and_stamp_at_size(decode_pages, dtype):
 
 class TestDispatch:
     def test_cpu_gets_torch(self, monkeypatch):
-        monkeypatch.delenv("RAAS_KERNELS", raising=False)
+        use_engine(monkeypatch, None)
         assert dispatch.engine(torch.device("cpu")) is reference
 
     @pytest.mark.gpu
     def test_cuda_gets_triton(self, monkeypatch):
-        monkeypatch.delenv("RAAS_KERNELS", raising=False)
+        use_engine(monkeypatch, None)
         assert dispatch.engine(torch.device("cuda")) is fused
 
     @pytest.mark.parametrize(("name", "module"), [("torch", reference), ("triton", fused)])
     def test_forced(self, monkeypatch, name, module):
-        monkeypatch.setenv("RAAS_KERNELS", name)
+        use_engine(monkeypatch, name)
         assert dispatch.engine(torch.device(DEVICE)) is module
 
     def test_unknown_engine_is_named(self, monkeypatch):
-        monkeypatch.setenv("RAAS_KERNELS", "cuda")
+        use_engine(monkeypatch, "cuda")
         with pytest.raises(ValueError, match=r"RAAS_KERNELS='cuda'.*'torch' or 'triton'"):
             dispatch.engine(torch.device("cpu"))
 
     def test_triton_on_cpu_without_the_interpreter_is_refused(self, monkeypatch):
-        dispatch._load.cache_clear()
-        monkeypatch.setenv("RAAS_KERNELS", "triton")
+        use_engine(monkeypatch, "triton")
         monkeypatch.setenv("TRITON_INTERPRET", "0")
         with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
             dispatch.engine(torch.device("cpu"))
-        dispatch._load.cache_clear()

@@ -20,7 +20,7 @@ from raas_cache import (
 
 from .architectures import build
 from .helpers import generate as generate_any
-from .helpers import prompt, resident_set, tiny_model
+from .helpers import prompt, resident_set, tiny_model, use_engine
 from .oracle import OracleCache
 
 
@@ -387,7 +387,7 @@ def test_triton_kernels(method, mode, more, monkeypatch):
     inputs = {name: tensor.to(device) for name, tensor in prompt(2, 33, (7, 0)).items()}
     results = []
     for engine in ("torch", "triton"):
-        monkeypatch.setenv("RAAS_KERNELS", engine)
+        use_engine(monkeypatch, engine)
         cache = from_name(method, **options(method, mode, **more))
         results.append((generate(model, inputs, cache, 30, sample=False), cache.resident_positions(0).sort(-1).values))
         assert (cache.evicted_pages(0).min() >= 1) == (method in EVICTING)

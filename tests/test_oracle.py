@@ -8,7 +8,7 @@ import torch
 from raas_cache import RaaSCache
 
 from .architectures import build
-from .helpers import generate, prompt, resident_set, tiny_model
+from .helpers import generate, prompt, resident_set, tiny_model, use_engine
 from .oracle import OracleCache
 
 
@@ -121,7 +121,7 @@ def test_prefill_in_chunks_and_a_second_turn(stamping, scoring):
 def test_triton_kernels(settings, monkeypatch):
     """In the interpreter where there is no GPU: small, for a program costs milliseconds there."""
     pytest.importorskip("triton")
-    monkeypatch.setenv("RAAS_KERNELS", "triton")
+    use_engine(monkeypatch, "triton")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = tiny_model(layers=1, dtype=torch.float32).to(device)
     inputs = {name: tensor.to(device) for name, tensor in prompt(2, 9, (2, 0)).items()}
@@ -133,13 +133,13 @@ def test_triton_kernels(settings, monkeypatch):
 def test_triton_kernels_on_a_latent_a_cap_sinks_and_shared_kv(name, monkeypatch):
     """What the model gives reaches the kernels as it left the model: an expanded latent's values are a strided view."""
     pytest.importorskip("triton")
-    monkeypatch.setenv("RAAS_KERNELS", "triton")
+    use_engine(monkeypatch, "triton")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = build(name, torch.float32).to(device)
     inputs = {name: tensor.to(device) for name, tensor in prompt(2, 9, (2, 0)).items()}
     cache = RaaSCache(24, page_size=4, min_decode_pages=2, alpha=0.1)
     tokens = generate(model, inputs, cache, 40, sample=False)
-    monkeypatch.setenv("RAAS_KERNELS", "torch")
+    use_engine(monkeypatch, "torch")
     other = RaaSCache(24, page_size=4, min_decode_pages=2, alpha=0.1)
     assert torch.equal(generate(model, inputs, other, 40, sample=False), tokens)
     assert torch.equal(*(held.resident_positions(1).sort(-1).values for held in (cache, other)))
@@ -153,7 +153,7 @@ def test_triton_and_torch_engines_generate_alike(dtype, monkeypatch):
     inputs = {name: tensor.to("cuda") for name, tensor in prompt(4, 50, (0, 9, 40, 17)).items()}
     results = []
     for engine in ("torch", "triton"):
-        monkeypatch.setenv("RAAS_KERNELS", engine)
+        use_engine(monkeypatch, engine)
         cache = RaaSCache(256, alpha=5e-3)
         with torch.no_grad():
             logits = [model(**inputs, past_key_values=cache).logits[:, -1]]

@@ -16,32 +16,28 @@ from . import reference
 
 
 @functools.cache
-def _load(name: str, device_type: str) -> ModuleType:
+def engine(device: torch.device) -> ModuleType:
+    """The module whose `append`, `attend`, `page_bounds` and `stamp` serve tensors on `device`; chosen at first use.
+
+    Raises:
+        ValueError: `RAAS_KERNELS` names no engine, or one that cannot run on `device`.
+    """
+    name = os.environ.get("RAAS_KERNELS", "triton" if device.type == "cuda" else "torch")
     if name == "torch":
         return reference
     if name != "triton":
         raise ValueError(f"RAAS_KERNELS={name!r} is not an engine: set it to 'torch' or 'triton', or unset it.")
-    if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
-            f"RAAS_KERNELS='triton' was asked for tensors on {device_type!r}: Triton runs there only in its "
+            f"RAAS_KERNELS='triton' was asked for tensors on {device.type!r}: Triton runs there only in its "
             "interpreter. Set TRITON_INTERPRET=1, move the model to a CUDA device, or set RAAS_KERNELS='torch'."
         )
     return importlib.import_module("raas_kernels.fused")
 
 
-def engine(device: torch.device) -> ModuleType:
-    """The module whose `append`, `attend`, `page_bounds` and `stamp` serve tensors on `device`.
-
-    Raises:
-        ValueError: `RAAS_KERNELS` names no engine, or one that cannot run on `device`.
-    """
-    default = "triton" if device.type == "cuda" else "torch"
-    return _load(os.environ.get("RAAS_KERNELS", default), device.type)
-
-
 @torch.compiler.assume_constant_result
-def _is_traceable(device_type: str) -> bool:
-    return engine(torch.device(device_type)) is reference
+def _is_traceable(device: torch.device) -> bool:
+    return engine(device) is reference
 
 
 @torch.library.custom_op(
@@ -119,11 +115,13 @@ def append(
     minima=None, maxima=None, scales=None, visible=None,
 ) -> None:  # fmt: skip
     """See `raas_kernels.reference.append`."""
-    store = keys, values, bias, positions, priority, open_slot, clock
-    if torch.compiler.is_compiling():  # the torch engine too: it looks at the clock
-        _append(*store, key, value, page_size, minima, maxima, *(scales or (None, None)), visible)
+    inputs = keys, values, bias, positions, priority, open_slot, clock, key, value, page_size, minima, maxima
+    if not torch.compiler.is_compiling():
+        engine(keys.device).append(*inputs, scales, visible)
+    elif _is_traceable(keys.device):
+        reference.append_in_graph(*inputs, scales, visible)
     else:
-        engine(keys.device).append(*store, key, value, page_size, minima, maxima, scales, visible)
+        _append(*inputs, *(scales or (None, None)), visible)
 
 
 def attend(
@@ -132,7 +130,7 @@ def attend(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `raas_kernels.reference.attend`."""
     inputs = query, keys, values, bias, scale, page_size, softcap, sinks, table
-    if torch.compiler.is_compiling() and not _is_traceable(query.device.type):
+    if torch.compiler.is_compiling() and not _is_traceable(query.device):
         return _attend(*inputs, *(scales or (None, None)), page_score, group_score)
     run = reference if torch.compiler.is_compiling() else engine(query.device)
     return run.attend(*inputs, scales, page_score, group_score)
@@ -142,7 +140,7 @@ def page_bounds(query, minima, maxima, bias, scale, page_size, softcap=None) -> 
     """See `raas_kernels.reference.page_bounds`."""
     inputs = query, minima, maxima, bias, scale, page_size, softcap
     if torch.compiler.is_compiling():
-        return (reference.page_bounds if _is_traceable(query.device.type) else _page_bounds)(*inputs)
+        return (reference.page_bounds if _is_traceable(query.device) else _page_bounds)(*inputs)
     return engine(query.device).page_bounds(*inputs)
 
 
@@ -150,6 +148,6 @@ def stamp(priority, scores, first, clock, alpha, top_ratio) -> None:
     """See `raas_kernels.reference.stamp`."""
     inputs = priority, scores, first, clock, alpha, top_ratio
     if torch.compiler.is_compiling():
-        (reference.stamp if _is_traceable(priority.device.type) else _stamp)(*inputs)
+        (reference.stamp if _is_traceable(priority.device) else _stamp)(*inputs)
     else:
         engine(priority.device).stamp(*inputs)

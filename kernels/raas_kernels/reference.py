@@ -90,7 +90,7 @@ def append(
         page = open_slot[..., None] + lane
         bias.scatter_(2, page, float("-inf"))
         positions.scatter_(2, page, (now + lane).int().expand_as(page))
-    slot = (open_slot + offset)[..., None]
+    slot = torch.add(open_slot, offset).unsqueeze(-1)
     hidden = None if visible is None or visible.all() else ~visible[:, None, None]
     if hidden is not None:  # a padding token's K and V may be anything, NaN too, and 0 * NaN is NaN
         key, value = (new.masked_fill(hidden[..., None], 0) for new in (key, value))
@@ -102,8 +102,9 @@ def append(
             held.scatter_(2, slot, new)
         # scatter_ knows no float8: codes move as bytes.
         contents = [(a.view(torch.int8), b.view(torch.int8)) for a, b in ((keys, key_codes), (values, value_codes))]
+    index = slot.unsqueeze(-1)
     for held, new in contents:
-        held.scatter_(2, slot[..., None].expand(-1, -1, -1, held.shape[-1]), new)
+        held.scatter_(2, index.expand(-1, -1, -1, held.shape[-1]), new)
     if hidden is None:
         bias.scatter_(2, slot, 0)
     else:
@@ -115,6 +116,52 @@ def append(
         for bounds, fold, empty in ((minima, torch.minimum, float("inf")), (maxima, torch.maximum, float("-inf"))):
             seen = key if hidden is None else key.masked_fill(hidden[..., None], empty)
             bounds.scatter_(2, page, seen if offset == 0 else fold(bounds.gather(2, page), seen))
+
+
+def append_in_graph(
+    keys, values, bias, positions, priority, open_slot, clock, key, value, page_size,
+    minima=None, maxima=None, scales=None, visible=None,
+) -> None:  # fmt: skip
+    """`append` without a look at the clock: what is to be done is computed, for `torch.compile` to trace and fuse."""
+    clock += 1
+    now, offset = clock[..., 0], clock[..., 1] % page_size
+    opening = offset == 0
+    first_decode_slot = keys.shape[2] - priority.shape[-1] * page_size
+    recycled = victim(positions, priority, page_size) * page_size + first_decode_slot
+    open_slot.copy_(torch.where(opening, recycled, open_slot))
+    lane = torch.arange(page_size, device=keys.device)
+    rows = [torch.arange(size, device=keys.device) for size in keys.shape[:2]]
+    row, head = rows[0][:, None], rows[1]
+    page, slots = open_slot // page_size, open_slot[..., None] + lane
+    shown = torch.ones_like(opening) if visible is None else visible[:, None].expand_as(opening)
+
+    def put(held: torch.Tensor, index: torch.Tensor, new: torch.Tensor) -> None:
+        spread = [at.view(*at.shape, *[1] * (index.ndim - 2)) for at in (row, head)]
+        held.index_put_((*spread, index), new.to(held.dtype))  # unlike scatter_, inductor does this in place
+
+    unwritten = torch.where(opening[..., None], float("-inf"), bias.gather(2, slots))
+    visibly = torch.where(shown, 0.0, float("-inf"))
+    put(bias, slots, torch.where(lane == offset[..., None], visibly[..., None], unwritten))
+    put(positions, slots, torch.where(opening[..., None], now[..., None] + lane, positions.gather(2, slots)))
+    evictable = page - first_decode_slot // page_size
+    stamped = opening | (offset == page_size - 1)
+    put(priority, evictable, torch.where(stamped, now.to(priority.dtype), priority[row, head, evictable]))
+
+    slot = open_slot + offset
+    key, value = (torch.where(shown[..., None], new[:, :, 0], 0) for new in (key, value))
+    contents = (keys, key), (values, value)
+    if scales is not None:
+        (key_codes, key_scale), (value_codes, value_scale) = (quantize(new, held.dtype) for held, new in contents)
+        key = dequantize(key_codes, key_scale, torch.promote_types(key.dtype, torch.float32))
+        for held, new in zip(scales, (key_scale, value_scale), strict=True):
+            put(held, slot, new)
+        contents = [(a.view(torch.int8), b.view(torch.int8)) for a, b in ((keys, key_codes), (values, value_codes))]
+    for held, new in contents:
+        put(held, slot, new)
+    if minima is not None:
+        for bounds, fold, empty in ((minima, torch.minimum, float("inf")), (maxima, torch.maximum, float("-inf"))):
+            seen = torch.where(shown[..., None], key, empty)
+            put(bounds, page, torch.where(opening[..., None], seen, fold(bounds[row, head, page], seen)))
 
 
 def attend(
@@ -156,10 +203,12 @@ def attend(
         keys, values, bias = (pick(states) for states in (keys, values, bias))
         scales = scales and tuple(pick(states) for states in scales)
     batch, heads, slots, _ = keys.shape
-    accumulate = torch.promote_types(query.dtype, torch.float32)
-    grouped = query.reshape(batch * heads, -1, query.shape[-1]).to(accumulate)
+    grouped = query.reshape(batch * heads, -1, query.shape[-1])
+    transposed, contents = keys.flatten(0, 1).mT, values.flatten(0, 1)
+    if keys.element_size() < 4:
+        accumulate = torch.promote_types(query.dtype, torch.float32)
+        grouped, transposed, contents = (t.to(accumulate) for t in (grouped, transposed, contents))
     # baddbmm and bmm, not @: on the CPU matmul copies the strided K and V, at twice the time of the whole attention.
-    transposed, contents = keys.flatten(0, 1).to(accumulate).mT, values.flatten(0, 1).to(accumulate)
     if softcap is None and scales is None:
         logits = torch.baddbmm(bias.view(-1, 1, slots), grouped, transposed, alpha=scale)
     else:
@@ -169,7 +218,9 @@ def attend(
         sinks = sinks.view(1, heads, -1, 1).expand(batch, -1, -1, -1).reshape(batch * heads, -1, 1)
     weights = _softmax(logits, sinks)
     scaled = weights if scales is None else weights * scales[1].view(-1, 1, slots)
-    output = torch.bmm(scaled, contents).to(query.dtype)
+    output = torch.bmm(scaled, contents)
+    if output.dtype != query.dtype:
+        output = output.to(query.dtype)
     scores = _page_scores(weights, page_size, page_score, group_score)
     return output.view(batch, -1, 1, values.shape[-1]), scores.view(batch, heads, -1)
 

@@ -85,7 +85,7 @@ def dispatcher(dense: Callable) -> Callable:
                 layer.awaits_attention = False
                 key.paged_layer = value.paged_layer = None  # other layers may share this key
                 return dense(module, query, key, value, attention_mask, *args, **kwargs)
-        _refuse_unsupported(module, kwargs)
+        _refuse_unsupported(module, kwargs, is_input=layer.new > 1 or layer.is_first_forward)
         if layer.awaits_attention:  # not where a layer that shares the KV of another reads it once more
             _require_self_attention(module, query, key, layer)
             layer.admit(_visible_new_tokens(attention_mask, query.shape[2], is_first=layer.is_first_forward))
@@ -104,8 +104,9 @@ def dispatcher(dense: Callable) -> Callable:
     return paged_attention_forward
 
 
-def _refuse_unsupported(module: torch.nn.Module, kwargs: dict) -> None:
-    kwargs = {"output_attentions": getattr(getattr(module, "config", None), "output_attentions", False), **kwargs}
+def _refuse_unsupported(module: torch.nn.Module, kwargs: dict, is_input: bool) -> None:
+    if is_input:  # a config is slow to ask, and the same at every decode step
+        kwargs = {"output_attentions": getattr(getattr(module, "config", None), "output_attentions", False), **kwargs}
     for name in UNSUPPORTED:
         value = kwargs.get(name)
         if value is None or (isinstance(value, (bool, int, float)) and not value):
@@ -141,25 +142,37 @@ def _visible_new_tokens(mask: torch.Tensor | None, new: int, is_first: bool) -> 
             f"attention_mask of shape {tuple(mask.shape)} spans {mask.shape[-1]} keys where {new} tokens are new: what "
             "is visible of the past is the cache's own affair. Pass a 2-d mask of ones and zeros, or none."
         )
+    if new == 1 and not is_first:
+        return _visible_generated(mask)
     allowed = mask if mask.dtype == torch.bool else mask == 0
-    # A decode step is not checked: that would make the host wait for the device. A bias shows at prefill already.
-    if mask.dtype != torch.bool and (is_first or new > 1) and not bool((allowed | (mask < -1e4)).all()):
+    if mask.dtype != torch.bool and not bool((allowed | (mask < -1e4)).all()):
         raise ValueError(
             "attention_mask adds more than visible (0) and hidden (a large negative number) to the attention: such a "
             "bias goes by where a token stands, which a paged cache changes. Use a DynamicCache for this model."
         )
     visible = allowed[:, 0, -1]
-    if is_first and new > 1:
+    if is_first:
         # The last token need not see all others (packed or branching prompts). A padding token does not see itself, or
         # sees everything, the last token too, which some masks do to keep its softmax finite.
         visible = visible | (allowed[:, 0].diagonal(dim1=1, dim2=2) & ~allowed[:, 0, :, -1])
     causal = visible[:, None, None] & allowed.new_ones(new, new).tril()
-    if not is_first and new > 1 and not torch.equal(allowed, causal.expand_as(allowed)):
+    if not is_first and not torch.equal(allowed, causal.expand_as(allowed)):
         raise ValueError(
             "attention_mask is not causal among the new tokens: after the first forward the paged attention is causal. "
             "Pass a 2-d mask of ones and zeros, or put such tokens into the first forward."
         )
     return visible
+
+
+def _visible_generated(mask: torch.Tensor) -> torch.Tensor | None:
+    """`[batch, 1]` bool from the 4-d mask of one token, None where it is known that nothing is padding."""
+    # What the mask adds is not checked: that would make the host wait for the device. A bias shows at prefill already.
+    if mask.is_cuda or torch.compiler.is_compiling():
+        return (mask if mask.dtype == torch.bool else mask == 0)[:, 0, -1]
+    if not hasattr(mask, "visible_generated"):  # all layers of a step get the one mask
+        visible = (mask if mask.dtype == torch.bool else mask == 0)[:, 0, -1]
+        mask.visible_generated = None if visible.all() else visible
+    return mask.visible_generated
 
 
 _EAGER: dict[type[torch.nn.Module], Callable] = {}

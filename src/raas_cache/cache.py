@@ -223,7 +223,7 @@ class PagedCache(Cache):
         """Move a layer's K and V to the CPU; a paged layer's only when the next one comes: attention reads it first."""
         if isinstance(self.layers[layer_idx], PagedLayer):
             layer_idx, self._not_offloaded = self._not_offloaded, layer_idx
-        if layer_idx is not None:
+        if layer_idx not in (None, self._not_offloaded):
             super().offload(layer_idx, only_non_sliding)
 
     def _warn_if_prompt_fills_budget(self, layer: PagedLayer) -> None:

@@ -1,9 +1,12 @@
-"""The command line: `raas-cache demo` shows the embedded model reason in a bounded cache, and what that costs."""
+"""The command line: `raas-cache demo` shows the embedded model reason in a bounded cache, `bench` times the caches."""
 
 import math
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -14,6 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreT
 from transformers.utils.logging import disable_progress_bar
 
 from . import RaaSCache, embedded_model
+from .bench import kernels as kernel_bench
+from .bench import report
+from .bench.filling import build_model, load_config
+from .bench.steps import Plan, Row, run
 from .eval import chains
 from .eval.accuracy import completion_length, kv_nbytes
 from .eval.chains import ChainProblem
@@ -91,13 +98,120 @@ def demo(
     console.print(table)
 
 
+@app.command()
+def bench(
+    method: Annotated[str, typer.Option(help="Methods, comma-separated.")] = "raas,quest,h2o,streaming_llm",
+    seen: Annotated[str, typer.Option(help="Tokens seen before the first step, comma-separated.")] = ",".join(
+        str(1024 << doublings) for doublings in range(8)
+    ),
+    batch: Annotated[
+        str | None, typer.Option(help="Rows, comma-separated.", show_default="1; kernels on a GPU: 32")
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(help="Tokens to hold, comma-separated.", show_default="1024; kernels on a GPU: 2048,8192"),
+    ] = None,
+    mode: Annotated[
+        str | None, typer.Option(help="eager, compiled or both, comma-separated.", show_default="eager; on a GPU both")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="small, llama-3-8b, or a folder with a config.json; the weights are random.",
+            show_default="small; on a GPU llama-3-8b",
+        ),
+    ] = None,
+    page_size: Annotated[int, typer.Option(min=1, help="Tokens a page, a power of two.")] = 16,
+    steps: Annotated[int, typer.Option(min=2, help="Steps to time of each method, or calls of each kernel.")] = 40,
+    copies: Annotated[int, typer.Option(min=1, help="Caches of each method, which take turns.")] = 2,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="cuda if there is one")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of weights, K and V.", show_default="float32; on a GPU bfloat16")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of weights, K and V.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write JSON and plots to.", show_default="prints the table only")
+    ] = None,
+    kernels: Annotated[bool, typer.Option("--kernels", help="Time the attention kernel alone.")] = False,
+) -> None:
+    """Time decode steps of every method after many tokens, beside DynamicCache and StaticCache."""
+    place = _device(device)
+    on_gpu = place.type == "cuda"
+    precision = _dtype(dtype or ("bfloat16" if on_gpu else "float32"))
+    model = model or ("llama-3-8b" if on_gpu else "small")
+    batches = _numbers("--batch", batch or ("32" if kernels and on_gpu else "1"))
+    budgets = _numbers("--budget", budget or ("2048,8192" if kernels and on_gpu else "1024"))
+    modes = _names(mode or ("eager,compiled" if on_gpu else "eager"))
+    with _refusing("--model"):
+        config = load_config(model)
+    about = {"model": model, **report.about(place, precision)}
+    print(", ".join(f"{name} {value}" for name, value in about.items()))
+
+    if kernels:
+        with _refusing():
+            rows = kernel_bench.run_kernels(
+                config,
+                batches=batches,
+                budgets=budgets,
+                page_size=page_size,
+                repeats=steps,
+                dtype=precision,
+                device=place,
+                seed=seed,
+            )
+        print(kernel_bench.kernel_table(rows))
+        if out:
+            report.write_json(out / "kernels.json", about, rows)
+        return
+
+    with _refusing():
+        tokens = _numbers("--seen", seen)
+        plan = Plan(_names(method), tokens, batches, budgets, modes, page_size, steps, copies, seed)
+        if out:
+            report.require_matplotlib()
+    rows: list[Row] = []
+    for cell in run(build_model(config, place, precision, seed), plan):
+        rows += cell
+        case = cell[0].case
+        print(f"timed: batch {case.batch}, budget {case.budget}, seen {case.seen}, {case.mode}", file=sys.stderr)
+        if out:  # after every cell: a run may be cut off
+            report.write_json(out / "bench.json", {**about, "plan": asdict(plan)}, rows)
+    print(report.table(rows))
+    if out:
+        report.plot(rows, out)
+
+
 @contextmanager
 def _refusing(option: str | None = None) -> Iterator[None]:
-    """Make a value that the library refuses a usage error: one line and exit code 2."""
+    """Make a value that the library refuses, or lacks a package for, a usage error: one line and exit code 2."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         raise typer.BadParameter(str(error), param_hint=option) from None
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(","))
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} must be numbers, comma-separated.", param_hint=option) from None
+
+
+def _device(name: str | None) -> torch.device:
+    has_gpu = torch.cuda.is_available()
+    if name not in (None, "cpu", "cuda") or (name == "cuda" and not has_gpu):
+        raise typer.BadParameter(f"{name!r} must be {'cpu or cuda' if has_gpu else 'cpu'}.", param_hint="--device")
+    return torch.device(name or ("cuda" if has_gpu else "cpu"))
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in ("float32", "bfloat16", "float16"):
+        raise typer.BadParameter(f"{name!r} must be float32, bfloat16 or float16.", param_hint="--dtype")
+    return getattr(torch, name)
 
 
 def _generate(

@@ -67,8 +67,10 @@ class PagedLayer(PagedAttention, CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.check_same_use(key_states)
-        key, value = key_states.detach(), value_states.detach()
-        self.is_first_forward = not self.is_filled
+        key, value = key_states, value_states
+        if key.requires_grad:
+            key, value = key.detach(), value.detach()
+        self.is_first_forward, self.new = not self.is_filled, key.shape[2]
         is_turn, self._expects_turn = self._expects_turn and not self.is_latent, False
         self.awaits_attention = True
         if self.is_first_forward or key.shape[2] > 1:
@@ -115,13 +117,13 @@ class PagedLayer(PagedAttention, CacheLayerMixin):
         self.awaits_attention = False
         if self._generated is not None:
             (key, value), self._generated = self._generated, None
-            self._store_generated(key, value, None if visible is None else visible[:, 0])
+            self._store_generated(key, value, None if visible is None else visible[:, 0].expand(self.batch_size))
         elif self._draft is not None:
             self._draft = *self._draft[:2], visible
         elif self.is_first_forward or self.new > 1:
             self.hide(visible)
         elif visible is not None:  # a latent's token, which had to be stored before
-            self.hide_generated(visible[:, 0])
+            self.hide_generated(visible[:, 0].expand(self.batch_size))
 
     def attend(
         self,

@@ -187,7 +187,8 @@ class PageStore:
     def check_same_use(self, key: torch.Tensor) -> None:
         """Raise a ValueError if a new key's batch, heads, head size, dtype or device are not those held."""
         held = (self.batch_size, self.num_heads, self.keys.shape[-1], self.dtype, self.device)
-        given = (key.shape[0], key.shape[1], key.shape[-1], key.dtype, key.device)
+        batch, heads, _, head_size = key.shape
+        given = (batch, heads, head_size, key.dtype, key.device)
         if held == given:
             return
         for name, old, new in zip(("batch size", "KV heads", "head size", "dtype", "device"), held, given, strict=True):

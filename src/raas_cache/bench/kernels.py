@@ -1,0 +1,225 @@
+"""The attention kernel alone: bytes of K and V a second, against a plain copy and the best dense decode kernel."""
+
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import cycle, islice, product, repeat
+from pathlib import Path
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import PreTrainedConfig
+
+import raas_kernels
+
+from .filling import kv_shape
+from .report import markdown
+from .steps import WARMUP, Timing
+
+
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+Inputs = tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True)
+class KernelRow:
+    """What was found for one shape; times in ms, bandwidths in bytes a second.
+
+    Args:
+        group: query heads of a KV head.
+        bytes_read: K and V of all resident tokens, `2 * batch * kv_heads * budget * head_dim` elements.
+        timing: of calls of `raas_kernels.attend`, which gives the output and the pages' scores.
+        copy_bandwidth: of `copy_` between two large tensors, bytes read and bytes written counted.
+        dense: name of the fastest dense kernel over the same tokens, which gives no scores.
+        dense_timing: of its calls.
+    """
+
+    batch: int
+    kv_heads: int
+    group: int
+    head_dim: int
+    budget: int
+    page_size: int
+    dtype: str
+    bytes_read: int
+    timing: Timing
+    copy_bandwidth: float
+    dense: str
+    dense_timing: Timing
+
+    @property
+    def bandwidth(self) -> float:
+        return 1e3 * self.bytes_read / self.timing.median
+
+    @property
+    def share(self) -> float:
+        """Of the copy's bandwidth."""
+        return self.bandwidth / self.copy_bandwidth
+
+
+@torch.no_grad()
+def run_kernels(
+    config: PreTrainedConfig,
+    *,
+    batches: list[int],
+    budgets: list[int],
+    page_size: int,
+    repeats: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int = 0,
+) -> list[KernelRow]:
+    """Time one layer's `raas_kernels.attend`, for each batch and budget, on as many buffers as no cache can hold.
+
+    Args:
+        config: gives KV heads, query heads and head size.
+        budgets: resident tokens, whole pages.
+        repeats: calls to time of each kernel, at least 2.
+
+    Raises:
+        ValueError: a budget is no multiple of `page_size`, that is no power of two, or a number is too small.
+    """
+    if page_size < 1 or page_size & (page_size - 1):
+        raise ValueError(f"page_size={page_size} must be a power of two: try 16.")
+    for budget in budgets:
+        if budget < 1 or budget % page_size:
+            raise ValueError(f"budget={budget} must be whole pages: a multiple of page_size={page_size}.")
+    for name, least, value in (("repeats", 2, repeats), ("batch", 1, min(batches))):
+        if value < least:
+            raise ValueError(f"{name}={value} must be at least {least}.")
+    _, heads, kv_heads, head_dim = kv_shape(config)
+    generator = torch.Generator(device).manual_seed(seed)
+    draw = partial(torch.randn, generator=generator, dtype=dtype, device=device)
+    llc = last_level_cache(device)
+    copy_bandwidth = _copy_bandwidth(max(8 * llc, 1 << 28), repeats, device)
+    rows = []
+    for batch, budget in product(batches, budgets):
+        bytes_read = 2 * batch * kv_heads * budget * head_dim * dtype.itemsize
+        query = draw(batch, heads, 1, head_dim)
+        keys, values = (draw(batch, kv_heads, budget, head_dim) for _ in range(2))
+        buffers = [(query, keys.clone(), values.clone()) for _ in range(max(2, -(-4 * llc // bytes_read)))]
+        bias = torch.zeros(batch, kv_heads, budget, device=device)
+        ours = partial(raas_kernels.attend, bias=bias, scale=head_dim**-0.5, page_size=page_size)
+        turns = cycle(buffers)
+        dense = {name: _timing(kernel, turns, repeats) for name, kernel in _dense_kernels(buffers[0]).items()}
+        best = min(dense, key=lambda name: dense[name].median)
+        rows.append(
+            KernelRow(
+                batch,
+                kv_heads,
+                heads // kv_heads,
+                head_dim,
+                budget,
+                page_size,
+                str(dtype).removeprefix("torch."),
+                bytes_read,
+                _timing(ours, turns, repeats),
+                copy_bandwidth,
+                best,
+                dense[best],
+            )
+        )
+    return rows
+
+
+def last_level_cache(device: torch.device) -> int:
+    """Bytes of the processor's largest cache; 64 MiB where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((int(size.removesuffix("K")) * 1024 for size in sizes if size.endswith("K")), default=1 << 26)
+
+
+def _timing(kernel: Callable, turns: Iterator[Inputs], repeats: int) -> Timing:
+    """Of `repeats` calls, each on the next of `turns`, after a few that do not count."""
+    calls = list(islice(turns, WARMUP + repeats))
+    device = calls[0][0].device
+    if device.type != "cuda":
+        times = []
+        for inputs in calls:
+            started = time.perf_counter()
+            kernel(*inputs)
+            times.append(1e3 * (time.perf_counter() - started))
+        return Timing.of(times[WARMUP:])
+    for inputs in calls[:WARMUP]:
+        kernel(*inputs)
+    torch.cuda.synchronize(device)
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    torch.cuda._sleep(1_000_000 * repeats)  # the host gets ahead, so that the device never waits for it
+    for inputs, (start, end) in zip(calls[WARMUP:], events, strict=True):
+        start.record()
+        kernel(*inputs)
+        end.record()
+    torch.cuda.synchronize(device)
+    return Timing.of([start.elapsed_time(end) for start, end in events])
+
+
+def _copy_bandwidth(size: int, repeats: int, device: torch.device) -> float:
+    source, target = (torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2))
+    copying = _timing(torch.Tensor.copy_, repeat((target, source)), repeats)
+    return 2e3 * size / copying.median
+
+
+def _dense_kernels(inputs: Inputs) -> dict[str, Callable]:
+    """Attention of one query head each over the whole of K and V, by each kernel that accepts these inputs."""
+
+    def sdpa(query, keys, values, backend: SDPBackend) -> torch.Tensor:
+        with sdpa_kernel(backend):
+            return scaled_dot_product_attention(query, keys, values, enable_gqa=True)
+
+    def packed(query, keys, values, backend: SDPBackend) -> torch.Tensor:
+        # The query heads of a KV head as so many queries of it: kernels that know no groups read K and V once too.
+        with sdpa_kernel(backend):
+            grouped = query.view(*keys.shape[:2], -1, query.shape[-1])
+            return scaled_dot_product_attention(grouped, keys, values).view_as(query)
+
+    kernels = {}
+    for name, backend in BACKENDS.items():
+        kernels[f"sdpa {name}"] = partial(sdpa, backend=backend)
+        kernels[f"sdpa {name}, packed"] = partial(packed, backend=backend)
+    if inputs[0].is_cuda:
+        kernels["flex_attention"] = partial(torch.compile(flex_attention, dynamic=False), enable_gqa=True)
+    accepting = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # why a backend refuses
+        for name, kernel in kernels.items():
+            try:
+                kernel(*inputs)
+            except Exception:  # RuntimeError of a backend, anything of a compiler
+                continue
+            accepting[name] = kernel
+    return accepting
+
+
+def kernel_table(rows: list[KernelRow]) -> str:
+    """A line a shape."""
+    header = [
+        "batch x KV heads x group x head", "budget", "page", "dtype", "us (p10 to p90)", "GB/s", "copy GB/s", "share",
+        "best dense kernel", "its us", "ratio",
+    ]  # fmt: skip
+    lines = [
+        [
+            f"{row.batch} x {row.kv_heads} x {row.group} x {row.head_dim}",
+            f"{row.budget:,}",
+            str(row.page_size),
+            row.dtype,
+            f"{1e3 * row.timing.median:.1f} ({1e3 * row.timing.p10:.1f} to {1e3 * row.timing.p90:.1f})",
+            f"{row.bandwidth / 1e9:,.1f}",
+            f"{row.copy_bandwidth / 1e9:,.1f}",
+            f"{row.share:.0%}",
+            row.dense,
+            f"{1e3 * row.dense_timing.median:.1f}",
+            f"{row.timing.median / row.dense_timing.median:.2f}",
+        ]
+        for row in rows
+    ]
+    return markdown(header, lines)
