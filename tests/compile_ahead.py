@@ -46,10 +46,10 @@ def constants_of(kernel: str, head_size: int, dtype: str, code: str | None) -> l
         "attend_kernel": [
             {
                 **group, "PAGE": PAGE, "UNIT": PAGE, "DK": head_size, "BLOCK_SLOTS": config.tile, "BLOCK_DK": block,
-                "OPERAND": OPERANDS[dtype], "CAPPED": is_other, "TABLE": is_other, "SUM": is_other,
-                "QUANTIZED": code is not None,
+                "OPERAND": OPERANDS[dtype], "CAPPED": is_other, "TABLE": is_other, "SUM": is_other, "MEAN": is_other,
+                "SINKS": is_other, "WHOLE": is_whole, "BLOCK_PAGES": 64, "QUANTIZED": code is not None,
             }
-            for is_other in (False, True)
+            for is_other, is_whole in ((False, True), (True, True), (True, False))
         ],
         "reduce_kernel": [
             {**group, "BLOCK_PAGES": 64, "UNITS": 1, "SINKS": is_other, "SUM": is_other, "MEAN": is_other}

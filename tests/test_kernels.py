@@ -1,9 +1,12 @@
 """Each Triton kernel against the torch reference in float64: in the interpreter here, on the device under `-m gpu`."""
 
+import json
+
 import pytest
 import torch
 
 from raas_kernels import dispatch, reference
+from raas_kernels.configs import CONFIGS_FILE, Config, choose_config, default_config
 
 from .helpers import use_engine
 
@@ -130,6 +133,16 @@ def check_stamp(alpha, top_ratio, decode_pages):
     fused.stamp(priority, scores, positions[..., ::4], clock, alpha, top_ratio)
     assert torch.equal(priority, expected)
     assert (expected == 77).any() and (expected != 77).any()
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0, "has_sinks": True, "page_score": "sum"}], ids=["", "all"])
+@pytest.mark.parametrize("programs", [1, 264], ids=["whole", "slices"])
+def test_attend_whole_and_in_slices(programs, options, monkeypatch):
+    """One program for all slots writes the result itself; slices are joined by a second kernel."""
+    launched = []
+    monkeypatch.setattr(fused, "choose_config", lambda *shape: launched.append(shape) or Config(16, programs=programs))
+    check_attend(group=2, page_size=8, pages=9, dk=32, dv=32, dtype=torch.float32, **options)
+    assert launched
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -313,3 +326,29 @@ class TestDispatch:
         monkeypatch.setenv("TRITON_INTERPRET", "0")
         with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
             dispatch.engine(torch.device("cpu"))
+
+
+class TestConfigs:
+    def test_a_tuned_shape_gets_what_was_tuned(self):
+        tuned = json.loads(CONFIGS_FILE.read_text())
+        for shape in tuned["shapes"]:
+            chosen = choose_config(
+                tuple(tuned["capability"]), shape["rows"], shape["slots"], shape["head_size"], shape["itemsize"]
+            )
+            assert chosen == Config(**shape["config"])
+
+    def test_other_shapes_get_the_nearest_other_kinds_the_default(self):
+        tuned = json.loads(CONFIGS_FILE.read_text())
+        here = tuple(tuned["capability"])
+        assert choose_config(here, 250, 8000, 100, 2) == choose_config(here, 256, 8192, 128, 2)
+        for kind in ((None, 256, 8192, 128, 2), ((8, 0), 256, 8192, 128, 2), (here, 256, 8192, 256, 2)):
+            assert choose_config(*kind) == default_config(kind[3], kind[4])
+        assert choose_config(here, 256, 8192, 128, 4) == default_config(128, 4)
+
+    @pytest.mark.parametrize("itemsize", [2, 4])
+    @pytest.mark.parametrize("head_size", [16, 64, 80, 128, 256, 576])
+    def test_the_default_tile_is_one_that_fits(self, head_size, itemsize):
+        config = default_config(head_size, itemsize)
+        assert config.tile >= fused.MIN_DOT and config.tile & (config.tile - 1) == 0
+        held = config.stages * 2 * config.tile * head_size * itemsize
+        assert held <= 200 << 10 or config.tile == fused.MIN_DOT

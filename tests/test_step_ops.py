@@ -105,9 +105,9 @@ def test_nothing_of_the_size_of_the_store_is_made():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("name", "kernels"), [("raas", 4), ("streaming_llm", 3)])
+@pytest.mark.parametrize(("name", "kernels"), [("raas", 3), ("streaming_llm", 2)])
 def test_a_step_is_so_many_kernels_on_a_gpu(name, kernels):
-    """Append, attend with scores, join the slices, stamp; and the three draws of this test."""
+    """Append, attend with scores, and for RaaS stamp; where the slots of a row are sliced, one more to join them."""
     cache = from_name(name, 8 * PAGE, page_size=PAGE, min_decode_pages=2)
     step = layer_steps(cache, PAGE * 20 + 3, device="cuda", head_dim=16)
     with torch.no_grad():

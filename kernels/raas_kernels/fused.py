@@ -119,16 +119,35 @@ def append(
 
 
 @triton.jit
+def store_scores(
+    unit_logit, scores, row, block, pages, total_max, inverse, group, in_group,
+    SUM: tl.constexpr, MEAN: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_GROUP: tl.constexpr, BLOCK_PAGES: tl.constexpr, UNITS: tl.constexpr,
+):  # fmt: skip
+    """The scores of one block of a row's pages, from the logits that were kept and the softmax's maximum and sum."""
+    page = block * BLOCK_PAGES + tl.arange(0, BLOCK_PAGES)
+    weight = tl.zeros([BLOCK_GROUP, BLOCK_PAGES], tl.float32)
+    for i in range(UNITS):
+        unit = (row * GROUP + group[:, None]) * pages * UNITS + page[None, :] * UNITS + i
+        here = tl.load(unit_logit + unit, mask=in_group[:, None] & (page[None, :] < pages), other=float("-inf"))
+        here = tl.exp(here - total_max[:, None]) * inverse[:, None]
+        weight = weight + here if SUM else tl.maximum(weight, here)
+    score = tl.sum(weight, 0) / GROUP if MEAN else tl.max(weight, 0)
+    tl.store(scores + row * pages + page, score, mask=page < pages)
+
+
+@triton.jit
 def attend_kernel(
-    query, keys, values, bias, table, key_scales, value_scales, scale, softcap,
-    part_output, part_max, part_sum, unit_logit,
-    slots, slots_per_slice, stored_slots,
-    CAPPED: tl.constexpr, TABLE: tl.constexpr, QUANTIZED: tl.constexpr, SUM: tl.constexpr,
+    query, keys, values, bias, table, key_scales, value_scales, sinks, scale, softcap,
+    part_output, part_max, part_sum, unit_logit, output, scores,
+    heads, slots, slots_per_slice, stored_slots,
+    CAPPED: tl.constexpr, TABLE: tl.constexpr, QUANTIZED: tl.constexpr, SINKS: tl.constexpr,
+    SUM: tl.constexpr, MEAN: tl.constexpr, WHOLE: tl.constexpr,
     GROUP: tl.constexpr, PAGE: tl.constexpr, UNIT: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     BLOCK_GROUP: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr,
-    OPERAND: tl.constexpr,
+    BLOCK_PAGES: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over one slice of a row's slots.
+    """Online softmax over one slice of a row's slots; with WHOLE the slice is all of them, and nothing is left to join.
 
     Of each (query head, UNIT slots) the largest logit is kept, or with SUM the logarithm of the sum of exponentials.
     """
@@ -147,7 +166,7 @@ def attend_kernel(
     ).to(OPERAND)  # fmt: skip
     running_max = tl.full([BLOCK_GROUP], float("-inf"), tl.float32)
     running_sum = tl.zeros([BLOCK_GROUP], tl.float32)
-    output = tl.zeros([BLOCK_GROUP, BLOCK_DV], tl.float32)
+    summed = tl.zeros([BLOCK_GROUP, BLOCK_DV], tl.float32)
 
     begin = slice_id * slots_per_slice
     end = tl.minimum(begin + slots_per_slice, slots)
@@ -194,13 +213,36 @@ def attend_kernel(
         running_sum = running_sum * rescale + tl.sum(weights, 1)
         if QUANTIZED:
             weights *= tl.load(value_scales + stored, mask=inside, other=0.0)[None, :]
-        output = output * rescale[:, None] + tl.dot(weights.to(OPERAND), v, input_precision="ieee")
+        summed = summed * rescale[:, None] + tl.dot(weights.to(OPERAND), v, input_precision="ieee")
         running_max = new_max
 
-    part = (row * slices + slice_id) * GROUP + group
-    tl.store(part_max + part, running_max, mask=in_group)
-    tl.store(part_sum + part, running_sum, mask=in_group)
-    tl.store(part_output + part[:, None] * DV + dv[None, :], output, mask=in_group[:, None] & (dv[None, :] < DV))
+    inside_output = in_group[:, None] & (dv[None, :] < DV)
+    if WHOLE:
+        total_max = running_max
+        if SINKS:
+            sink = tl.load(sinks + (row % heads) * GROUP + group, mask=in_group, other=float("-inf")).to(tl.float32)
+            total_max = tl.maximum(total_max, sink)
+        total_max = tl.where(in_group, total_max, 0.0)
+        rescale = tl.exp(running_max - total_max)
+        total_sum = running_sum * rescale
+        if SINKS:
+            total_sum += tl.exp(sink - total_max)
+        inverse = 1.0 / tl.where(in_group, total_sum, 1.0)
+        tl.store(
+            output + (row * GROUP + group[:, None]) * DV + dv[None, :],
+            (summed * (rescale * inverse)[:, None]).to(output.dtype.element_ty), mask=inside_output,
+        )  # fmt: skip
+        tl.debug_barrier()  # the logits kept are other threads' too
+        for block in range(tl.cdiv(slots // PAGE, BLOCK_PAGES)):
+            store_scores(
+                unit_logit, scores, row, block, slots // PAGE, total_max, inverse, group, in_group,
+                SUM, MEAN, GROUP, BLOCK_GROUP, BLOCK_PAGES, PAGE // UNIT,
+            )  # fmt: skip
+    else:
+        part = (row * slices + slice_id) * GROUP + group
+        tl.store(part_max + part, running_max, mask=in_group)
+        tl.store(part_sum + part, running_sum, mask=in_group)
+        tl.store(part_output + part[:, None] * DV + dv[None, :], summed, mask=inside_output)
 
 
 @triton.jit
@@ -245,15 +287,10 @@ def reduce_kernel(
             (joined * inverse[:, None]).to(output.dtype.element_ty), mask=inside,
         )  # fmt: skip
 
-    page = block * BLOCK_PAGES + tl.arange(0, BLOCK_PAGES)
-    weight = tl.zeros([BLOCK_GROUP, BLOCK_PAGES], tl.float32)
-    for i in range(UNITS):
-        unit = (row * GROUP + group[:, None]) * pages * UNITS + page[None, :] * UNITS + i
-        here = tl.load(unit_logit + unit, mask=in_group[:, None] & (page[None, :] < pages), other=float("-inf"))
-        here = tl.exp(here - total_max[:, None]) * inverse[:, None]
-        weight = weight + here if SUM else tl.maximum(weight, here)
-    score = tl.sum(weight, 0) / GROUP if MEAN else tl.max(weight, 0)
-    tl.store(scores + row * pages + page, score, mask=page < pages)
+    store_scores(
+        unit_logit, scores, row, block, pages, total_max, inverse, group, in_group,
+        SUM, MEAN, GROUP, BLOCK_GROUP, BLOCK_PAGES, UNITS,
+    )  # fmt: skip
 
 
 def _dot_operand(dtype: torch.dtype) -> tl.dtype:
@@ -300,32 +337,37 @@ def attend_as(
     slots_per_slice = triton.cdiv(triton.cdiv(slots, slices), tile) * tile
     slices = triton.cdiv(slots, slots_per_slice)
 
+    is_whole = slices == 1
     scratch = {"dtype": torch.float32, "device": query.device}
-    part_output = torch.empty(rows, slices, group, dv, **scratch)
-    part_max = torch.empty(rows, slices, group, **scratch)
-    part_sum = torch.empty(rows, slices, group, **scratch)
     unit_logit = torch.empty(rows, group, slots // unit, **scratch)
     output = torch.empty(batch, heads * group, 1, dv, dtype=query.dtype, device=query.device)
     scores = torch.empty(batch, heads, pages, **scratch)
-    shape = {
-        "GROUP": group, "DV": dv, "BLOCK_GROUP": max(MIN_DOT, triton.next_power_of_2(group)),
+    if is_whole:
+        part_output = part_max = part_sum = scores
+    else:
+        part_output = torch.empty(rows, slices, group, dv, **scratch)
+        part_max, part_sum = (torch.empty(rows, slices, group, **scratch) for _ in range(2))
+    block_pages = min(128, triton.next_power_of_2(pages))
+    options = {
+        "SINKS": sinks is not None, "SUM": page_score == "sum", "MEAN": group_score == "mean", "GROUP": group, "DV": dv,
+        "BLOCK_GROUP": max(MIN_DOT, triton.next_power_of_2(group)), "BLOCK_PAGES": block_pages,
         "BLOCK_DV": max(MIN_DOT, triton.next_power_of_2(dv)),
     }  # fmt: skip
+    sinks = output if sinks is None else sinks
     attend_kernel[(rows, slices)](
-        query, keys, values, bias, bias if table is None else table.contiguous(), *(scales or (bias, bias)),
-        scale, 1.0 if softcap is None else softcap, part_output, part_max, part_sum, unit_logit,
-        slots, slots_per_slice, stored_slots,
-        CAPPED=softcap is not None, TABLE=table is not None, QUANTIZED=scales is not None, SUM=page_score == "sum",
+        query, keys, values, bias, bias if table is None else table.contiguous(), *(scales or (bias, bias)), sinks,
+        scale, 1.0 if softcap is None else softcap, part_output, part_max, part_sum, unit_logit, output, scores,
+        heads, slots, slots_per_slice, stored_slots,
+        CAPPED=softcap is not None, TABLE=table is not None, QUANTIZED=scales is not None, WHOLE=is_whole,
         PAGE=page_size, UNIT=unit, DK=dk, BLOCK_SLOTS=tile,
-        BLOCK_DK=max(MIN_DOT, triton.next_power_of_2(dk)), OPERAND=_dot_operand(query.dtype), **shape,
-        num_warps=config.warps, num_stages=config.stages,
+        BLOCK_DK=max(MIN_DOT, triton.next_power_of_2(dk)), OPERAND=_dot_operand(query.dtype),
+        num_warps=config.warps, num_stages=config.stages, **options,
     )  # fmt: skip
-    block_pages = min(128, triton.next_power_of_2(pages))
-    reduce_kernel[(rows, triton.cdiv(pages, block_pages))](
-        part_output, part_max, part_sum, unit_logit, output if sinks is None else sinks, output, scores,
-        pages, slices, heads, SINKS=sinks is not None, SUM=page_score == "sum", MEAN=group_score == "mean",
-        BLOCK_PAGES=block_pages, UNITS=page_size // unit, **shape,
-    )  # fmt: skip
+    if not is_whole:
+        reduce_kernel[(rows, triton.cdiv(pages, block_pages))](
+            part_output, part_max, part_sum, unit_logit, sinks, output, scores, pages, slices, heads,
+            UNITS=page_size // unit, **options,
+        )  # fmt: skip
     return output, scores
 
 

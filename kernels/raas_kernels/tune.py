@@ -18,18 +18,17 @@ from . import fused
 from .configs import CONFIGS_FILE, Config, default_config
 
 
-ROWS = (8, 64, 256)
+ROWS = (8, 32, 128, 256)
 SLOTS = (1024, 2048, 4096, 8192)
-HEAD_SIZES = (64, 128)
+HEAD_SIZES = (128, 64)
 GROUP, PAGE = 4, 16
 COLD_BYTES = 256 << 20  # several times the L2 cache of an H100
 
 
 def candidates(rows: int, head_size: int) -> list[Config]:
     """Launches worth a try; the default first."""
-    tiles = [tile for tile in (32, 64, 128) if tile * head_size <= 128 * 128]
-    programs = [p for p in (132, 264, 528, 1056, 2112) if p >= min(rows, 264)]
-    tried = itertools.product(tiles, (2, 4, 8), (2, 3, 4), programs)
+    slices = [count for count in (1, 2, 4, 8, 16) if count == 1 or rows * count <= 1024]
+    tried = itertools.product((64, 128), (4, 8), (2, 3, 4), (rows * count for count in slices))
     return [default_config(head_size, 2), *itertools.starmap(Config, tried)]
 
 
@@ -43,18 +42,23 @@ def make_inputs(rows: int, slots: int, head_size: int, dtype: torch.dtype) -> li
     ]
 
 
-def seconds_of(run, repeats: int = 5) -> float:
-    """Median duration of `run` on the GPU, replayed from a CUDA graph."""
+def captured(run):
+    """A function that replays what `run` launches from a CUDA graph."""
     run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
+    return graph.replay
+
+
+def seconds_of(run, repeats: int = 3) -> float:
+    """Median duration of `run` on the GPU."""
     times = []
     for _ in range(repeats):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        graph.replay()
+        run()
         end.record()
         torch.cuda.synchronize()
         times.append(start.elapsed_time(end) / 1e3)
@@ -65,7 +69,7 @@ def copy_bandwidth() -> float:
     """Bytes read and written a second by a large copy."""
     source = torch.empty(1 << 30, dtype=torch.int8, device="cuda")
     target = torch.empty_like(source)
-    return 2 * source.nbytes / seconds_of(lambda: target.copy_(source))
+    return 2 * source.nbytes / seconds_of(lambda: target.copy_(source), repeats=10)
 
 
 def tune(rows: int, slots: int, head_size: int, dtype: torch.dtype) -> tuple[Config, float, float]:
@@ -79,7 +83,7 @@ def tune(rows: int, slots: int, head_size: int, dtype: torch.dtype) -> tuple[Con
                 fused.attend_as(config, *one, scale=head_size**-0.5, page_size=PAGE)
 
         try:
-            seconds = seconds_of(run) / len(inputs)
+            seconds = seconds_of(captured(run)) / len(inputs)
         except triton.runtime.errors.OutOfResources:
             continue
         default = default or seconds
@@ -102,9 +106,13 @@ def main() -> None:
               f"default {default * 1e6:.1f} us; {config}", flush=True)  # fmt: skip
         shape = {"head_size": head_size, "itemsize": dtype.itemsize, "rows": rows, "slots": slots}
         shapes.append({**shape, "config": asdict(config)})
+        write(args.out, shapes)  # after every shape: a run may be cut off
+
+
+def write(path: Path, shapes: list[dict]) -> None:
     lines = ",\n".join("    " + json.dumps(shape) for shape in shapes)
     device = f'"device": "{torch.cuda.get_device_name()}", "capability": {list(torch.cuda.get_device_capability())}'
-    args.out.write_text(f'{{\n  {device},\n  "shapes": [\n{lines}\n  ]\n}}\n')
+    path.write_text(f'{{\n  {device},\n  "shapes": [\n{lines}\n  ]\n}}\n')
 
 
 if __name__ == "__main__":
