@@ -110,6 +110,27 @@ def test_padding_while_decoding(with_bounds):
     compiles_once(tiny_model(dtype=torch.float32), lambda: RaaSCache(**SMALL, **options), padded=(0, 3, 4, 17))
 
 
+def test_prompts_of_other_lengths_take_one_more_graph():
+    """What they leave of the budget is a size in the graph: the second that differs makes it a variable."""
+    model = tiny_model(dtype=torch.float32)
+    forward = torch.compile(model.forward, fullgraph=True, backend="eager")
+    for length in (8, 17, 25, 12):
+        assert torch.equal(*(_after_a_prompt(model, step, length) for step in (model.forward, forward)))
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+def _after_a_prompt(model, forward, length):
+    cache, tokens = RaaSCache(**SMALL), []
+    with torch.no_grad():
+        logits = model(prompt(1, length)["input_ids"], past_key_values=cache).logits
+        for position in range(length, length + STEPS):
+            tokens.append(logits[:, -1:].argmax(-1))
+            places = torch.full_like(tokens[-1], position)
+            logits = forward(tokens[-1], past_key_values=cache, position_ids=places).logits
+    assert cache.evicted_pages(0).min() >= 2
+    return torch.cat(tokens, 1)
+
+
 def test_eager_and_compiled_steps_may_alternate():
     model = tiny_model(dtype=torch.float32)
     plain, mixed = RaaSCache(**SMALL), RaaSCache(**SMALL)

@@ -123,9 +123,6 @@ class CacheMachine(RuleBasedStateMachine):
         if self.seen == 0:
             visible[:, 0] = True  # a row with nothing to attend to has no output
         is_draft = self.recording and self.seen > 0 and length > 1 and not self.expects_turn
-        has_bounds = self.settings["scoring"] == "minmax" or self.mode == "select" or self.method == "quest"
-        if has_bounds and self.seen and (is_draft or length == 1):
-            visible[:] = True  # a page's bounds cover its generated tokens, padding or not
         self.expects_turn = False
         entry = (query, key, value, visible, "draft" if is_draft else "input" if length > 1 else None)
         self.log.append(entry)

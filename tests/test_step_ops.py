@@ -73,7 +73,7 @@ WITHIN_A_PAGE = {
     "K, V and bias": {"aten::scatter_.src": 2, "aten::scatter_.value": 1},
     "attention": {"aten::baddbmm": 1, "aten::_softmax": 1, "aten::bmm": 1},
     "scores": {"aten::amax": 2},
-    "stamp": {"aten::ge.Scalar": 1, "aten::masked_fill_.Tensor": 1},
+    "stamp": {"aten::ge.Scalar": 1, "aten::masked_fill_.Scalar": 1},
 }
 
 

@@ -8,7 +8,8 @@ import copy
 
 import pytest
 import torch
-from transformers import AttentionInterface, DynamicCache, LlamaConfig, Qwen3Config
+from torch._dynamo.utils import counters
+from transformers import AttentionInterface, CompileConfig, DynamicCache, LlamaConfig, Qwen3Config
 from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 
 from raas_cache import RaaSCache
@@ -339,6 +340,36 @@ class TestInputs:
         masks = then["attention_mask"]
         for mask in masks.values() if isinstance(masks, dict) else [masks]:
             assert mask.shape == (2, 1, LENGTH, LENGTH)
+
+
+class TestCompilation:
+    def test_generate_compile_model_forward_fullgraph(self, model):
+        """A greedy loop whose decode steps are compiled as one graph, for one cache after the other."""
+        torch._dynamo.reset()
+        counters.clear()
+        compiled = torch.compile(model.forward, fullgraph=True, backend="eager")
+        for inputs in (INPUTS, prompt(2, LENGTH, (0, 3), seed=5)):
+            whole, cache, ids = run(model, inputs, DynamicCache(), sample=False), full_budget(), []
+            with torch.no_grad():
+                places = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+                out = model(**inputs, past_key_values=cache, position_ids=places)
+                for _ in range(STEPS):
+                    ids.append(out.logits[:, -1:].argmax(-1))
+                    places = places[:, -1:] + 1
+                    out = compiled(input_ids=ids[-1], past_key_values=cache, position_ids=places)
+            assert torch.equal(torch.cat([inputs["input_ids"], *ids], 1), whole.sequences)
+        assert counters["stats"]["unique_graphs"] == 1
+
+    def test_generate_compilation_all_outputs(self, model):
+        settings = CompileConfig(backend="eager", fullgraph=True, mode=None)
+        settings._compile_all_devices = True
+        outputs = {"output_logits": True, "output_hidden_states": True, "sample": False}
+        ours = run(model, INPUTS, full_budget(), compile_config=settings, **outputs)
+        expected = run(model, INPUTS, DynamicCache(), **outputs)
+        assert_similar(ours, expected, INPUTS["attention_mask"])
+        torch.testing.assert_close(ours.logits, expected.logits)
+        torch.testing.assert_close(ours.hidden_states[1:], expected.hidden_states[1:])
+        assert hasattr(model, "_compiled_call")
 
 
 class TestGoingOn:

@@ -81,7 +81,7 @@ def append(
         visible: `[B]` bool, False where the token is padding; None if no row's is.
     """
     clock += 1
-    now, decoded = clock[0, 0].tolist()
+    now, decoded = clock.tolist()[0][0]  # quicker than to index first
     offset = decoded % page_size
     first_decode_slot = keys.shape[2] - priority.shape[-1] * page_size
     if offset == 0:
@@ -102,9 +102,9 @@ def append(
             held.scatter_(2, slot, new)
         # scatter_ knows no float8: codes move as bytes.
         contents = [(a.view(torch.int8), b.view(torch.int8)) for a, b in ((keys, key_codes), (values, value_codes))]
-    index = slot.unsqueeze(-1)
+    index = slot.unsqueeze(-1).expand_as(key)
     for held, new in contents:
-        held.scatter_(2, index.expand(-1, -1, -1, held.shape[-1]), new)
+        held.scatter_(2, index if held.shape[-1] == key.shape[-1] else slot.unsqueeze(-1).expand_as(new), new)
     if hidden is None:
         bias.scatter_(2, slot, 0)
     else:
@@ -392,4 +392,5 @@ def stamp(
         wanted = (held.sum(-1, keepdim=True).double() * top_ratio).ceil()
         in_top = torch.arange(scores.shape[-1], device=scores.device) < wanted
         milestone = torch.zeros_like(held).scatter_(-1, ranked, in_top)
-    priority.masked_fill_(milestone, clock[0, 0, 0])
+    # A number where there is one to be had: a tensor costs the CPU engine three more operators.
+    priority.masked_fill_(milestone, clock[0, 0, 0] if torch.compiler.is_compiling() else clock.tolist()[0][0][0])
