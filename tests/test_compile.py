@@ -9,7 +9,7 @@ from raas_cache import DenseCache, QuestCache, RaaSCache, from_name, list_method
 from raas_cache.layer import PagedLayer
 
 from .architectures import build
-from .helpers import generate, prompt, tiny_model, use_engine
+from .helpers import generate, prompt, resident_set, tiny_model, use_engine
 
 
 STEPS = 40
@@ -104,10 +104,18 @@ def test_the_triton_engine_is_one_graph(monkeypatch):
     compiles_once(model, lambda: RaaSCache(**SMALL, top_ratio=0.5, scoring="minmax"), backend="aot_eager", steps=30)
 
 
-@pytest.mark.parametrize("with_bounds", [False, True])
-def test_padding_while_decoding(with_bounds):
-    options = {"scoring": "minmax"} if with_bounds else {}
-    compiles_once(tiny_model(dtype=torch.float32), lambda: RaaSCache(**SMALL, **options), padded=(0, 3, 4, 17))
+@pytest.mark.parametrize("options", [{}, {"scoring": "minmax"}, {"kv_dtype": "int8"}], ids=label)
+@pytest.mark.parametrize("name", ["llama", "deepseek_v3"])
+def test_padding_while_decoding(name, options):
+    """A latent's token is stored before its mask is seen, any other's after; neither keeps what is hidden."""
+    model, padded = build(name), (0, 3, 4, 17)
+    model.set_experts_implementation("batched_mm")
+    compiles_once(model, lambda: RaaSCache(**SMALL, **options), padded=padded)
+    cache = RaaSCache(96, page_size=4, **options)
+    decode(model, cache, padded=padded)
+    hidden = {9 + step for step in padded}
+    for row, missing in ((0, {0, 1, 2} | hidden), (1, set())):
+        assert resident_set(cache, 0, row, 0) == set(range(9 + STEPS)) - missing
 
 
 def test_prompts_of_other_lengths_take_one_more_graph():
@@ -120,10 +128,10 @@ def test_prompts_of_other_lengths_take_one_more_graph():
 
 
 def _after_a_prompt(model, forward, length):
-    cache, tokens = RaaSCache(**SMALL), []
+    cache, tokens = RaaSCache(64, page_size=4, alpha=0.1), []
     with torch.no_grad():
         logits = model(prompt(1, length)["input_ids"], past_key_values=cache).logits
-        for position in range(length, length + STEPS):
+        for position in range(length, length + 2 * STEPS):
             tokens.append(logits[:, -1:].argmax(-1))
             places = torch.full_like(tokens[-1], position)
             logits = forward(tokens[-1], past_key_values=cache, position_ids=places).logits

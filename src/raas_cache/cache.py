@@ -163,7 +163,7 @@ class PagedCache(Cache):
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if isinstance(layer, PagedLayer):
             self._handed_out = layer
-            if not self._warned and layer.is_first_forward | (key_states.shape[2] > 1):
+            if not self._warned and (layer.is_first_forward or key_states.shape[2] > 1):
                 self._warn_if_prompt_fills_budget(layer)
             if not self._knows_layers:
                 layer.on_module = partial(self._learn_layers, layer_idx)

@@ -145,7 +145,7 @@ class PageStore:
             self._seen, self._decoded = (self.clock[0, 0] + 1).tolist()
             self._lags = False
 
-    def _move_clock(self, seen: int, decoded: int) -> None:
+    def move_clock(self, seen: int, decoded: int) -> None:
         """Count so many tokens on, or back."""
         self._seen, self._decoded = self.seen + seen, self.decoded + decoded
         self.clock[..., 0] += seen
@@ -236,7 +236,7 @@ class PageStore:
 
     def retract(self) -> None:
         """Count the last generated token off; what it has overwritten is the caller's affair."""
-        self._move_clock(-1, -1)
+        self.move_clock(-1, -1)
 
     @property
     def first(self) -> torch.Tensor:
@@ -262,13 +262,13 @@ class PageStore:
         self.bias[:, :, start:end] = 0
         self.positions[:, :, start:end] = torch.arange(self.seen, self.seen + self.new, device=self.device)
         self._move_open_page(self.new)
-        self._move_clock(self.new, 0)
+        self.move_clock(self.new, 0)
         self.pinned = end
 
     def unpin(self, length: int) -> None:
         """Take back the last `length` tokens, all of them pinned; the stamps they gave are the caller's affair."""
         self.pinned -= length
-        self._move_clock(-length, 0)
+        self.move_clock(-length, 0)
         self.bias[:, :, self.pinned : self.pinned + length] = float("-inf")
         self._move_open_page(-length)
         self._reserve(math.ceil(self.pinned / self.page_size))
@@ -344,7 +344,7 @@ class PageStore:
         self.released_pages += self.pinned_pages - 1
         # Whatever is open is closed: generated tokens open a page of their own.
         closing = -self.decoded % self.page_size
-        self._move_clock(0, closing)
+        self.move_clock(0, closing)
         limit = self.limit
         by_age = ranked["first"].argsort(-1)
         order = by_age.gather(-1, ranked["priority"].gather(-1, by_age).argsort(dim=-1, stable=True))

@@ -170,4 +170,4 @@ def fast_forward(cache: PagedCache, pages: int) -> None:
         tokens = pages * layer.page_size
         layer.positions[:, :, layer.pinned_pages * layer.page_size :] += tokens
         layer.priority += tokens  # empty pages stay at -inf
-        layer._move_clock(tokens, tokens)
+        layer.move_clock(tokens, tokens)
