@@ -352,3 +352,43 @@ class TestConfigs:
         assert config.tile >= fused.MIN_DOT and config.tile & (config.tile - 1) == 0
         held = config.stages * 2 * config.tile * head_size * itemsize
         assert held <= 200 << 10 or config.tile == fused.MIN_DOT
+
+
+class TestOperators:
+    """What `torch.compile` is told of the operators is what they do: schema, what they write to, shapes and dtypes."""
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize("full", [False, True])
+    def test_append(self, full, dtype):
+        store, (minima, maxima) = make_store(dtype=dtype)
+        tensors = [store[name] for name in ("keys", "values", "bias", "positions", "priority", "open_slot")]
+        clock = torch.tensor([40, 7]).expand(1, 2, 2).contiguous()
+        key, value = (torch.randn(1, 2, 1, 16, dtype=dtype) for _ in range(2))
+        options = (minima, maxima, None, None, torch.tensor([False])) if full else (None,) * 5
+        torch.library.opcheck(torch.ops.raas_kernels.append, (*tensors, clock, key, value, 8, *options))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+    @pytest.mark.parametrize("full", [False, True])
+    def test_attend(self, full, dtype):
+        store, _ = make_store(dtype=dtype, dv=24)
+        keys, values = store["keys"], store["values"]
+        query, options = torch.randn(1, 6, 1, 16, dtype=dtype), (None, None, None, None, None)
+        if full:
+            (keys, key_scales), (values, value_scales) = (reference.quantize(t, torch.int8) for t in (keys, values))
+            options = (2.0, torch.zeros(6, dtype=dtype), torch.tensor([[[3, 1], [0, 2]]]), key_scales, value_scales)
+        bias = store["bias"].to(torch.promote_types(dtype, torch.float32))
+        arguments = (query, keys, values, bias, 0.25, 8, *options, "sum", "mean")
+        torch.library.opcheck(torch.ops.raas_kernels.attend, arguments)
+
+    def test_page_bounds(self):
+        store, bounds = make_store()
+        arguments = (torch.randn(1, 6, 1, 16), *bounds, store["bias"], 0.25, 8, None)
+        torch.library.opcheck(torch.ops.raas_kernels.page_bounds, arguments)
+
+    @pytest.mark.parametrize("rule", [(0.5, None), (None, 0.5)])
+    def test_stamp(self, rule):
+        store, _ = make_store()
+        first = store["positions"][..., -24::8]
+        clock = torch.tensor([40, 7]).expand(1, 2, 2).contiguous()
+        arguments = (store["priority"], torch.rand(1, 2, 3), first, clock, *rule)
+        torch.library.opcheck(torch.ops.raas_kernels.stamp, arguments)
