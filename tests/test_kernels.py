@@ -1,6 +1,8 @@
 """Each Triton kernel against the torch reference in float64: in the interpreter here, on the device under `-m gpu`."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -352,6 +354,21 @@ class TestConfigs:
         assert config.tile >= fused.MIN_DOT and config.tile & (config.tile - 1) == 0
         held = config.stages * 2 * config.tile * head_size * itemsize
         assert held <= 200 << 10 or config.tile == fused.MIN_DOT
+
+    @pytest.mark.gpu
+    def test_tuning_measures_every_candidate(self, monkeypatch):
+        from raas_kernels import tune
+
+        tried = [default_config(64, 2), Config(64, programs=8)]
+        monkeypatch.setattr(tune, "candidates", lambda rows, head_size: tried)
+        best, seconds, default = tune.tune(8, 1024, 64, torch.bfloat16)
+        assert best in tried and 0 < seconds <= default < 1
+
+    def test_tuning_without_a_gpu_is_refused(self):
+        if torch.cuda.is_available():
+            pytest.skip("there is a GPU here")
+        result = subprocess.run([sys.executable, "-m", "raas_kernels.tune"], capture_output=True, text=True)
+        assert result.returncode == 2 and "no CUDA GPU" in result.stderr
 
 
 class TestOperators:

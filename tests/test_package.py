@@ -81,7 +81,8 @@ def test_wheel_holds_everything(tmp_path):
         code = {path.relative_to(source / folder).as_posix() for path in (source / folder / package).rglob("*.py")}
         assert code, package
         assert code <= names
-    assert {"raas_cache/py.typed"} | {f"raas_cache/models/chain_reasoner/{name}" for name in MODEL_FILES} <= names
+    data = {f"raas_cache/models/chain_reasoner/{name}" for name in MODEL_FILES}
+    assert data | {"raas_cache/py.typed", "raas_kernels/configs.json"} <= names
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"raas_cache", "raas_kernels"}
 

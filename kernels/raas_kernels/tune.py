@@ -96,6 +96,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=CONFIGS_FILE)
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("there is no CUDA GPU here to tune for.")
     dtype, bandwidth = torch.bfloat16, copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}: copies {bandwidth / 1e9:.0f} GB/s", flush=True)
     shapes = []
