@@ -200,14 +200,20 @@ def test_a_turn_between_compiled_steps():
     assert torch.equal(*tokens)
 
 
-def test_a_compiled_prefill_gives_the_same_tokens():
-    """With graph breaks: the prompt sizes the buffers."""
-    model, inputs = tiny_model(layers=1, dtype=torch.float32), prompt(2, 8, (3, 0))
-    expected = generate(model, inputs, RaaSCache(**SMALL), STEPS, sample=False)
+@pytest.mark.parametrize(
+    ("name", "kw"),
+    [("raas", {}), ("raas", {"prompt_lookup_num_tokens": 3}), ("raas", {"prefill_chunk_size": 3}), ("quest", {})],
+    ids=["prompt", "drafts", "chunks", "growing store"],
+)
+def test_what_is_not_one_graph_is_right_all_the_same(name, kw):
+    """The whole forward compiled by hand: the prompt sizes buffers, drafts and growth look at counts. Graphs break."""
+    model, inputs = tiny_model(layers=1, dtype=torch.float32), prompt(1, 9)
+    expected = generate(model, inputs, from_name(name, **SMALL), STEPS, sample=False, **kw)
     model.forward = torch.compile(model.forward, backend="eager", dynamic=True)
-    cache = RaaSCache(**SMALL)
-    assert torch.equal(generate(model, inputs, cache, STEPS, sample=False), expected)
-    assert cache.evicted_pages(0).min() >= 3
+    cache = from_name(name, **SMALL)
+    assert torch.equal(generate(model, inputs, cache, STEPS, sample=False, **kw), expected)
+    assert counters["stats"]["unique_graphs"] > 0
+    assert cache.evicted_pages(0).min() >= 3 or name == "quest"
 
 
 def test_is_compileable_says_the_truth():

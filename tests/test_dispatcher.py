@@ -70,17 +70,6 @@ def test_compiles_as_before_without_a_graph_break(implementation, recwarn):
     assert not [warning for warning in recwarn if "raas_cache" in str(warning.message)]
 
 
-def test_a_compiled_forward_gives_the_same_tokens():
-    """With graph breaks for now, but the same."""
-    model, inputs = tiny_model(layers=1, dtype=torch.float32), prompt(2, 8, (3, 0))
-    settings = {"budget": 16, "page_size": 2, "min_decode_pages": 3}
-    expected = generate(model, inputs, RaaSCache(**settings), 16, sample=False)
-    model.forward = torch.compile(model.forward, backend="eager", dynamic=True)
-    cache = RaaSCache(**settings)
-    assert torch.equal(generate(model, inputs, cache, 16, sample=False), expected)
-    assert cache.evicted_pages(0).min() >= 3
-
-
 def test_without_a_cache_training_is_untouched():
     model, inputs = tiny_model(dtype=torch.float32), prompt(2, 12)
     gradients = []
