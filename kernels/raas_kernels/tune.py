@@ -1,6 +1,7 @@
 """Finds the fastest launch of `attend` for the common shapes on this GPU: `python -m raas_kernels.tune`.
 
 Every shape runs from a CUDA graph over buffers that together do not fit the L2 cache, as between the layers of a model.
+Query groups up to 16 are padded to the same tile, and the page size changes no load: neither needs shapes of its own.
 Prints the best of each shape against the card's copy bandwidth, and writes configs.json (or the file given).
 """
 
