@@ -118,6 +118,21 @@ def test_padding_while_decoding(name, options):
         assert resident_set(cache, 0, row, 0) == set(range(9 + STEPS)) - missing
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_mask_that_is_written_to_from_step_to_step(mode, dtype):
+    model = tiny_model(dtype=torch.float32)
+    cache = RaaSCache(96, page_size=4)
+    shown, hidden = (True, False) if dtype == torch.bool else (0.0, torch.finfo(dtype).min)
+    with mode():
+        mask = torch.full((1, 1, 1, 1), shown, dtype=dtype)
+        model(prompt(1, 9)["input_ids"], past_key_values=cache)
+        for step in range(20):
+            mask.fill_(hidden if step % 3 == 0 else shown)
+            model(torch.full((1, 1), 5), past_key_values=cache, attention_mask=mask)
+    assert resident_set(cache, 1, 0, 1) == set(range(29)) - {9 + step for step in range(0, 20, 3)}
+
+
 def test_prompts_of_other_lengths_take_one_more_graph():
     """What they leave of the budget is a size in the graph: the second that differs makes it a variable."""
     model = tiny_model(dtype=torch.float32)

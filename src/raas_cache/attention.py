@@ -169,10 +169,13 @@ def _visible_generated(mask: torch.Tensor) -> torch.Tensor | None:
     # What the mask adds is not checked: that would make the host wait for the device. A bias shows at prefill already.
     if mask.is_cuda or torch.compiler.is_compiling():
         return (mask if mask.dtype == torch.bool else mask == 0)[:, 0, -1]
-    if not hasattr(mask, "visible_generated"):  # all layers of a step get the one mask
+    # All layers of a step get the one mask: only the first looks. A mask written to since is another.
+    version = None if mask.is_inference() else mask._version
+    known = getattr(mask, "visible_generated", None)
+    if version is None or known is None or known[0] != version:
         visible = (mask if mask.dtype == torch.bool else mask == 0)[:, 0, -1]
-        mask.visible_generated = None if visible.all() else visible
-    return mask.visible_generated
+        known = mask.visible_generated = version, None if visible.all() else visible
+    return known[1]
 
 
 _EAGER: dict[type[torch.nn.Module], Callable] = {}
