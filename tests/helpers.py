@@ -1,7 +1,7 @@
 """Small models and comparisons that several test files share."""
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, CompileConfig, LlamaConfig
 
 from raas_kernels import engine
 
@@ -46,6 +46,13 @@ def generate(model, inputs, cache, steps, sample=True, seed=0, **kw):
     torch.manual_seed(seed)
     kw = {"min_new_tokens": steps, "pad_token_id": 0, "do_sample": sample, **kw}
     return model.generate(**inputs, past_key_values=cache, max_new_tokens=steps, **kw)
+
+
+def compile_anywhere():
+    """What makes `generate` compile its steps on a CPU too, where by itself it does not; a graph break is an error."""
+    settings = CompileConfig(backend="eager", fullgraph=True, mode=None)
+    settings._compile_all_devices = True
+    return settings
 
 
 def use_engine(monkeypatch, name):

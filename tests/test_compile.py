@@ -3,13 +3,13 @@
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from transformers import CompileConfig, DynamicCache
+from transformers import DynamicCache
 
 from raas_cache import DenseCache, QuestCache, RaaSCache, from_name, list_methods
 from raas_cache.layer import PagedLayer
 
 from .architectures import build
-from .helpers import generate, prompt, resident_set, tiny_model, use_engine
+from .helpers import compile_anywhere, generate, prompt, resident_set, tiny_model, use_engine
 
 
 STEPS = 40
@@ -191,12 +191,10 @@ def test_generate_compiles_by_itself(kw):
     model, inputs = tiny_model(dtype=torch.float32), prompt(2, 12, (5, 0))
     expected = generate(model, inputs, RaaSCache(**SMALL), STEPS, sample=False, **kw)
     assert not counters["stats"]
-    everywhere = CompileConfig(backend="eager", fullgraph=True, mode=None)
-    everywhere._compile_all_devices = True
     for _ in range(2):
         cache = RaaSCache(**SMALL)
         assert torch.equal(
-            generate(model, inputs, cache, STEPS, sample=False, compile_config=everywhere, **kw), expected
+            generate(model, inputs, cache, STEPS, sample=False, compile_config=compile_anywhere(), **kw), expected
         )
         assert cache.evicted_pages(0).min() >= 2
     assert counters["stats"]["unique_graphs"] == (0 if kw else 1)  # transformers' beam search compiles nothing
@@ -205,9 +203,7 @@ def test_generate_compiles_by_itself(kw):
 
 def test_a_turn_between_compiled_steps():
     model, inputs, tokens = tiny_model(dtype=torch.float32), prompt(2, 12, (5, 0)), []
-    everywhere = CompileConfig(backend="eager", fullgraph=True, mode=None)
-    everywhere._compile_all_devices = True
-    for config in (None, everywhere):
+    for config in (None, compile_anywhere()):
         cache = RaaSCache(**SMALL)
         first = generate(model, inputs, cache, STEPS, sample=False, compile_config=config)
         turn = {"input_ids": torch.cat([first, first[:, :7]], 1)}
@@ -245,22 +241,18 @@ def test_is_compileable_says_the_truth():
 @pytest.mark.parametrize(("name", "graphs"), [("llama", 1), ("gemma2", 0)])
 def test_generate_asks_before_the_cache_knows_the_model(name, graphs):
     """A window of transformers changes its size from step to step: then nothing is compiled, not anew at every step."""
-    everywhere = CompileConfig(backend="eager", fullgraph=True, mode=None)
-    everywhere._compile_all_devices = True
     model = build(name)
-    generate(model, prompt(1, 9), RaaSCache(**SMALL), 20, compile_config=everywhere)
+    generate(model, prompt(1, 9), RaaSCache(**SMALL), 20, compile_config=compile_anywhere())
     assert counters["stats"]["unique_graphs"] == graphs
 
 
 def test_past_recording_is_refused_a_graph():
     model = tiny_model(dtype=torch.float32)
     inputs = prompt(1, 12)
-    everywhere = CompileConfig(backend="eager", fullgraph=True, mode=None)
-    everywhere._compile_all_devices = True
     cache = RaaSCache(**SMALL)
     cache.activate_past_recording()
     expected = generate(model, inputs, RaaSCache(**SMALL), STEPS, sample=False)
-    assert torch.equal(generate(model, inputs, cache, STEPS, sample=False, compile_config=everywhere), expected)
+    assert torch.equal(generate(model, inputs, cache, STEPS, sample=False, compile_config=compile_anywhere()), expected)
     assert not counters["stats"]
     cache.crop(-5)
     assert cache.get_seq_length() == 12 + STEPS - 1 - 5

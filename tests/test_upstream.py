@@ -9,12 +9,12 @@ import copy
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from transformers import AttentionInterface, CompileConfig, DynamicCache, LlamaConfig, Qwen3Config
+from transformers import AttentionInterface, DynamicCache, LlamaConfig, Qwen3Config
 from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 
 from raas_cache import RaaSCache
 
-from .helpers import VOCAB, generate, prompt, tiny_model
+from .helpers import VOCAB, compile_anywhere, generate, prompt, tiny_model
 
 
 STEPS = 6
@@ -361,10 +361,8 @@ class TestCompilation:
         assert counters["stats"]["unique_graphs"] == 1
 
     def test_generate_compilation_all_outputs(self, model):
-        settings = CompileConfig(backend="eager", fullgraph=True, mode=None)
-        settings._compile_all_devices = True
         outputs = {"output_logits": True, "output_hidden_states": True, "sample": False}
-        ours = run(model, INPUTS, full_budget(), compile_config=settings, **outputs)
+        ours = run(model, INPUTS, full_budget(), compile_config=compile_anywhere(), **outputs)
         expected = run(model, INPUTS, DynamicCache(), **outputs)
         assert_similar(ours, expected, INPUTS["attention_mask"])
         torch.testing.assert_close(ours.logits, expected.logits)

@@ -6,9 +6,11 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from triton import next_power_of_2
+
 
 CONFIGS_FILE = Path(__file__).with_name("configs.json")
-MIN_TILE = 16  # tl.dot's smallest
+MIN_DOT = 16  # tl.dot's smallest tile side: smaller query groups are padded up to it
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,8 @@ class Config:
 
 def default_config(head_size: int, itemsize: int) -> Config:
     """For a shape that nobody tuned: as large a tile as 99 KiB of shared memory hold, pipeline and all."""
-    tile = (32768 if itemsize == 2 else 16384) // (_padded(head_size) * itemsize)
-    return Config(max(min(tile, 128), MIN_TILE))
+    tile = (32768 if itemsize == 2 else 16384) // (next_power_of_2(head_size) * itemsize)
+    return Config(max(min(tile, 128), MIN_DOT))
 
 
 @functools.cache
@@ -45,7 +47,7 @@ def choose_config(capability: tuple[int, int] | None, rows: int, slots: int, hea
         head_size: the larger of the K and V head sizes; counts as the next power of two.
         itemsize: bytes of an element of the query.
     """
-    measured, kind = _tuned(), (_padded(head_size), itemsize)
+    measured, kind = _tuned(), (next_power_of_2(head_size), itemsize)
     tuned = [shape for shape in measured["shapes"] if (shape["head_size"], shape["itemsize"]) == kind]
     if not tuned or tuple(measured["capability"]) != capability:
         return default_config(head_size, itemsize)
@@ -59,7 +61,3 @@ def choose_config(capability: tuple[int, int] | None, rows: int, slots: int, hea
 @functools.cache
 def _tuned() -> dict:
     return json.loads(CONFIGS_FILE.read_text())
-
-
-def _padded(head_size: int) -> int:
-    return 1 << (head_size - 1).bit_length()

@@ -53,22 +53,8 @@ def _append(
     key_scales: Tensor | None, value_scales: Tensor | None, visible: Tensor | None,
 ) -> None:  # fmt: skip
     scales = None if key_scales is None else (key_scales, value_scales)
-    engine(keys.device).append(
-        keys,
-        values,
-        bias,
-        positions,
-        priority,
-        open_slot,
-        clock,
-        key,
-        value,
-        page_size,
-        minima,
-        maxima,
-        scales,
-        visible,
-    )
+    store = keys, values, bias, positions, priority, open_slot, clock
+    engine(keys.device).append(*store, key, value, page_size, minima, maxima, scales, visible)
 
 
 @torch.library.custom_op("raas_kernels::attend", mutates_args=())

@@ -9,11 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import Config, choose_config
+from .configs import MIN_DOT, Config, choose_config
 from .reference import quantize
-
-
-MIN_DOT = 16  # tl.dot's smallest tile side: smaller query groups are padded up to it
 
 
 @triton.jit

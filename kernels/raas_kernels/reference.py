@@ -90,21 +90,13 @@ def append(
         page = open_slot[..., None] + lane
         bias.scatter_(2, page, float("-inf"))
         positions.scatter_(2, page, (now + lane).int().expand_as(page))
-    slot = torch.add(open_slot, offset).unsqueeze(-1)
+    slot = (open_slot + offset).unsqueeze(-1)
     hidden = None if visible is None or visible.all() else ~visible[:, None, None]
     if hidden is not None:  # a padding token's K and V may be anything, NaN too, and 0 * NaN is NaN
         key, value = (new.masked_fill(hidden[..., None], 0) for new in (key, value))
-    contents = (keys, key), (values, value)
-    if scales is not None:
-        (key_codes, key_scale), (value_codes, value_scale) = (quantize(new, held.dtype) for held, new in contents)
-        key = dequantize(key_codes, key_scale, torch.promote_types(key.dtype, torch.float32))
-        for held, new in zip(scales, (key_scale, value_scale), strict=True):
-            held.scatter_(2, slot, new)
-        # scatter_ knows no float8: codes move as bytes.
-        contents = [(a.view(torch.int8), b.view(torch.int8)) for a, b in ((keys, key_codes), (values, value_codes))]
-    index = slot.unsqueeze(-1).expand_as(key)
-    for held, new in contents:
-        held.scatter_(2, index if held.shape[-1] == key.shape[-1] else slot.unsqueeze(-1).expand_as(new), new)
+    writes, key = _writes(keys, values, key, value, scales)
+    for held, new in writes:
+        held.scatter_(2, (slot if new.ndim == 3 else slot.unsqueeze(-1)).expand_as(new), new)
     if hidden is None:
         bias.scatter_(2, slot, 0)
     else:
@@ -116,6 +108,17 @@ def append(
         for bounds, fold, empty in ((minima, torch.minimum, float("inf")), (maxima, torch.maximum, float("-inf"))):
             seen = key if hidden is None else key.masked_fill(hidden[..., None], empty)
             bounds.scatter_(2, page, seen if offset == 0 else fold(bounds.gather(2, page), seen))
+
+
+def _writes(keys, values, key, value, scales):
+    """(Buffer, what is new in it) for one token, codes and scales if the store has 8 bits; and the key as held."""
+    if scales is None:
+        return [(keys, key), (values, value)], key
+    (key_codes, key_scale), (value_codes, value_scale) = quantize(key, keys.dtype), quantize(value, values.dtype)
+    held_key = dequantize(key_codes, key_scale, torch.promote_types(key.dtype, torch.float32))
+    # Most of torch knows no float8: codes move as bytes.
+    codes = [(held.view(torch.int8), new.view(torch.int8)) for held, new in ((keys, key_codes), (values, value_codes))]
+    return [*codes, (scales[0], key_scale), (scales[1], value_scale)], held_key
 
 
 def append_in_graph(
@@ -149,14 +152,8 @@ def append_in_graph(
 
     slot = open_slot + offset
     key, value = (torch.where(shown[..., None], new[:, :, 0], 0) for new in (key, value))
-    contents = (keys, key), (values, value)
-    if scales is not None:
-        (key_codes, key_scale), (value_codes, value_scale) = (quantize(new, held.dtype) for held, new in contents)
-        key = dequantize(key_codes, key_scale, torch.promote_types(key.dtype, torch.float32))
-        for held, new in zip(scales, (key_scale, value_scale), strict=True):
-            put(held, slot, new)
-        contents = [(a.view(torch.int8), b.view(torch.int8)) for a, b in ((keys, key_codes), (values, value_codes))]
-    for held, new in contents:
+    writes, key = _writes(keys, values, key, value, scales)
+    for held, new in writes:
         put(held, slot, new)
     if minima is not None:
         for bounds, fold, empty in ((minima, torch.minimum, float("inf")), (maxima, torch.maximum, float("-inf"))):

@@ -144,7 +144,7 @@ def _visible_new_tokens(mask: torch.Tensor | None, new: int, is_first: bool) -> 
         )
     if new == 1 and not is_first:
         return _visible_generated(mask)
-    allowed = mask if mask.dtype == torch.bool else mask == 0
+    allowed = _allowed(mask)
     if mask.dtype != torch.bool and not bool((allowed | (mask < -1e4)).all()):
         raise ValueError(
             "attention_mask adds more than visible (0) and hidden (a large negative number) to the attention: such a "
@@ -164,16 +164,20 @@ def _visible_new_tokens(mask: torch.Tensor | None, new: int, is_first: bool) -> 
     return visible
 
 
+def _allowed(mask: torch.Tensor) -> torch.Tensor:
+    return mask if mask.dtype == torch.bool else mask == 0
+
+
 def _visible_generated(mask: torch.Tensor) -> torch.Tensor | None:
     """`[batch, 1]` bool from the 4-d mask of one token, None where it is known that nothing is padding."""
     # What the mask adds is not checked: that would make the host wait for the device. A bias shows at prefill already.
     if mask.is_cuda or torch.compiler.is_compiling():
-        return (mask if mask.dtype == torch.bool else mask == 0)[:, 0, -1]
+        return _allowed(mask)[:, 0, -1]
     # All layers of a step get the one mask: only the first looks. A mask written to since is another.
     version = None if mask.is_inference() else mask._version
     known = getattr(mask, "visible_generated", None)
     if version is None or known is None or known[0] != version:
-        visible = (mask if mask.dtype == torch.bool else mask == 0)[:, 0, -1]
+        visible = _allowed(mask)[:, 0, -1]
         known = mask.visible_generated = version, None if visible.all() else visible
     return known[1]
 
