@@ -1,6 +1,8 @@
 """The four paged operations in Triton, with the signatures of `reference.py`, without a host synchronisation.
 
 One program serves one (row, KV head), or one slice of its pages: all query heads of a group share one read of a page.
+In order: append, attend (in one kernel, or in slices that `reduce_kernel` joins), page bounds, stamp; each kernel
+before its launcher. What a launcher takes and gives is fixed by `reference.py`, how a kernel goes about it is not.
 """
 
 import functools

@@ -28,7 +28,11 @@ class PageStore:
     resident tokens is another.
 
     A decode step moves the `clock` alone, and writes into buffers that stay where they are: a compiled step or a CUDA
-    graph can repeat it without the host. The host's own counts follow when somebody asks.
+    graph can repeat it without the host. The host's own counts follow when somebody asks. So `append`,
+    `hide_generated` and `mean_keys` may neither move a buffer nor look at a value; what runs between steps may.
+
+    In order: sizes and counts, writing (`append`, `pin`) and taking back (`retract`, `unpin`), buffers of another size,
+    cutting input down to the budget (`candidates`, `keep`), padding (`hide`, `hide_generated`), rows.
 
     Args:
         budget: tokens to hold, the prompt counted in.
