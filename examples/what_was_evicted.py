@@ -15,8 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from raas_cache import RaaSCache, embedded_model, learn_budgets
-from raas_cache.eval.accuracy import tokens_of
-from raas_cache.eval.chains import TOKENS_PER_LINE, problems
+from raas_cache.eval.chains import TOKENS_PER_LINE, problems, tokens_of
 
 
 LEFT, CITED, RESULT = 5, 7, 10  # tokens of a line that state a value

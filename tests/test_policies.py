@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import warnings
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,8 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import raas_cache
 from raas_cache import PagedCache, Policy, RaaSCache, from_name, learn_budgets, list_methods, register_policy
 from raas_cache.budgets import _deal_out, _interpolated
-from raas_cache.eval.accuracy import accuracy, tokens_of, wilson_interval
-from raas_cache.eval.chains import problems
+from raas_cache.eval import chain_task, run
+from raas_cache.eval.chains import problems, share_right, tokens_of
+from raas_cache.eval.measure import wilson_interval
+from raas_cache.eval.settings import Setting
 from raas_cache.policies import POLICIES, RaaSPolicy
 
 from .helpers import generate, prompt, resident_set, tiny_model
@@ -174,12 +175,13 @@ class TestBudgetsByLayer:
         budget = math.ceil(tokens_of(sample[0]) / 2)
         budgets = learn_budgets(model, inputs, budget, 250, page_size=4, levels=(0.5, 1.0, 2.0))
         assert sum(budgets) <= 3 * budget and budgets[1] == max(budgets), "it is layer 1 that looks lines up"
-        fresh = problems(16, 20, seed=0)
-        learnt, same = (
-            accuracy(model, tokenizer, fresh, partial(RaaSCache, b, page_size=4, min_decode_pages=1))
-            for b in (budgets, budget)
-        )
-        assert learnt.nbytes <= same.nbytes and learnt.share_right > same.share_right + 0.02
+        fresh, options = chain_task(problems(16, 20, seed=0)), {"page_size": 4, "min_decode_pages": 1}
+        settings = [Setting("raas", size, options) for size in (tuple(budgets), budget)]
+        rows = run(model, tokenizer, fresh, settings, batch_size=16)
+        learnt, same = rows[:16], rows[16:]
+        assert learnt[0].kv_bytes <= same[0].kv_bytes
+        right = [sum(share_right(row.output, row.gold) for row in part) / 16 for part in (learnt, same)]
+        assert right[0] > right[1] + 0.02
 
     def test_nothing_to_learn_from(self):
         model = tiny_model(dtype=torch.float32)

@@ -227,7 +227,7 @@ class PagedCache(Cache):
             super().offload(layer_idx, only_non_sliding)
 
     def _warn_if_prompt_fills_budget(self, layer: PagedLayer) -> None:
-        if layer.grows or layer.room_for_decode >= layer.min_decode_pages:
+        if not layer.is_over_budget:
             return
         self._warned = True
         total = (layer.pinned_pages + layer.decode_pages) * layer.page_size
@@ -284,6 +284,21 @@ class PagedCache(Cache):
         """Pages evicted so far: int64 `[batch, kv_heads]`."""
         layer = self._paged(layer_idx)
         return torch.full((layer.batch_size, layer.num_heads), layer.evicted, device=layer.device)
+
+    @property
+    def evictions(self) -> int:
+        """Pages that each row has evicted so far, over all layers and KV heads."""
+        return sum(layer.evicted * layer.num_heads for layer in self._paged_layers)
+
+    @property
+    def is_over_budget(self) -> bool:
+        """Whether the prompt leaves a layer less room than `min_decode_pages`, so that it holds more than its budget."""
+        return any(layer.is_over_budget for layer in self._paged_layers)
+
+    @property
+    def _paged_layers(self) -> list[PagedLayer]:
+        """Those that hold pages."""
+        return [layer for layer in self.layers if isinstance(layer, PagedLayer) and layer.is_initialized]
 
     def _paged(self, layer_idx: int) -> PagedLayer:
         if not 0 <= layer_idx < len(self.layers):
@@ -360,11 +375,11 @@ class PagedCache(Cache):
             layer.crop(tokens_to_remove)
 
     def __repr__(self) -> str:
-        paged = [layer for layer in self.layers if isinstance(layer, PagedLayer) and layer.is_initialized]
+        paged = self._paged_layers
         held = max((int((layer.bias == 0).sum(-1).max()) for layer in paged), default=0)
         seen = paged[0].seen if paged else 0
         policy = f"{self.settings.policy}, " if type(self) is PagedCache else ""
-        evicted = sum(layer.evicted * layer.batch_size * layer.num_heads for layer in paged)
+        evicted = self.evictions * (paged[0].batch_size if paged else 0)
         return (
             f"{type(self).__name__}({policy}budget={self.budget}, held={held}, seen={seen}, "
             f"evicted={evicted} pages, {self.nbytes} bytes)"

@@ -1,10 +1,9 @@
-"""The command line: `raas-cache demo` shows the embedded model reason in a bounded cache, `bench` times the caches."""
+"""The command line: `raas-cache demo` shows the embedded model reason in a bounded cache, `eval` measures accuracy,
+`bench` times the caches, `plot` draws what the two found."""
 
 import math
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -16,14 +15,15 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from . import RaaSCache, embedded_model
+from . import RaaSCache, arguments, embedded_model
 from .bench import kernels as kernel_bench
 from .bench import report
 from .bench.filling import build_model, load_config
 from .bench.steps import Plan, Row, run
-from .eval import chains
-from .eval.accuracy import completion_length, kv_nbytes
-from .eval.chains import ChainProblem
+from .eval import chains, plots
+from .eval.chains import ChainProblem, completion_length
+from .eval.command import evaluate
+from .eval.measure import kv_nbytes
 from .policies.raas import DEFAULT_ALPHA
 
 
@@ -32,6 +32,7 @@ DEMO_SHARES = (0.75, 0.5, 0.33)
 """The default budgets, as shares of a problem's tokens, prompt and chain."""
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None)
+app.command("eval")(evaluate)
 
 
 @app.callback()
@@ -55,7 +56,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Which held-out problems are drawn.")] = 0,
 ) -> None:
     """Stream one chain of thought, then compare RaaS with a dense cache."""
-    with _refusing("--lines"):
+    with arguments.refusing("--lines"):
         sample = chains.problems(problems, lines, seed)
     # The model is too small to share among cores: it gains little, and on a busy machine the waiting costs 20 times.
     torch.set_num_threads(1)
@@ -70,7 +71,7 @@ def demo(
     if min(budgets) < least:
         reason = f"{min(budgets)} leaves no page beside the prompt's {prompt} tokens: give at least {least}."
         raise typer.BadParameter(reason, param_hint="--budget")
-    with _refusing():
+    with arguments.refusing():
         caches = [RaaSCache(b, page_size=page_size, alpha=alpha, min_decode_pages=1) for b in dict.fromkeys(budgets)]
 
     console = Console(highlight=False)
@@ -92,7 +93,7 @@ def demo(
         name, limit, size, evicted = "Dense", "none", kv_nbytes(cache), "-"
         if isinstance(cache, RaaSCache):
             name, limit = "RaaS", f"{cache.budget} ({cache.budget / (prompt + chain):.0%})"
-            evicted = f"{sum(cache.evicted_pages(layer).sum().item() for layer in range(len(cache.layers))):,}"
+            evicted = f"{problems * cache.evictions:,}"
         counts = f"{exact}/{problems}", f"{right}/{problems}"
         table.add_row(name, limit, *counts, f"{speed:,.0f}", f"{size / 1e6:.1f} MB", evicted)
     console.print(table)
@@ -135,20 +136,20 @@ def bench(
     kernels: Annotated[bool, typer.Option("--kernels", help="Time the attention kernel alone.")] = False,
 ) -> None:
     """Time decode steps of every method after many tokens, beside DynamicCache and StaticCache."""
-    place = _device(device)
+    place = arguments.device(device)
     on_gpu = place.type == "cuda"
-    precision = _dtype(dtype or ("bfloat16" if on_gpu else "float32"))
+    precision = arguments.dtype(dtype or ("bfloat16" if on_gpu else "float32"))
     model = model or ("llama-3-8b" if on_gpu else "small")
-    batches = _numbers("--batch", batch or ("32" if kernels and on_gpu else "1"))
-    budgets = _numbers("--budget", budget or ("2048,8192" if kernels and on_gpu else "1024"))
-    modes = _names(mode or ("eager,compiled" if on_gpu else "eager"))
-    with _refusing("--model"):
+    batches = arguments.numbers("--batch", batch or ("32" if kernels and on_gpu else "1"))
+    budgets = arguments.numbers("--budget", budget or ("2048,8192" if kernels and on_gpu else "1024"))
+    modes = arguments.names(mode or ("eager,compiled" if on_gpu else "eager"))
+    with arguments.refusing("--model"):
         config = load_config(model)
     about = {"model": model, **report.about(place, precision)}
     print(", ".join(f"{name} {value}" for name, value in about.items()))
 
     if kernels:
-        with _refusing():
+        with arguments.refusing():
             rows = kernel_bench.run_kernels(
                 config,
                 batches=batches,
@@ -164,9 +165,9 @@ def bench(
             report.write_json(out / "kernels.json", about, rows)
         return
 
-    with _refusing():
-        tokens = _numbers("--seen", seen)
-        plan = Plan(_names(method), tokens, batches, budgets, modes, page_size, steps, copies, seed)
+    with arguments.refusing():
+        tokens = arguments.numbers("--seen", seen)
+        plan = Plan(arguments.names(method), tokens, batches, budgets, modes, page_size, steps, copies, seed)
         if out:
             report.require_matplotlib()
     rows: list[Row] = []
@@ -181,37 +182,15 @@ def bench(
         report.plot(rows, out)
 
 
-@contextmanager
-def _refusing(option: str | None = None) -> Iterator[None]:
-    """Make a value that the library refuses, or lacks a package for, a usage error: one line and exit code 2."""
-    try:
-        yield
-    except (ValueError, ImportError) as error:
-        raise typer.BadParameter(str(error), param_hint=option) from None
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(","))
-
-
-def _numbers(option: str, text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(number) for number in text.split(","))
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} must be numbers, comma-separated.", param_hint=option) from None
-
-
-def _device(name: str | None) -> torch.device:
-    has_gpu = torch.cuda.is_available()
-    if name not in (None, "cpu", "cuda") or (name == "cuda" and not has_gpu):
-        raise typer.BadParameter(f"{name!r} must be {'cpu or cuda' if has_gpu else 'cpu'}.", param_hint="--device")
-    return torch.device(name or ("cuda" if has_gpu else "cpu"))
-
-
-def _dtype(name: str) -> torch.dtype:
-    if name not in ("float32", "bfloat16", "float16"):
-        raise typer.BadParameter(f"{name!r} must be float32, bfloat16 or float16.", param_hint="--dtype")
-    return getattr(torch, name)
+@app.command()
+def plot(
+    folder: Annotated[Path, typer.Argument(help="Where eval or bench, or both, wrote to with --out.")],
+) -> None:
+    """Draw what eval and bench found, as PNG and SVG beside it."""
+    with arguments.refusing():
+        paths = plots.plot(folder)
+    for path in paths:
+        print(path)
 
 
 def _generate(

@@ -174,6 +174,11 @@ class PageStore:
         return self.budget // self.page_size - self.input_pages_read
 
     @property
+    def is_over_budget(self) -> bool:
+        """Whether input left less room than `min_decode_pages`, so that more is held than the budget."""
+        return not self.grows and self.room_for_decode < self.min_decode_pages
+
+    @property
     def limit(self) -> int:
         """Evictable pages that may be held: settled when decoding begins, but for where input is evictable too."""
         return max(self.room_for_decode, self.min_decode_pages) if self.prompt == "evict" else self.decode_pages

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 import raas_kernels
 
 from .filling import kv_shape
-from .report import markdown
+from ..reporting import markdown
 from .steps import WARMUP, Timing
 
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
-from .steps import BASELINES, Row
+from ..reporting import markdown
+from .steps import BASELINES, Case, Row, Timing
 
 
 if TYPE_CHECKING:
@@ -31,11 +32,6 @@ def about(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-
-
-def markdown(header: list[str], lines: list[list[str]]) -> str:
-    """A GitHub-Markdown table."""
-    return "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *lines))
 
 
 def table(rows: list[Row]) -> str:
@@ -60,6 +56,14 @@ def write_json(path: Path, of: dict[str, Any], rows: list) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**of, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+
+
+def read_json(path: Path) -> list[Row]:
+    """The rows of a `bench.json`."""
+    return [
+        Row(Case(**row["case"]), row["ran"], row["kv_bytes"], row["timing"] and Timing(**row["timing"]), row["ratios"])
+        for row in json.loads(path.read_text())["rows"]
+    ]
 
 
 def require_matplotlib() -> None:
@@ -106,10 +110,18 @@ def figures(rows: list[Row]) -> dict[str, "Figure"]:
 
 def plot(rows: list[Row], folder: Path) -> list[Path]:
     """Save `figures` as PNG and SVG; returns where. Raises as `figures` does."""
+    return save(figures(rows), folder)
+
+
+def save(drawn: dict[str, "Figure"], folder: Path) -> list[Path]:
+    """Save each figure as PNG and SVG under its name; returns where. The same figure gives the same bytes."""
+    from matplotlib import rc_context
+
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for name, figure in figures(rows).items():
-        for kind in ("png", "svg"):
-            paths.append(folder / f"{name}.{kind}")
-            figure.savefig(paths[-1], dpi=150)
+    with rc_context({"svg.hashsalt": "raas-cache"}):
+        for name, figure in drawn.items():
+            for kind, metadata in (("png", None), ("svg", {"Date": None})):
+                paths.append(folder / f"{name}.{kind}")
+                figure.savefig(paths[-1], dpi=150, metadata=metadata)
     return paths

@@ -119,6 +119,23 @@ def is_exact(completion: str, problem: ChainProblem) -> bool:
     return completion.split() == problem.chain.split()
 
 
+def share_right(completion: str, chain: str) -> float:
+    """The share of the gold chain that is right before the first error."""
+    gold = chain.split()
+    same = [ours == theirs for ours, theirs in zip(completion.split(), gold, strict=False)] + [False]
+    return same.index(False) / len(gold)
+
+
+def tokens_of(problem: ChainProblem) -> int:
+    """Tokens of the problem, its chain and the end token included."""
+    return len(f"<s> {problem.prompt} {problem.chain} </s>".split())
+
+
+def completion_length(sample: list[ChainProblem]) -> int:
+    """Tokens of the longest chain, the end token included."""
+    return max(len(problem.chain.split()) for problem in sample) + 1
+
+
 def answer_of(completion: str) -> str | None:
     """The token after the last ``?``, or None where the completion never got to an answer."""
     _, mark, answer = completion.rpartition("?")

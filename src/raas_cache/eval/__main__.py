@@ -1,0 +1,12 @@
+"""`accelerate launch -m raas_cache.eval ...`: the `eval` command, once on each process."""
+
+import typer
+
+from .command import evaluate
+
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+app.command()(evaluate)
+
+if __name__ == "__main__":
+    app()

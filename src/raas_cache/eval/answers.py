@@ -1,0 +1,195 @@
+r"""The final answer in what a model wrote, and whether it is right.
+
+math-verify does the mathematics. What is here finds the answer, and is stricter where math-verify is too kind: letters
+taken for units (`3c` is not 3), bases (`52_8` is not `52_9`), words (`seat` is not `east`), roundings of an exact value.
+"""
+
+import importlib.util
+import logging
+import os
+import re
+import threading
+import warnings
+from functools import cache
+from types import SimpleNamespace
+
+
+TIMEOUT = 5
+"""Seconds that math-verify has to parse a text, and to compare two."""
+LONGEST_ANSWER = 1000
+"""Characters; a longer answer is right only if it is the gold answer letter by letter."""
+LONGEST_TAIL = 10_000
+"""Characters at the end of a text in which math-verify looks for an answer."""
+
+_BRACE = re.compile(r"(\\(?:boxed|fbox|framebox(?:\[[^\]]*\])*)\s*\{)|\\.|[{}]", re.DOTALL)
+_HASHES = re.compile(r"#{4,}\s*([^\s#].*)")
+_THOUSANDS = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
+_THIN = r"(?:\{ ?, ?\}|, ?\\!|\\,)\s*"  # how TeX separates thousands
+_TIDY = [(re.compile(pattern), to) for pattern, to in (
+    (r"(?<!\\)\\[()\[\]]|\\?\$|\\(?:left|right|[bB]igg?[lrm]?)(?![a-zA-Z])", ""),
+    (rf"(?<=\d){_THIN}(?=\d{{3}}(?!\d))|(?<!\\)\\!", ""),
+    (r"(?<!\\)\\(?:[,;: ]|q?quad(?![a-zA-Z]))|~|\s+", " "),
+    (r"\\\\ ?\[[\d.]+(?:pt|em|ex|mm)\]", r"\\\\"),
+    (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
+    (r" ?\\text ?\{ ?(?:percent|\\?%) ?\}| percent$", r"\\%"),
+    (r"^(-?\d+) +(\d+) ?/ ?(\d+)$", r"\1\\frac{\2}{\3}"),
+)]  # fmt: skip
+_POWER = r"(?: ?\^ ?(?:\d|\{\d\}))?"
+# As in math-verify, any word is a unit, and none changes what is said; but for those that do.
+_WORD_UNIT = (
+    r"\\(?:text|textrm|mathrm|mbox) ?\{(?![^{}]*\b(?:hundred|thousand|million|billion|trillion|dozen|half|and|or|not|if|"
+    rf"[ap]\.?m)\b)[^{{}}\d()]+\}}{_POWER}"
+)
+_BARE_UNIT = (
+    r"(?:(?:square|cubic|sq\.?) )?(?:[ckm]?m|kg|ft|mph|inch(?:es)?|feet|foot|yards?|met(?:er|re)s?|miles?|seconds?|"
+    rf"minutes?|hours?|days?|weeks?|months?|years?|dollars?|cents?|degrees?|pounds?|units?){_POWER}"
+)
+_DEGREES = r"\^ ?(?:\\circ|\{ ?\\circ ?\})|°|\\degrees?"
+_UNIT = re.compile(rf"(?<=[\d}})]) ?(?:{_DEGREES}|/? ?{_WORD_UNIT}|(?<= ){_BARE_UNIT})\.?$", re.IGNORECASE)
+_WRAP = re.compile(r"\\(?:text\w*|math(?:rm|bf|it|sf)|mbox|operatorname) ?\{([^{}]*)\}")
+_BASE = re.compile(r"(?<=\d)_(?:\{ ?)?(?!10\b)(\d+)")
+_CURLY, _ROUND = re.compile(r"\\\{.*\\\}"), re.compile(r"[(\[].*[)\]]")
+# Multiplied out as letters by math-verify, whatever their order.
+_WORD = re.compile(r"[A-Za-z]{3,}|[\dA-F]*[A-F][\dA-F]*_\{?\d+\}?")
+# Two numbers side by side, which math-verify adds up, and what takes sympy longer than anybody waits.
+_HOPELESS = re.compile(
+    r"\d \d|\\(?:sum|prod|i*int)(?![a-z])|\^ ?\{?[ -]*[\d., ]{5,}|\^ ?\{?[ -]*\d+[} ]*\^|\d{5,}\)* ?!|!\)* ?!|"
+    r"\\[dt]?binom.*\d{5,}|\d[eE][+-]?\d{4,}"
+)
+
+
+def require_math_verify() -> None:
+    """Raise an ImportError that says what to install if math-verify is missing."""
+    if importlib.util.find_spec("math_verify") is None:
+        raise ImportError("Marking answers needs math-verify: pip install raas-cache[eval]")
+
+
+def extract(output: str) -> str | None:
+    r"""The text of the final answer in what a model wrote, or None if there is none.
+
+    It is what the last `\boxed{}` holds; else the line after the last `####`; else what math-verify finds, such as 42
+    in "The answer is 42.". After `</think>` if there is an answer, else in the whole text.
+
+    Raises:
+        ImportError: math-verify is needed and missing.
+    """
+    _, mark, after = output.rpartition("</think>")
+    answer = _last_answer(after) if mark else None
+    return _last_answer(output) if answer is None else answer
+
+
+def gold_of(answer: str) -> str:
+    """The bare answer in a data set's answer column, be it GSM8K's, a solution with a boxed answer, or bare already."""
+    if hashes := _HASHES.findall(answer):
+        return hashes[-1].strip().replace(",", "")
+    return (_boxes(answer) or [answer.strip()])[-1]
+
+
+def is_correct(output: str, gold: str) -> bool:
+    """Whether the final answer of what a model wrote is the gold answer.
+
+    Raises:
+        ImportError: math-verify is missing.
+    """
+    require_math_verify()
+    answer = extract(output)
+    return answer is not None and _same(_tidy(answer), _tidy(gold))
+
+
+def _last_answer(text: str) -> str | None:
+    if found := _boxes(text) or _HASHES.findall(text):
+        return found[-1].strip()
+    require_math_verify()
+    maths = _math_verify()
+    found = _quietly(maths.parse, text[-LONGEST_TAIL:], maths.anywhere, parsing_timeout=_timeout()) or []
+    return next((match for match in found if isinstance(match, str) and match), None)
+
+
+def _boxes(text: str) -> list[str]:
+    """What the boxes hold, in the order in which they close, but for empty ones."""
+    contents, opened = [], []
+    for brace in _BRACE.finditer(text):
+        if brace[1] or brace[0] == "{":
+            opened.append(brace.end() if brace[1] else None)
+        elif brace[0] == "}" and opened and (start := opened.pop()) is not None:
+            contents.append(text[start : brace.start()].strip())
+    return [content for content in contents if content]
+
+
+def _tidy(text: str) -> str:
+    """LaTeX that says the same, without units."""
+    text = text.strip()
+    for pattern, to in _TIDY:
+        text = pattern.sub(to, text)
+    before, text = None, text.strip()
+    while before != text:  # 3 \text{ m}/\text{s} has two
+        before, text = text, _UNIT.sub("", text.removesuffix(".")).strip()
+    return text.replace(",", "") if _THOUSANDS.fullmatch(text) else text
+
+
+def _plain(text: str) -> str:
+    """For comparing as strings."""
+    before = None
+    while before != text:
+        before, text = text, _WRAP.sub(r"\1", text)
+    text = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text).removesuffix(".")
+    text = re.sub(r"^\(([A-Za-z])\)$", r"\1", text)  # a choice
+    return text.lower() if re.fullmatch(r"[A-Za-z]{2,}", text) else text
+
+
+def _same(answer: str, gold: str) -> bool:
+    plain, plain_gold = _plain(answer), _plain(gold)
+    if plain == plain_gold:
+        return bool(plain)
+    if any(_WORD.fullmatch(text) for text in (plain, plain_gold)) or max(len(answer), len(gold)) > LONGEST_ANSWER:
+        return False
+    if _HOPELESS.search(answer) or _HOPELESS.search(gold):
+        return False
+    if (bases := _BASE.findall(answer)) and bases != _BASE.findall(gold):
+        return False
+    if any(_CURLY.fullmatch(one) and _ROUND.fullmatch(other) for one, other in ((answer, gold), (gold, answer))):
+        return False
+    maths = _math_verify()
+
+    def parsed(text: str) -> list:
+        box = rf"\boxed{{{text}}}"
+        return _quietly(maths.parse, box, maths.boxed, "no_fallback", "first_match", parsing_timeout=_timeout()) or []
+
+    def equal(golds: list, answers: list) -> bool:
+        # Digits enough that only a decimal of an exact value, written out in full, is that value.
+        return bool(_quietly(maths.verify, golds, answers, 12, 50, timeout_seconds=_timeout()))
+
+    golds = parsed(gold)
+    if not equal(golds, parsed(answer)):
+        return False
+    # To math-verify, equations without a real solution are all the same.
+    return "=" not in gold or not equal(golds, parsed("0=1"))
+
+
+@cache
+def _math_verify() -> SimpleNamespace:
+    from latex2sympy2_extended import NormalizationConfig
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of each timeout, and of having none
+    tidied = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="last")
+    boxed = LatexExtractionConfig(boxed_match_priority=0, normalization_config=tidied)
+    return SimpleNamespace(parse=parse, verify=verify, boxed=[boxed], anywhere=[boxed, ExprExtractionConfig()])
+
+
+def _timeout() -> int | None:
+    """None where math-verify has no signals to stop itself with."""
+    main = threading.current_thread() is threading.main_thread()
+    return TIMEOUT if main and os.name == "posix" else None
+
+
+def _quietly(function, *args, **options):
+    """What the function returns, or None if it fails, as math-verify's and sympy's do on texts that mean nothing."""
+    from math_verify.errors import TimeoutException  # no Exception, so that sympy does not catch it
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the Python code that sympy makes of a text
+        try:
+            return function(*args, **options)
+        except (Exception, TimeoutException):
+            return None

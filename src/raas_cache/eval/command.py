@@ -1,0 +1,102 @@
+"""The `eval` command, also as `accelerate launch -m raas_cache.eval`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
+
+from .. import arguments, embedded_model
+from .results import summarize, table
+from .runner import Decoding, processes, run
+from .settings import parse_methods, settings
+from .tasks import load_task
+
+
+EMBEDDED = "embedded"
+
+
+def evaluate(
+    model: Annotated[
+        str, typer.Option(help="A folder, a name on the Hub, or embedded: the small model of this package.")
+    ] = EMBEDDED,
+    dataset: Annotated[
+        str, typer.Option(help="gsm8k, math500, aime24, aime25, chains (chains-N: of N lines), or a .jsonl file.")
+    ] = "chains",
+    method: Annotated[
+        str, typer.Option(help="Methods, comma-separated; options after colons: raas:alpha=1e-4:probation=16.")
+    ] = "dense,raas,quest,h2o,streaming_llm",
+    budget: Annotated[str, typer.Option(help="Tokens to hold for each row, prompt included, comma-separated.")] = (
+        "128,256,512,1024"
+    ),
+    page_size: Annotated[int, typer.Option(min=1, help="Tokens a page, a power of two.")] = 16,
+    limit: Annotated[int | None, typer.Option(min=1, help="Rows.", show_default="all; 100 chains")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="After which a chain is cut off.", show_default="by the data set")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows that run together, at most.")] = 8,
+    temperature: Annotated[float, typer.Option(help="0 decodes greedily.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Share of the probability to sample from.")] = 1.0,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: the checkpoint's.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Of sampling; for chains also, which are drawn.")] = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of rows; a run that was cut off goes on.", show_default="results/MODEL-DATASET"),
+    ] = None,
+) -> None:
+    """Accuracy, chain length and memory of every method at every budget.
+
+    Each row is written down as soon as it has ended, and the same command goes on where it was stopped.
+    """
+    with arguments.refusing("--method"):
+        state = processes()
+        wanted = settings(parse_methods(method, page_size=page_size), arguments.numbers("--budget", budget))
+    with arguments.refusing():
+        decoding = Decoding(max_new_tokens, temperature, top_p, seed)
+    with arguments.refusing("--dataset"):
+        task = load_task(dataset, limit, seed)
+    torch_dtype = dtype if dtype == "auto" else arguments.dtype(dtype)
+    tokenizer, network = _load(model, torch_dtype)
+    if out is None:
+        out = Path("results") / f"{Path(model).name}-{Path(dataset).stem}"
+    with arguments.refusing("--out"):
+        rows = run(
+            network,
+            tokenizer,
+            task,
+            wanted,
+            out=out,
+            batch_size=batch_size,
+            decoding=decoding,
+            about={"model": model},
+        )
+    if state.is_main_process:
+        print(f"{len(task.questions)} problems of {dataset}, {model}, {network.dtype}; rows in {out}\n")
+        print(table(summarize(rows)))
+    state.destroy_process_group()
+
+
+def _load(name: str, dtype: torch.dtype | str) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """The tokenizer and the model, on the device of this process."""
+    disable_progress_bar()
+    path = name
+    if name == EMBEDDED:
+        path = embedded_model()
+        torch.set_num_threads(1)  # too small to share among cores
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    except Exception as error:  # whatever the Hub client, the config and the weights raise
+        reason = str(error).strip().partition("\n")[0]
+        raise typer.BadParameter(
+            f"{name!r} cannot be loaded ({type(error).__name__}: {reason}): give a folder with config.json, weights "
+            "and tokenizer, or a name on the Hub.",
+            param_hint="--model",
+        ) from None
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer, model.eval().to(processes().device)

@@ -1,0 +1,275 @@
+"""Figures of an evaluation: accuracy and tokens written against the budget, and an ablation for each option."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from itertools import cycle, product
+from pathlib import Path
+from statistics import fmean
+from textwrap import fill
+from typing import TYPE_CHECKING, Any
+
+from ..bench import report
+from .results import Summary, read_rows, summarize
+from .runner import SETTINGS_FILE
+from .settings import DENSE, Setting
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+STYLES = [
+    {"color": colour, "marker": marker, "linestyle": dashes, "markersize": 6}
+    for dashes, (colour, marker) in product(("-", "--", ":"), report.STYLES)
+]
+COLUMNS = 3
+HOLLOW = {"markerfacecolor": "white"}
+UNITS = {
+    "alpha": "attention weight", "top_ratio": "share of the pages", "probation": "tokens", "page_size": "tokens",
+    "min_decode_pages": "pages", "recent_ratio": "share of the pages", "dense_layers": "layers",
+}  # fmt: skip
+
+Panel = dict[int, dict[Any, Summary]]
+"""Settings that differ in one option and the budget: budget -> value -> summary."""
+
+
+def figures(summaries: list[Summary], title: str = "") -> dict[str, Figure]:
+    """What the summaries show, by name; nothing of none.
+
+    - `accuracy` and `chain_length`, the mean of tokens written, against the budget: a line for each method, and for
+      each method with options that has two budgets or more. `dense` is level. Budgets by layer stand at their mean.
+    - `ablation_<option>`: accuracy against an option, a panel for each method, a line a budget, if there are settings
+      that differ in nothing else. One that does not name the option stands at its default.
+
+    Options that most settings share are said above the figure, and not in its labels.
+
+    Args:
+        title: what else to say above each figure, such as the names of data set and model.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    report.require_matplotlib()
+    if not summaries:
+        return {}
+    common = _common_options(summaries)
+    drawn = {"accuracy": _accuracy(summaries, common), "chain_length": _chain_length(summaries, common)}
+    for option, panels in _ablations(summaries).items():
+        drawn[f"ablation_{option}"] = _ablation(option, panels, common)
+    counts = sorted(one.rows for one in summaries)
+    said = [title, " to ".join(f"{count:,}" for count in dict.fromkeys((counts[0], counts[-1]))) + " problems"]
+    said = [", ".join(filter(None, said)), *(["unless said otherwise: " + ", ".join(common)] if common else [])]
+    for figure in drawn.values():
+        # Broken by hand: the layout leaves the legend no room beside a long line.
+        figure.suptitle("\n".join(fill(line, 64) for line in said), x=0.01, ha="left", fontsize=10)
+    return drawn
+
+
+def plot(folder: Path) -> list[Path]:
+    """Draw what a folder holds, `rows*.jsonl` and `bench.json`, as PNG and SVG beside it; returns where.
+
+    Raises:
+        ValueError: it holds neither.
+        ImportError: matplotlib is missing.
+    """
+    settings, bench = folder / SETTINGS_FILE, folder / "bench.json"
+    of = json.loads(settings.read_text()) if settings.exists() else {}
+    title = ", ".join(Path(of[name]).name for name in ("task", "model") if name in of)
+    drawn = figures(summarize(read_rows(folder)), title)
+    if bench.exists():
+        drawn |= report.figures(report.read_json(bench))
+    if not drawn:
+        raise ValueError(f"folder='{folder}' holds no results: run raas-cache eval --out {folder} first.")
+    return report.save(drawn, folder)
+
+
+def _bounded(summaries: list[Summary]) -> list[Summary]:
+    return [one for one in summaries if one.setting.method != DENSE]
+
+
+def _tokens(setting: Setting) -> float:
+    """Where the setting's budget stands on an axis."""
+    return fmean(setting.budget) if isinstance(setting.budget, tuple) else setting.budget
+
+
+def _common_options(summaries: list[Summary]) -> list[str]:
+    """`name=value` of options that every setting with a budget names, and most with this value."""
+    settings = [one.setting for one in _bounded(summaries)]
+    counts = Counter(part for setting in settings for part in setting.label.split(":")[1:])
+    return [
+        part
+        for part, count in counts.items()
+        if 2 * count > len(settings) and all(part.partition("=")[0] in setting.options for setting in settings)
+    ]
+
+
+def _label(setting: Setting, common: list[str], without: str | None = None) -> str:
+    """The setting's label, less the common options and one more."""
+    parts = [part for part in setting.label.split(":") if part not in common and part.partition("=")[0] != without]
+    return ":".join([*parts, "by layer"] if isinstance(setting.budget, tuple) else parts)
+
+
+def _lines(summaries: list[Summary], common: list[str]) -> dict[str, list[Summary]]:
+    """Label -> its budgets in order, dense first. What has options and one budget serves ablations only."""
+    lines: dict[str, list[Summary]] = {}
+    for one in sorted(summaries, key=lambda one: one.setting.method != DENSE):
+        lines.setdefault(_label(one.setting, common), []).append(one)
+    drawn = {label: ones for label, ones in lines.items() if len(ones) > 1 or ":" not in label}
+    drawn = drawn if drawn.keys() - {DENSE} else lines  # rather than nothing
+    return {label: sorted(ones, key=lambda one: _tokens(one.setting)) for label, ones in drawn.items()}
+
+
+def _ablations(summaries: list[Summary]) -> dict[str, list[Panel]]:
+    """Option -> a panel for each set of settings that differ in nothing else, but for the budget."""
+    values = [(one, _in_effect(one.setting)) for one in _bounded(summaries) if isinstance(one.setting.budget, int)]
+    found = {}
+    for option in dict.fromkeys(name for one, _ in values for name in one.setting.options):
+        alike: dict[tuple, Panel] = {}
+        for one, options in values:
+            if option in options:
+                others = repr(sorted((name, value) for name, value in options.items() if name != option))
+                panel = alike.setdefault((one.setting.method, others), {})
+                panel.setdefault(one.setting.budget, {}).setdefault(options[option], one)
+        panels = [{budget: points for budget, points in panel.items() if len(points) > 1} for panel in alike.values()]
+        if any(panels):
+            found[option] = [panel for panel in panels if panel]
+    return found
+
+
+def _in_effect(setting: Setting) -> dict[str, Any]:
+    """The setting's options and the defaults of all others, as its cache understood them."""
+    told = setting.new_cache().settings
+    found = {**setting.options, **vars(told), **vars(told.policy)}
+    return {name: value for name, value in found.items() if name not in ("policy", "budget")}
+
+
+def _accuracy(summaries: list[Summary], common: list[str]) -> Figure:
+    figure, (axis,) = _figure(1)
+    lines = _lines(summaries, common)
+    for (label, ones), style, aside in zip(lines.items(), cycle(STYLES), _asides(len(lines)), strict=False):
+        if label == DENSE:
+            axis.axhspan(*ones[0].interval, color=style["color"], alpha=0.1, linewidth=0)
+            _level(axis, ones[0].accuracy, style)
+        else:
+            _with_intervals(axis, [_tokens(one.setting) for one in ones], ones, aside, label=label, **style)
+    _budgets_below(axis, summaries)
+    _accuracy_beside([axis])
+    _legend(figure)
+    return figure
+
+
+def _chain_length(summaries: list[Summary], common: list[str]) -> Figure:
+    figure, (axis,) = _figure(1)
+    for (label, ones), style in zip(_lines(summaries, common).items(), cycle(STYLES), strict=False):
+        cut = [one for one in ones if 2 * one.truncated > one.rows]
+        if label == DENSE:
+            _level(axis, ones[0].mean_tokens, {**style, **(HOLLOW if cut else {})})
+            continue
+        for some, look in ((ones, {**style, "label": label}), (cut, {**style, **HOLLOW, "linestyle": "none"})):
+            axis.plot([_tokens(one.setting) for one in some], [one.mean_tokens for one in some], **look)
+    if any(2 * one.truncated > one.rows for one in summaries):
+        look = {"color": "0.4", "marker": "o", "linestyle": "none", **HOLLOW}
+        axis.plot([], [], label="hollow: most were\nstopped by the limit", **look)
+    _budgets_below(axis, summaries)
+    axis.set_ylabel("tokens written for a problem, mean")
+    axis.set_ylim(bottom=0)
+    axis.yaxis.set_major_formatter("{x:,.0f}")
+    _legend(figure)
+    return figure
+
+
+def _ablation(option: str, panels: list[Panel], common: list[str]) -> Figure:
+    values = list(dict.fromkeys(value for panel in panels for points in panel.values() for value in points))
+    are_numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
+    at = {value: value if are_numbers else place for place, value in enumerate(values)}
+    budgets = sorted({budget for panel in panels for budget in panel})
+    figure, axes = _figure(len(panels))
+    for axis, panel in zip(axes, panels, strict=True):
+        for budget, style, aside in zip(budgets, cycle(STYLES), _asides(len(budgets)), strict=False):
+            if budget in panel:
+                xs, ones = zip(*sorted((at[value], one) for value, one in panel[budget].items()), strict=True)
+                look = style if are_numbers else {**style, "linestyle": "none"}
+                _with_intervals(axis, xs, ones, aside, label=f"{budget:,}", **look)
+        axis.set_title(_label(ones[0].setting, common, without=option), fontsize=10)
+        axis.set_xlabel(f"{option} ({UNITS[option]})" if option in UNITS else option)
+        _ticks_below(axis, {x: f"{value:g}" if are_numbers else str(value) for value, x in at.items()}, wide=20)
+        if not are_numbers:
+            axis.set_xlim(-0.5, len(values) - 0.5)
+    _accuracy_beside(axes)
+    _legend(figure, "budget, tokens")
+    return figure
+
+
+def _figure(panels: int) -> tuple[Figure, list[Axes]]:
+    """Panels of one size, at most `COLUMNS` side by side."""
+    from matplotlib.figure import Figure
+
+    columns = min(panels, COLUMNS)
+    rows = -(-panels // columns)
+    figure = Figure(figsize=(3 + 4.8 * columns, 0.8 + 3.8 * rows), layout="constrained")
+    axes = list(figure.subplots(rows, columns, sharey=True, squeeze=False).flat)
+    for axis in axes[panels:]:
+        axis.remove()
+    for axis in axes[:panels]:
+        axis.grid(alpha=0.3)
+    return figure, axes[:panels]
+
+
+def _asides(count: int) -> list[float]:
+    """How many points aside to draw each of `count` lines, lest their bars hide each other."""
+    step = min(4.0, 24 / count)
+    return [step * (number - (count - 1) / 2) for number in range(count)]
+
+
+def _level(axis: Axes, height: float, style: dict[str, Any]) -> None:
+    """Dense's line, with its markers at the ends."""
+    axis.axhline(height, label=DENSE, clip_on=False, zorder=1.5, **style)
+
+
+def _with_intervals(axis: Axes, xs: Iterable[float], ones: Iterable[Summary], aside: float, **style: Any) -> None:
+    from matplotlib.transforms import offset_copy
+
+    (line,) = axis.plot(xs, [one.accuracy for one in ones], **style)
+    lows, highs = zip(*(one.interval for one in ones), strict=True)
+    bars = axis.vlines(xs, lows, highs, color=style["color"], linewidth=1)
+    # Only now: the axis is scaled by where the data are.
+    for artist in (line, bars):
+        artist.set_transform(offset_copy(axis.transData, axis.figure, x=aside, units="points"))
+
+
+def _budgets_below(axis: Axes, summaries: list[Summary]) -> None:
+    budgets = sorted({_tokens(one.setting) for one in _bounded(summaries)})
+    _ticks_below(axis, {budget: f"{budget:,.0f}" for budget in budgets}, wide=4)
+    axis.set_xlabel("budget (tokens for each row, layer and KV head)")
+
+
+def _ticks_below(axis: Axes, ticks: dict[float, str], wide: float) -> None:
+    """A tick for each value; the axis is logarithmic if the largest is more than `wide` times the least above 0."""
+    least = min((value for value in ticks if value > 0), default=0)
+    if max(ticks, default=0) > wide * least:
+        axis.set_xscale("symlog", base=2, linthresh=least) if min(ticks) < least else axis.set_xscale("log", base=2)
+    axis.set_xticks(list(ticks), list(ticks.values()), rotation=60 if len(ticks) > 6 else 0)
+    axis.minorticks_off()
+
+
+def _accuracy_beside(axes: list[Axes]) -> None:
+    from matplotlib.ticker import PercentFormatter
+
+    for axis in axes:
+        axis.tick_params(labelleft=True)
+    for axis in axes[::COLUMNS]:
+        axis.set_ylabel("accuracy (bars: 95 % Wilson intervals)")
+    axes[0].set_ylim(bottom=0)
+    axes[0].yaxis.set_major_formatter(PercentFormatter(1))
+
+
+def _legend(figure: Figure, title: str = "") -> None:
+    """Beside the panels, each label once."""
+    entries = {}
+    for axis in figure.axes:
+        entries |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.set_figheight(max(figure.get_figheight(), 1 + 0.2 * len(entries)))
+    figure.legend(entries.values(), entries, loc="outside right upper", title=title, fontsize=9)

@@ -1,0 +1,169 @@
+"""Rows of an evaluation: one a problem and setting, in JSON lines, and the table they add up to."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..reporting import markdown
+from .measure import wilson_interval
+from .settings import Setting
+
+
+@dataclass(frozen=True)
+class Row:
+    """One problem, worked out with one setting.
+
+    Args:
+        index: of the problem in its data set.
+        prompt_hash: of the text that the model was given.
+        method, budget, options: the setting, see `Setting`.
+        output: what the model wrote.
+        answer: what was compared with `gold`; None if the output has no answer.
+        correct: whether it is right.
+        prompt_tokens, tokens: of the prompt, and written, the end token included.
+        truncated: whether the model was stopped by the limit of new tokens.
+        over_budget: whether the prompt left less room than the cache's floor of decode pages, so that more was held
+            than the budget.
+        seconds: from the start of the row's batch to its last token.
+        batch: index of the first row of its batch; rows of a batch ran together.
+        kv_bytes: of K and V that were held for the row at its end.
+        evictions: pages evicted, over layers and KV heads.
+    """
+
+    index: int
+    prompt_hash: str
+    method: str
+    budget: int | list[int] | None
+    options: dict[str, Any]
+    output: str
+    answer: str | None
+    gold: str
+    correct: bool
+    prompt_tokens: int
+    tokens: int
+    truncated: bool
+    over_budget: bool
+    seconds: float
+    batch: int
+    kv_bytes: int
+    evictions: int
+
+    @property
+    def setting(self) -> Setting:
+        return Setting(self.method, tuple(self.budget) if isinstance(self.budget, list) else self.budget, self.options)
+
+    @property
+    def key(self) -> tuple:
+        """No two rows of a folder have the same."""
+        return *self.setting.key, self.index
+
+    def to_json(self) -> str:
+        """A line."""
+        return json.dumps(asdict(self), ensure_ascii=False) + "\n"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the rows of one setting add up to.
+
+    Args:
+        rows, correct, truncated, over_budget: how many.
+        mean_tokens: written for a problem.
+        tokens_per_second: of one process.
+        kv_bytes: the most that was held for a row.
+        evictions: pages evicted for a row, on average.
+    """
+
+    setting: Setting
+    rows: int
+    correct: int
+    truncated: int
+    over_budget: int
+    mean_tokens: float
+    tokens_per_second: float
+    kv_bytes: int
+    evictions: float
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct / self.rows
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % Wilson interval of the accuracy."""
+        return wilson_interval(self.correct, self.rows)
+
+
+class RowFile:
+    """The file that one process appends its rows to, each with one write, on disk before the next is worked out."""
+
+    def __init__(self, folder: Path, process: int):
+        self.path = folder / f"rows-{process}.jsonl"
+        if self.path.exists():
+            # What a killed run left of a line would swallow the next one.
+            os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
+
+    def append(self, row: Row) -> None:
+        """Write a row down for good."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(row.to_json())
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def read_rows(folder: Path) -> list[Row]:
+    """The rows of a folder, whichever process wrote them; a line that a killed run left unfinished does not count."""
+    rows: dict[tuple, Row] = {}
+    for path in sorted(folder.glob("rows*.jsonl")):
+        for line in path.read_bytes().splitlines(keepends=True):
+            if line.endswith(b"\n"):
+                row = Row(**json.loads(line))
+                rows.setdefault(row.key, row)
+    return list(rows.values())
+
+
+def summarize(rows: Iterable[Row]) -> list[Summary]:
+    """A summary for each setting, in the order in which they first come."""
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.setting.key, []).append(row)
+    return [_summary(group) for group in groups.values()]
+
+
+def table(summaries: list[Summary]) -> str:
+    """In GitHub's Markdown, a line a setting."""
+    header = ["method", "budget", "accuracy (95 % interval)", "tokens", "truncated", "tokens/s", "peak KV", "evicted"]
+    lines = []
+    for one in summaries:
+        low, high = one.interval
+        budget = "all" if one.setting.budget is None else f"{one.setting.budget:,}"
+        lines.append([
+            one.setting.label, budget + f" (prompts over it: {one.over_budget})" * bool(one.over_budget),
+            f"{one.accuracy:.1%} ({low:.1%} to {high:.1%})", f"{one.mean_tokens:,.0f}",
+            f"{one.truncated / one.rows:.1%}", f"{one.tokens_per_second:,.0f}", f"{one.kv_bytes:,}",
+            f"{one.evictions:,.0f}",
+        ])  # fmt: skip
+    return markdown(header, lines)
+
+
+def _summary(rows: list[Row]) -> Summary:
+    seconds: dict[int, float] = {}  # of each batch, whose rows ran side by side
+    for row in rows:
+        seconds[row.batch] = max(seconds.get(row.batch, 0.0), row.seconds)
+    tokens = sum(row.tokens for row in rows)
+    return Summary(
+        setting=rows[0].setting,
+        rows=len(rows),
+        correct=sum(row.correct for row in rows),
+        truncated=sum(row.truncated for row in rows),
+        over_budget=sum(row.over_budget for row in rows),
+        mean_tokens=tokens / len(rows),
+        tokens_per_second=tokens / max(sum(seconds.values()), 1e-9),
+        kv_bytes=max(row.kv_bytes for row in rows),
+        evictions=sum(row.evictions for row in rows) / len(rows),
+    )

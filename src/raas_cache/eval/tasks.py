@@ -1,0 +1,166 @@
+"""Data sets: a registry entry each, loaded with `datasets` from the Hub or from a local file, as prompts and answers."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib.util
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import answers, chains
+
+
+QUESTIONS, ANSWERS = ("problem", "question", "prompt"), ("answer",)
+"""Columns looked for in a local file, in this order."""
+BOXED = "\n\nPlease reason step by step, and put your final answer within \\boxed{}."
+CHAIN_LINES = 50
+CHAIN_PROBLEMS = 100
+LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+@dataclass(frozen=True)
+class HubSet:
+    """Where a data set is on the Hub, and how long its chains may get."""
+
+    path: str
+    question: str
+    answer: str = "answer"
+    split: str = "test"
+    name: str | None = None
+    max_new_tokens: int = 32_768
+
+
+HUB_SETS = {
+    "gsm8k": HubSet("openai/gsm8k", "question", name="main", max_new_tokens=4096),
+    "math500": HubSet("HuggingFaceH4/MATH-500", "problem"),
+    "aime24": HubSet("HuggingFaceH4/aime_2024", "problem", split="train"),
+    "aime25": HubSet("math-ai/aime25", "problem"),
+}
+"""The registry: a data set is a line."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Questions with their answers, and how to ask and to mark.
+
+    Args:
+        name: of the data set.
+        questions, golds: as many of each.
+        max_new_tokens: after which a chain is cut off, unless the caller says otherwise.
+        instruction: added to each question; with None the question is the prompt, and no chat template is applied.
+        mark: (output, gold) -> (the answer found in the output or None, whether it is right).
+    """
+
+    name: str
+    questions: list[str]
+    golds: list[str]
+    max_new_tokens: int
+    instruction: str | None
+    mark: Callable[[str, str], tuple[str | None, bool]]
+
+    def prompts(self, tokenizer) -> list[str]:
+        """The texts that the model is given, special tokens of a chat template included."""
+        if self.instruction is None:
+            return self.questions
+        asked = [question + self.instruction for question in self.questions]
+        if tokenizer.chat_template is None:
+            return [text + "\n\n" for text in asked]
+        chats = [[{"role": "user", "content": text}] for text in asked]
+        return tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+
+    def token_ids(self, tokenizer) -> list[list[int]]:
+        """`prompts` as tokens; a chat template has put in the special ones already."""
+        templated = self.instruction is not None and tokenizer.chat_template is not None
+        return tokenizer(self.prompts(tokenizer), add_special_tokens=not templated)["input_ids"]
+
+
+def load_task(name: str, limit: int | None = None, seed: int = 0) -> Task:
+    """A data set by name.
+
+    Args:
+        name: one of `HUB_SETS`; a local `.jsonl`, `.json`, `.csv` or `.parquet` file with a column `problem`,
+            `question` or `prompt` and a column `answer`; or `"chains"`, problems of 50 lines for the embedded model,
+            `"chains-20"` with 20 lines and so on.
+        limit: the first rows only; of chains, how many are drawn (100).
+        seed: which chains are drawn.
+
+    Raises:
+        ValueError: there is no such data set or file, it cannot be loaded, or lacks a column or an answer.
+        ImportError: `datasets` or `math-verify` is missing.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit} must be at least 1.")
+    if chain := re.fullmatch(r"chains(?:-(\d+))?", name):
+        return chain_task(chains.problems(limit or CHAIN_PROBLEMS, int(chain[1] or CHAIN_LINES), seed), name)
+
+    entry = HUB_SETS.get(name)
+    is_file = Path(name).suffix in LOADERS
+    if entry is None and not is_file:
+        near = difflib.get_close_matches(name, [*HUB_SETS, "chains"], n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"use {', '.join(HUB_SETS)}, chains, or a .jsonl file."
+        raise ValueError(f"dataset={name!r} is not a data set: {hint}")
+    if entry is None and not Path(name).is_file():
+        raise ValueError(f"dataset={name!r} is not there: check the path.")
+    answers.require_math_verify()
+    rows = _load_rows(name, entry)
+    rows = rows.select(range(min(limit or len(rows), len(rows))))
+    question = _column(name, rows.column_names, (entry.question,) if entry else QUESTIONS)
+    answer = _column(name, rows.column_names, (entry.answer,) if entry else ANSWERS)
+    for index, row in enumerate(rows):
+        for column in (question, answer):
+            if row[column] is None or not str(row[column]).strip():
+                raise ValueError(f"dataset={name!r} has an empty {column!r} in row {index}: fill or drop the row.")
+    if not len(rows):
+        raise ValueError(f"dataset={name!r} has no rows.")
+    golds = [answers.gold_of(str(value)) for value in rows[answer]]
+    longest = entry.max_new_tokens if entry else HubSet.max_new_tokens
+    return Task(name, [str(text) for text in rows[question]], golds, longest, BOXED, _mark_maths)
+
+
+def chain_task(sample: list[chains.ChainProblem], name: str = "chains") -> Task:
+    """Chain problems as a task, whose golds are whole chains."""
+    prompts, golds = [problem.prompt for problem in sample], [problem.chain for problem in sample]
+    return Task(name, prompts, golds, chains.completion_length(sample), None, _mark_chain)
+
+
+def hash_of(text: str) -> str:
+    """What tells prompts apart: the first 16 hexadecimal digits of their SHA-256."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _load_rows(name: str, entry: HubSet | None) -> Any:
+    if importlib.util.find_spec("datasets") is None:
+        raise ImportError("Data sets need datasets: pip install raas-cache[eval]")
+    import datasets
+
+    try:
+        if entry:
+            return datasets.load_dataset(entry.path, entry.name, split=entry.split)
+        return datasets.load_dataset(LOADERS[Path(name).suffix], data_files=name, split="train")
+    except Exception as error:  # whatever the Hub client and the parsers raise
+        reason = str(error).strip().partition("\n")[0]
+        mend = "give a local file of the same columns instead" if entry else "is it of the format its name says?"
+        raise ValueError(f"dataset={name!r} cannot be loaded ({type(error).__name__}: {reason}): {mend}") from error
+
+
+def _column(dataset: str, present: list[str], wanted: tuple[str, ...]) -> str:
+    found = next((name for name in wanted if name in present), None)
+    if found is None:
+        raise ValueError(
+            f"dataset={dataset!r} has no column {' or '.join(map(repr, wanted))}, only {', '.join(present)}: "
+            "rename the one that is meant."
+        )
+    return found
+
+
+def _mark_maths(output: str, gold: str) -> tuple[str | None, bool]:
+    return answers.extract(output), answers.is_correct(output, gold)
+
+
+def _mark_chain(output: str, gold: str) -> tuple[str | None, bool]:
+    """Every token of a chain must be right: its answer is one digit, which a guess hits too often."""
+    return output, output.split() == gold.split()
