@@ -5,7 +5,7 @@ TORCH ?= 2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test study lint clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.installed-cli
@@ -14,6 +14,10 @@ demo: $(VENV)/.installed-cli
 # One thread a worker: the tests' models are too small to share among cores.
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+# The rows already there are not run again. For a look at it: make study ARGS=--quick
+study: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 examples/study.py $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check

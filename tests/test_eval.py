@@ -186,7 +186,7 @@ class TestResume:
         run(model, tokenizer, task, dense, out=tmp_path, about={"model": "this"})
         with pytest.raises(ValueError, match=r"holds rows with model='this', this run has 'that': give another folder"):
             run(model, tokenizer, task, dense, out=tmp_path, about={"model": "that"})
-        with pytest.raises(ValueError, match="max_new_tokens=77, this run has 9: give another folder"):
+        with pytest.raises(ValueError, match="max_new_tokens=115, this run has 9: give another folder"):
             run(model, tokenizer, task, dense, out=tmp_path, decoding=Decoding(max_new_tokens=9))
         with pytest.raises(ValueError, match="has row 0 of another prompt: give another folder"):
             run(model, tokenizer, chain_task(problems(2, 6, seed=1)), dense, out=tmp_path)
@@ -219,10 +219,10 @@ class TestProcesses:
     def test_two_give_row_for_row_what_one_gives(self, tmp_path):
         options = ["--dataset", "chains-8", "--limit", 7, "--budget", "48", "--page-size", 4, "--batch-size", 2]
         options += ["--method", "dense,raas,h2o", "--out"]
-        one = command(*options, tmp_path / "one")
+        one = command(*options, tmp_path / "one", CUDA_VISIBLE_DEVICES="")
         launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2]
         launch += ["--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0]
-        two = command(*options, tmp_path / "two", launch=[*launch, "-m", "raas_cache.eval"], ACCELERATE_USE_CPU="1")
+        two = command(*options, tmp_path / "two", launch=[*launch, "-m", "raas_cache.eval"], CUDA_VISIBLE_DEVICES="")
         assert one.returncode == two.returncode == 0, one.stderr + two.stderr
         assert sorted_rows(tmp_path / "one") == sorted_rows(tmp_path / "two")
         assert columns(one.stdout) == columns(two.stdout)
@@ -262,7 +262,8 @@ def count_calls(monkeypatch, model):
 
 
 def start(*options, launch=(sys.executable, "-m", "raas_cache.eval"), **environment):
-    environment |= {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    pytest.importorskip("typer")
+    environment = {**os.environ, **environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([str(word) for word in (*launch, *options)], env=environment, cwd=ROOT, **pipes)
 

@@ -46,9 +46,11 @@ metric_list: [{{metric: exact_match}}]
 
 @pytest.fixture(scope="module", autouse=True)
 def offline():
+    def refuse(*_):
+        raise AssertionError("the network was asked")
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        patch.setenv("HF_DATASETS_OFFLINE", "1")
+        patch.setattr("socket.socket.connect", refuse)
         yield
 
 
@@ -118,9 +120,7 @@ class TestGeneration:
     def test_batch_size_changes_nothing(self, evaluate, method, page_size):
         """With small pages the two lengths of prompt fill different numbers of them."""
         common = {"method": method, "budget": SMALL, "page_size": page_size, "min_decode_pages": 1}
-        one, four = evaluate(1, **common), evaluate(4, **common)
-        assert one[:2] == four[:2]
-        assert one[2]["pages_evicted"] == four[2]["pages_evicted"]
+        assert evaluate(1, **common)[:2] == evaluate(4, **common)[:2]
 
     @pytest.mark.parametrize(("method", "kind"), [("raas", RaaSCache), ("dense", DynamicCache)])
     def test_each_call_gets_a_new_cache(self, monkeypatch, method, kind):
@@ -228,15 +228,14 @@ class TestDoors:
         with pytest.raises(ImportError, match=r"needs lm_eval: pip install raas-cache\[harness\]"):
             importlib.import_module("raas_cache.eval.harness")
 
-    def test_command_line(self, tasks, tmp_path, evaluate):
+    def test_command_line(self, tasks, tmp_path):
         arguments = f"pretrained={embedded_model()},method=raas,budget={LARGE},page_size=4,alpha=1e-4"
         command = [sys.executable, "-m", "raas_cache.eval.harness", "run", "--model", "raas", "--model_args", arguments]
         command += ["--tasks", "chains", "--include_path", tasks, "--batch_size", "4", "--device", "cpu"]
         command += ["--output_path", tmp_path]
         path = os.pathsep.join(map(str, (ROOT / "src", ROOT / "kernels")))
-        run = subprocess.run(
-            list(map(str, command)), env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
-        )
+        env = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
+        run = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
         (file,) = tmp_path.rglob("results_*.json")
         found = json.loads(file.read_text())

@@ -374,6 +374,11 @@ class TestConfigs:
 class TestOperators:
     """What `torch.compile` is told of the operators is what they do: schema, what they write to, shapes and dtypes."""
 
+    @pytest.fixture(autouse=True)
+    def on_device(self):
+        with torch.device(DEVICE):
+            yield
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     @pytest.mark.parametrize("full", [False, True])
     def test_append(self, full, dtype):

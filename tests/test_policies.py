@@ -17,8 +17,8 @@ from raas_cache import PagedCache, Policy, RaaSCache, from_name, learn_budgets, 
 from raas_cache.budgets import _deal_out, _interpolated
 from raas_cache.eval import chain_task, run
 from raas_cache.eval.chains import problems, share_right, tokens_of
-from raas_cache.eval.measure import wilson_interval
 from raas_cache.eval.settings import Setting
+from raas_cache.measure import wilson_interval
 from raas_cache.policies import POLICIES, RaaSPolicy
 
 from .helpers import generate, prompt, resident_set, tiny_model

@@ -292,7 +292,7 @@ class PagedCache(Cache):
 
     @property
     def is_over_budget(self) -> bool:
-        """Whether the prompt leaves a layer less room than `min_decode_pages`, so that it holds more than its budget."""
+        """Whether the prompt leaves a layer less room than `min_decode_pages`, so that more is held than budgeted."""
         return any(layer.is_over_budget for layer in self._paged_layers)
 
     @property

@@ -23,7 +23,7 @@ from .bench.steps import Plan, Row, run
 from .eval import chains, plots
 from .eval.chains import ChainProblem, completion_length
 from .eval.command import evaluate
-from .eval.measure import kv_nbytes
+from .measure import kv_nbytes
 from .policies.raas import DEFAULT_ALPHA
 
 

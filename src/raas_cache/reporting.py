@@ -1,6 +1,42 @@
 """Tables and figures that `bench` and `eval` both write."""
 
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, which the colour-blind can tell apart; markers for those who print.
+STYLES = (
+    ("#000000", "o"), ("#999999", "s"), ("#E69F00", "D"), ("#0072B2", "^"), ("#D55E00", "v"), ("#009E73", "P"),
+    ("#CC79A7", "X"), ("#56B4E9", "*"), ("#F0E442", "h"),
+)  # fmt: skip
+
 
 def markdown(header: list[str], lines: list[list[str]]) -> str:
     """A GitHub-Markdown table."""
     return "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *lines))
+
+
+def require_matplotlib() -> None:
+    """Raise an ImportError that says what to install if matplotlib is missing."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("Plots need matplotlib: pip install raas-cache[viz]")
+
+
+def save(drawn: dict[str, Figure], folder: Path) -> list[Path]:
+    """Save each figure as PNG and SVG under its name; returns where. The same figure gives the same bytes."""
+    from matplotlib import rc_context
+
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    with rc_context({"svg.hashsalt": "raas-cache"}):
+        for name, figure in drawn.items():
+            for kind, metadata in (("png", None), ("svg", {"Date": None})):
+                paths.append(folder / f"{name}.{kind}")
+                figure.savefig(paths[-1], dpi=150, metadata=metadata)
+    return paths

@@ -16,8 +16,8 @@ from transformers import PreTrainedConfig
 
 import raas_kernels
 
-from .filling import kv_shape
 from ..reporting import markdown
+from .filling import kv_shape
 from .steps import WARMUP, Timing
 
 

@@ -1,6 +1,5 @@
 """Tables, JSON and plots of what was timed."""
 
-import importlib.util
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -9,18 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
-from ..reporting import markdown
+from ..reporting import STYLES, markdown, require_matplotlib, save
 from .steps import BASELINES, Case, Row, Timing
 
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-# Okabe and Ito's colours, which the colour-blind can tell apart; markers for those who print.
-STYLES = (
-    ("#000000", "o"), ("#999999", "s"), ("#E69F00", "D"), ("#0072B2", "^"), ("#D55E00", "v"), ("#009E73", "P"),
-    ("#CC79A7", "X"), ("#56B4E9", "*"), ("#F0E442", "h"),
-)  # fmt: skip
 
 
 def about(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -66,12 +59,6 @@ def read_json(path: Path) -> list[Row]:
     ]
 
 
-def require_matplotlib() -> None:
-    """Raise an ImportError that says what to install if matplotlib is missing."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError("Plots need matplotlib: pip install raas-cache[viz]")
-
-
 def figures(rows: list[Row]) -> dict[str, "Figure"]:
     """`ms_per_token` and `kv_bytes` against the tokens seen: a panel for each batch, budget and mode, a line a method.
 
@@ -111,17 +98,3 @@ def figures(rows: list[Row]) -> dict[str, "Figure"]:
 def plot(rows: list[Row], folder: Path) -> list[Path]:
     """Save `figures` as PNG and SVG; returns where. Raises as `figures` does."""
     return save(figures(rows), folder)
-
-
-def save(drawn: dict[str, "Figure"], folder: Path) -> list[Path]:
-    """Save each figure as PNG and SVG under its name; returns where. The same figure gives the same bytes."""
-    from matplotlib import rc_context
-
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    with rc_context({"svg.hashsalt": "raas-cache"}):
-        for name, figure in drawn.items():
-            for kind, metadata in (("png", None), ("svg", {"Date": None})):
-                paths.append(folder / f"{name}.{kind}")
-                figure.savefig(paths[-1], dpi=150, metadata=metadata)
-    return paths

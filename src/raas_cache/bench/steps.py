@@ -16,7 +16,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache
 
-from ..eval.measure import kv_nbytes
+from ..measure import kv_nbytes
 from ..methods import from_name
 from ..policies import POLICIES
 from .filling import Filler

@@ -1,7 +1,7 @@
 r"""The final answer in what a model wrote, and whether it is right.
 
-math-verify does the mathematics. What is here finds the answer, and is stricter where math-verify is too kind: letters
-taken for units (`3c` is not 3), bases (`52_8` is not `52_9`), words (`seat` is not `east`), roundings of an exact value.
+math-verify does the mathematics. What is here finds the answer, and is stricter where math-verify is too kind: on
+letters taken for units (`3c` is not 3), bases (`52_8` is not `52_9`), words (`seat` is not `east`) and roundings.
 """
 
 import importlib.util
@@ -9,7 +9,6 @@ import logging
 import os
 import re
 import threading
-import warnings
 from functools import cache
 from types import SimpleNamespace
 
@@ -22,7 +21,8 @@ LONGEST_TAIL = 10_000
 """Characters at the end of a text in which math-verify looks for an answer."""
 
 _BRACE = re.compile(r"(\\(?:boxed|fbox|framebox(?:\[[^\]]*\])*)\s*\{)|\\.|[{}]", re.DOTALL)
-_HASHES = re.compile(r"#{4,}\s*([^\s#].*)")
+_HASHES = re.compile(r"(?<!#)#{4,}\s*([^\s#].*)")
+_BOLD = re.compile(r"(?<!\w)\*\*([^*\n]+)\*\*")
 _THOUSANDS = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 _THIN = r"(?:\{ ?, ?\}|, ?\\!|\\,)\s*"  # how TeX separates thousands
 _TIDY = [(re.compile(pattern), to) for pattern, to in (
@@ -37,11 +37,11 @@ _TIDY = [(re.compile(pattern), to) for pattern, to in (
 _POWER = r"(?: ?\^ ?(?:\d|\{\d\}))?"
 # As in math-verify, any word is a unit, and none changes what is said; but for those that do.
 _WORD_UNIT = (
-    r"\\(?:text|textrm|mathrm|mbox) ?\{(?![^{}]*\b(?:hundred|thousand|million|billion|trillion|dozen|half|and|or|not|if|"
-    rf"[ap]\.?m)\b)[^{{}}\d()]+\}}{_POWER}"
+    r"\\(?:text|textrm|mathrm|mbox) ?\{(?![^{}]*\b(?:hundred|thousand|million|billion|trillion|dozen|half|and|or|not|"
+    rf"if|[ap]\.?m)\b)[^{{}}\d()]+\}}{_POWER}"
 )
 _BARE_UNIT = (
-    r"(?:(?:square|cubic|sq\.?) )?(?:[ckm]?m|kg|ft|mph|inch(?:es)?|feet|foot|yards?|met(?:er|re)s?|miles?|seconds?|"
+    r"(?:(?:square|cubic|sq\.?) )?(?:[ckm]m|kg|ft|mph|inch(?:es)?|feet|foot|yards?|met(?:er|re)s?|miles?|seconds?|"
     rf"minutes?|hours?|days?|weeks?|months?|years?|dollars?|cents?|degrees?|pounds?|units?){_POWER}"
 )
 _DEGREES = r"\^ ?(?:\\circ|\{ ?\\circ ?\})|°|\\degrees?"
@@ -53,7 +53,7 @@ _CURLY, _ROUND = re.compile(r"\\\{.*\\\}"), re.compile(r"[(\[].*[)\]]")
 _WORD = re.compile(r"[A-Za-z]{3,}|[\dA-F]*[A-F][\dA-F]*_\{?\d+\}?")
 # Two numbers side by side, which math-verify adds up, and what takes sympy longer than anybody waits.
 _HOPELESS = re.compile(
-    r"\d \d|\\(?:sum|prod|i*int)(?![a-z])|\^ ?\{?[ -]*[\d., ]{5,}|\^ ?\{?[ -]*\d+[} ]*\^|\d{5,}\)* ?!|!\)* ?!|"
+    r"(?<!_)\d \d|\\(?:sum|prod|i*int)(?![a-z])|\^ ?\{?[ -]*[\d., ]{5,}|\^ ?\{?[ -]*\d+[} ]*\^|\d{5,}\)* ?!|!\)* ?!|"
     r"\\[dt]?binom.*\d{5,}|\d[eE][+-]?\d{4,}"
 )
 
@@ -67,8 +67,9 @@ def require_math_verify() -> None:
 def extract(output: str) -> str | None:
     r"""The text of the final answer in what a model wrote, or None if there is none.
 
-    It is what the last `\boxed{}` holds; else the line after the last `####`; else what math-verify finds, such as 42
-    in "The answer is 42.". After `</think>` if there is an answer, else in the whole text.
+    It is what the last `\boxed{}` holds; else the line after the last `####`; else what math-verify finds announced,
+    such as 42 in "The answer is 42.": the last number of a chain that was cut off is no answer. After `</think>` if
+    there is an answer, else in the whole text.
 
     Raises:
         ImportError: math-verify is needed and missing.
@@ -93,7 +94,9 @@ def is_correct(output: str, gold: str) -> bool:
     """
     require_math_verify()
     answer = extract(output)
-    return answer is not None and _same(_tidy(answer), _tidy(gold))
+    if answer is None or max(len(answer), len(gold)) > LONGEST_ANSWER:
+        return answer == gold
+    return _same(_tidy(answer), _tidy(gold))
 
 
 def _last_answer(text: str) -> str | None:
@@ -101,8 +104,12 @@ def _last_answer(text: str) -> str | None:
         return found[-1].strip()
     require_math_verify()
     maths = _math_verify()
-    found = _quietly(maths.parse, text[-LONGEST_TAIL:], maths.anywhere, parsing_timeout=_timeout()) or []
-    return next((match for match in found if isinstance(match, str) and match), None)
+    text = _BOLD.sub(r"\1", text[-LONGEST_TAIL:])  # math-verify would multiply by the asterisks
+    found = maths.parse(text, maths.anywhere, parsing_timeout=_timeout())
+    answer = next((match for match in found if isinstance(match, str) and match), None)
+    # Of a bare 3x or 1e5 it takes the number.
+    torn = answer and answer in text and not re.search(rf"(?<!\w){re.escape(answer)}(?![\w^(*/]|\\[a-zA-Z])", text)
+    return None if torn else answer
 
 
 def _boxes(text: str) -> list[str]:
@@ -121,9 +128,9 @@ def _tidy(text: str) -> str:
     text = text.strip()
     for pattern, to in _TIDY:
         text = pattern.sub(to, text)
-    before, text = None, text.strip()
-    while before != text:  # 3 \text{ m}/\text{s} has two
-        before, text = text, _UNIT.sub("", text.removesuffix(".")).strip()
+    before, text = None, text.strip().removesuffix(".")
+    while before != text and re.search(r"\d|\\pi", text):  # 3 \text{ m}/\text{s} has two units
+        before, text = text, _UNIT.sub("", text).strip()
     return text.replace(",", "") if _THOUSANDS.fullmatch(text) else text
 
 
@@ -133,7 +140,7 @@ def _plain(text: str) -> str:
     while before != text:
         before, text = text, _WRAP.sub(r"\1", text)
     text = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text).removesuffix(".")
-    text = re.sub(r"^\(([A-Za-z])\)$", r"\1", text)  # a choice
+    text = re.sub(r"^\(([A-Za-z]|\d+)\)$", r"\1", text)  # (C)
     return text.lower() if re.fullmatch(r"[A-Za-z]{2,}", text) else text
 
 
@@ -141,29 +148,26 @@ def _same(answer: str, gold: str) -> bool:
     plain, plain_gold = _plain(answer), _plain(gold)
     if plain == plain_gold:
         return bool(plain)
-    if any(_WORD.fullmatch(text) for text in (plain, plain_gold)) or max(len(answer), len(gold)) > LONGEST_ANSWER:
+    both = (answer, gold)
+    if (
+        any(_WORD.fullmatch(text) for text in (plain, plain_gold))
+        or any(_HOPELESS.search(text) for text in both)
+        or any(_CURLY.fullmatch(one) and _ROUND.fullmatch(other) for one, other in (both, both[::-1]))
+        or _BASE.findall(answer) not in ([], _BASE.findall(gold))  # it goes without saying, but not wrong
+    ):
         return False
-    if _HOPELESS.search(answer) or _HOPELESS.search(gold):
-        return False
-    if (bases := _BASE.findall(answer)) and bases != _BASE.findall(gold):
-        return False
-    if any(_CURLY.fullmatch(one) and _ROUND.fullmatch(other) for one, other in ((answer, gold), (gold, answer))):
-        return False
-    maths = _math_verify()
+    maths, seconds = _math_verify(), _timeout()
+    parsed_gold, parsed, absurd = (
+        maths.parse(rf"\boxed{{{text}}}", maths.boxed, "no_fallback", "first_match", parsing_timeout=seconds)
+        for text in (gold, answer, "0=1")
+    )
 
-    def parsed(text: str) -> list:
-        box = rf"\boxed{{{text}}}"
-        return _quietly(maths.parse, box, maths.boxed, "no_fallback", "first_match", parsing_timeout=_timeout()) or []
+    def equal(target: list) -> bool:
+        # At 12 decimals 0.333333 is not 1/3, nor .00006724 .0000672.
+        return maths.verify(parsed_gold, target, 12, 50, allow_set_relation_comp=True, timeout_seconds=seconds)
 
-    def equal(golds: list, answers: list) -> bool:
-        # Digits enough that only a decimal of an exact value, written out in full, is that value.
-        return bool(_quietly(maths.verify, golds, answers, 12, 50, timeout_seconds=_timeout()))
-
-    golds = parsed(gold)
-    if not equal(golds, parsed(answer)):
-        return False
-    # To math-verify, equations without a real solution are all the same.
-    return "=" not in gold or not equal(golds, parsed("0=1"))
+    # All equations without a real solution are equal to math-verify.
+    return equal(parsed) and not ("=" in gold and equal(absurd))
 
 
 @cache
@@ -173,23 +177,11 @@ def _math_verify() -> SimpleNamespace:
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of each timeout, and of having none
     tidied = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="last")
-    boxed = LatexExtractionConfig(boxed_match_priority=0, normalization_config=tidied)
-    return SimpleNamespace(parse=parse, verify=verify, boxed=[boxed], anywhere=[boxed, ExprExtractionConfig()])
+    boxed = LatexExtractionConfig(False, boxed_match_priority=0, normalization_config=tidied)
+    return SimpleNamespace(parse=parse, verify=verify, boxed=[boxed], anywhere=[boxed, ExprExtractionConfig(False)])
 
 
 def _timeout() -> int | None:
-    """None where math-verify has no signals to stop itself with."""
+    """None where math-verify has no signals to stop itself with; `_HOPELESS` must do there."""
     main = threading.current_thread() is threading.main_thread()
     return TIMEOUT if main and os.name == "posix" else None
-
-
-def _quietly(function, *args, **options):
-    """What the function returns, or None if it fails, as math-verify's and sympy's do on texts that mean nothing."""
-    from math_verify.errors import TimeoutException  # no Exception, so that sympy does not catch it
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the Python code that sympy makes of a text
-        try:
-            return function(*args, **options)
-        except (Exception, TimeoutException):
-            return None

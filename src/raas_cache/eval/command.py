@@ -97,6 +97,4 @@ def _load(name: str, dtype: torch.dtype | str) -> tuple[PreTrainedTokenizerBase,
             "and tokenizer, or a name on the Hub.",
             param_hint="--model",
         ) from None
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer, model.eval().to(processes().device)

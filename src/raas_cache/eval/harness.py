@@ -13,6 +13,7 @@ import warnings
 from typing import Any
 
 import torch
+from transformers import Cache
 
 
 try:
@@ -22,10 +23,10 @@ try:
 except ImportError as error:
     raise ImportError("The model type 'raas' needs lm_eval: pip install raas-cache[harness]") from error
 
-from ..cache import CacheOptions
+from ..cache import Budget, CacheOptions
+from ..measure import evictions
 from ..policies import POLICIES
-from .measure import evictions
-from .runner import SHORT, _span
+from .runner import SHORT, span_of
 from .settings import DENSE, Setting
 
 
@@ -44,16 +45,16 @@ class RaaSLM(HFLM):
     Every batch of `generate_until` requests gets new caches. Greedy results do not depend on the batch size, and the
     task's `max_gen_toks` holds, whatever the model's generation_config has for `max_new_tokens`.
 
-    Log-likelihood requests are as with `hf`: one forward without decoding, in which no method evicts anything. A warning
-    says so, for such a task measures the dense model. The `config` of the results has the method with its options, the
-    budget, and the pages that were evicted: with none, a score is the dense model's.
+    Log-likelihood requests are as with `hf`: one forward without decoding, in which no method evicts anything. A
+    warning says so, for such a task measures the dense model. The `config` of the results has the method with its
+    options, the budget, and the pages that were evicted: with none, a score is the dense model's.
 
     lm_eval's `--use_cache` tells requests apart, not models: give every method and budget a file of its own.
 
     Args:
         pretrained: as `HFLM`.
         method (`str`): a name that `from_name` takes; `"dense"` is transformers' `DynamicCache`.
-        budget (`int`, *optional*): tokens to hold, 1024 by default. Dense takes none.
+        budget (`int`, or a list of them, *optional*): tokens to hold, 1024 by default; dense takes none.
         kwargs: the method's options (`alpha`, `page_size` ...) as `from_name` takes them, and what `HFLM` takes.
 
     Raises:
@@ -61,13 +62,13 @@ class RaaSLM(HFLM):
         TypeError: an argument that neither the method nor the model takes.
     """
 
-    def __init__(self, pretrained: Any, method: str = "raas", budget: int | None = None, **kwargs: Any):
+    def __init__(self, pretrained: Any, method: str = "raas", budget: Budget | None = None, **kwargs: Any):
         options = {name: kwargs.pop(name) for name in option_names() if name in kwargs}
         if budget is None and method != DENSE:
             budget = DEFAULT_BUDGET
         self.setting = Setting(method, budget, options)
         self.setting.new_cache()  # what it refuses is said before a model is loaded
-        self.span = _span(self.setting)
+        self.span = span_of(self.setting)
         self.pages_evicted = 0
         # What HFLM does not know goes to `from_pretrained`, unless the model is loaded already: then nobody looks.
         unknown = kwargs.keys() - inspect.signature(HFLM).parameters.keys()
@@ -81,7 +82,10 @@ class RaaSLM(HFLM):
             raise TypeError(_unknown(str(error))) from error
         if self.backend != "causal":
             raise ValueError(f"backend={self.backend!r} is not served: use a decoder-only model, or model type 'hf'.")
-        self.setting.new_cache(self.model.config)  # and what it refuses in a model before the first request
+        self._new_cache()  # and what it refuses in a model before the first request
+
+    def _new_cache(self) -> Cache:
+        return self.setting.new_cache(self.model.config.get_text_config(decoder=True))
 
     def _model_generate(
         self, context: torch.Tensor, max_length: int, stop: list[str], attention_mask: torch.Tensor, **kwargs: Any
@@ -95,7 +99,7 @@ class RaaSLM(HFLM):
         parts = []
         for rows in (spans == span for span in spans.unique()):
             padding = context.shape[1] - int(lengths[rows].max())
-            cache = self.setting.new_cache(self.model.config)
+            cache = self._new_cache()
             options = {
                 "attention_mask": attention_mask[rows, padding:],
                 "past_key_values": cache,

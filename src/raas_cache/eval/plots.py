@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterable
 from itertools import cycle, product
 from pathlib import Path
@@ -11,10 +10,11 @@ from statistics import fmean
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
+from .. import reporting
 from ..bench import report
 from .results import Summary, read_rows, summarize
 from .runner import SETTINGS_FILE
-from .settings import DENSE, Setting
+from .settings import DENSE, Setting, common_options
 
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 STYLES = [
     {"color": colour, "marker": marker, "linestyle": dashes, "markersize": 6}
-    for dashes, (colour, marker) in product(("-", "--", ":"), report.STYLES)
+    for dashes, (colour, marker) in product(("-", "--", ":"), reporting.STYLES)
 ]
 COLUMNS = 3
 HOLLOW = {"markerfacecolor": "white"}
@@ -52,10 +52,10 @@ def figures(summaries: list[Summary], title: str = "") -> dict[str, Figure]:
     Raises:
         ImportError: matplotlib is missing.
     """
-    report.require_matplotlib()
+    reporting.require_matplotlib()
     if not summaries:
         return {}
-    common = _common_options(summaries)
+    common = common_options(one.setting for one in summaries)
     drawn = {"accuracy": _accuracy(summaries, common), "chain_length": _chain_length(summaries, common)}
     for option, panels in _ablations(summaries).items():
         drawn[f"ablation_{option}"] = _ablation(option, panels, common)
@@ -83,7 +83,7 @@ def plot(folder: Path) -> list[Path]:
         drawn |= report.figures(report.read_json(bench))
     if not drawn:
         raise ValueError(f"folder='{folder}' holds no results: run raas-cache eval --out {folder} first.")
-    return report.save(drawn, folder)
+    return reporting.save(drawn, folder)
 
 
 def _bounded(summaries: list[Summary]) -> list[Summary]:
@@ -95,28 +95,11 @@ def _tokens(setting: Setting) -> float:
     return fmean(setting.budget) if isinstance(setting.budget, tuple) else setting.budget
 
 
-def _common_options(summaries: list[Summary]) -> list[str]:
-    """`name=value` of options that every setting with a budget names, and most with this value."""
-    settings = [one.setting for one in _bounded(summaries)]
-    counts = Counter(part for setting in settings for part in setting.label.split(":")[1:])
-    return [
-        part
-        for part, count in counts.items()
-        if 2 * count > len(settings) and all(part.partition("=")[0] in setting.options for setting in settings)
-    ]
-
-
-def _label(setting: Setting, common: list[str], without: str | None = None) -> str:
-    """The setting's label, less the common options and one more."""
-    parts = [part for part in setting.label.split(":") if part not in common and part.partition("=")[0] != without]
-    return ":".join([*parts, "by layer"] if isinstance(setting.budget, tuple) else parts)
-
-
 def _lines(summaries: list[Summary], common: list[str]) -> dict[str, list[Summary]]:
     """Label -> its budgets in order, dense first. What has options and one budget serves ablations only."""
     lines: dict[str, list[Summary]] = {}
     for one in sorted(summaries, key=lambda one: one.setting.method != DENSE):
-        lines.setdefault(_label(one.setting, common), []).append(one)
+        lines.setdefault(one.setting.label_but(common), []).append(one)
     drawn = {label: ones for label, ones in lines.items() if len(ones) > 1 or ":" not in label}
     drawn = drawn if drawn.keys() - {DENSE} else lines  # rather than nothing
     return {label: sorted(ones, key=lambda one: _tokens(one.setting)) for label, ones in drawn.items()}
@@ -193,7 +176,7 @@ def _ablation(option: str, panels: list[Panel], common: list[str]) -> Figure:
                 xs, ones = zip(*sorted((at[value], one) for value, one in panel[budget].items()), strict=True)
                 look = style if are_numbers else {**style, "linestyle": "none"}
                 _with_intervals(axis, xs, ones, aside, label=f"{budget:,}", **look)
-        axis.set_title(_label(ones[0].setting, common, without=option), fontsize=10)
+        axis.set_title(ones[0].setting.label_but(common, option), fontsize=10)
         axis.set_xlabel(f"{option} ({UNITS[option]})" if option in UNITS else option)
         _ticks_below(axis, {x: f"{value:g}" if are_numbers else str(value) for value, x in at.items()}, wide=20)
         if not are_numbers:

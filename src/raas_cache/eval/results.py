@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..measure import wilson_interval
 from ..reporting import markdown
-from .measure import wilson_interval
-from .settings import Setting
+from .settings import Setting, common_options
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Row:
         prompt_hash: of the text that the model was given.
         method, budget, options: the setting, see `Setting`.
         output: what the model wrote.
-        answer: what was compared with `gold`; None if the output has no answer.
+        answer: found in the output; None if it has none.
         correct: whether it is right.
         prompt_tokens, tokens: of the prompt, and written, the end token included.
         truncated: whether the model was stopped by the limit of new tokens.
@@ -135,20 +135,27 @@ def summarize(rows: Iterable[Row]) -> list[Summary]:
     return [_summary(group) for group in groups.values()]
 
 
-def table(summaries: list[Summary]) -> str:
-    """In GitHub's Markdown, a line a setting."""
+def table(summaries: list[Summary], **more: list[str]) -> str:
+    """In GitHub's Markdown, a line a setting; options that most share are said below it.
+
+    Args:
+        more: further columns by name, a cell for each setting.
+    """
     header = ["method", "budget", "accuracy (95 % interval)", "tokens", "truncated", "tokens/s", "peak KV", "evicted"]
+    common = common_options(one.setting for one in summaries)
     lines = []
     for one in summaries:
         low, high = one.interval
-        budget = "all" if one.setting.budget is None else f"{one.setting.budget:,}"
+        budgets = one.setting.budget if isinstance(one.setting.budget, tuple) else (one.setting.budget,)
+        budget = "all" if budgets == (None,) else " / ".join(f"{budget:,}" for budget in budgets)
         lines.append([
-            one.setting.label, budget + f" (prompts over it: {one.over_budget})" * bool(one.over_budget),
+            one.setting.label_but(common), budget + f" (prompts over it: {one.over_budget})" * bool(one.over_budget),
             f"{one.accuracy:.1%} ({low:.1%} to {high:.1%})", f"{one.mean_tokens:,.0f}",
             f"{one.truncated / one.rows:.1%}", f"{one.tokens_per_second:,.0f}", f"{one.kv_bytes:,}",
             f"{one.evictions:,.0f}",
         ])  # fmt: skip
-    return markdown(header, lines)
+    text = markdown([*header, *more], [[*line, *cells] for line, *cells in zip(lines, *more.values(), strict=True)])
+    return text + f"\n\nUnless said otherwise: {', '.join(common)}." * bool(common)
 
 
 def _summary(rows: list[Row]) -> Summary:

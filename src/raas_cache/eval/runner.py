@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from ..cache import PagedCache
-from .measure import evictions, kv_nbytes
+from ..measure import evictions, kv_nbytes
 from .results import Row, RowFile, read_rows
 from .settings import Setting
 from .tasks import Task, hash_of
@@ -185,7 +185,7 @@ def processes() -> PartialState:
 
 def _batches(ids: list[list[int]], setting: Setting, batch_size: int) -> list[tuple[int, ...]]:
     """Rows of the task that run together, the longest prompts first."""
-    span = _span(setting)
+    span = span_of(setting)
     groups: dict[int, list[int]] = {}
     for index, prompt in enumerate(ids):
         groups.setdefault(-(-len(prompt) // span), []).append(index)
@@ -196,8 +196,8 @@ def _batches(ids: list[list[int]], setting: Setting, batch_size: int) -> list[tu
     ]
 
 
-def _span(setting: Setting) -> int:
-    """Prompts that fill as many spans of this many tokens may be padded to one length without a page being the wiser."""
+def span_of(setting: Setting) -> int:
+    """Prompts that fill as many spans of so many tokens may be padded to one length, and no page is the wiser."""
     cache = setting.new_cache()
     if not isinstance(cache, PagedCache):
         return 16
@@ -221,9 +221,14 @@ def _run_batch(
 ) -> None:
     """Generate a batch, and hand each row to `keep` when it has ended."""
     cache = job.setting.new_cache(model.config.get_text_config(decoder=True))
-    batch = {"input_ids": [ids[index] for index in job.rows]}
-    inputs = tokenizer.pad(batch, padding_side="left", return_tensors="pt").to(model.device)
-    prompt_length = inputs["input_ids"].shape[1]
+    prompt_length = max(len(ids[index]) for index in job.rows)
+    padding = [prompt_length - len(ids[index]) for index in job.rows]
+    pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
+    inputs = {
+        "input_ids": [[pad] * empty + ids[index] for empty, index in zip(padding, job.rows, strict=True)],
+        "attention_mask": [[0] * empty + [1] * (prompt_length - empty) for empty in padding],
+    }
+    inputs = {name: torch.tensor(value, device=model.device) for name, value in inputs.items()}
     torch.manual_seed(seed * len(ids) + job.rows[0])
     started = time.perf_counter()
 
@@ -258,6 +263,7 @@ def _run_batch(
         # A prompt over the budget is marked in its row.
         warnings.filterwarnings("ignore", "budget=.* leaves", UserWarning)
         criteria = StoppingCriteriaList([watch])
+        options = {"pad_token_id": pad, **options}
         sequences = model.generate(**inputs, past_key_values=cache, stopping_criteria=criteria, **options)
     for place in range(len(job.rows)):
         if place not in watch.ended:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,7 +41,7 @@ class Setting:
         if self.method == DENSE:
             if self.budget is not None or self.options:
                 given = ", ".join([f"budget={self.budget}", *self.options])
-                raise ValueError(f"method='dense' takes neither a budget nor options, it keeps everything: got {given}.")
+                raise ValueError(f"method='dense' takes neither a budget nor options, got {given}.")
             return DynamicCache(config=config)
         return from_name(self.method, self.budget, config=config, **self.options)
 
@@ -48,6 +49,11 @@ class Setting:
     def label(self) -> str:
         """The method and its options as `parse_methods` reads them: `raas:alpha=0.0001`."""
         return ":".join([self.method, *(f"{name}={value}" for name, value in sorted(self.options.items()))])
+
+    def label_but(self, common: Iterable[str], option: str | None = None) -> str:
+        """The label without some options, of which `common` holds `name=value`; budgets by layer are told apart."""
+        parts = [part for part in self.label.split(":") if part not in common and part.partition("=")[0] != option]
+        return ":".join(parts) + ", by layer" * isinstance(self.budget, tuple)
 
     @property
     def key(self) -> tuple[str, int | tuple[int, ...] | None]:
@@ -91,6 +97,17 @@ def settings(methods: Iterable[tuple[str, Mapping[str, Any]]], budgets: Iterable
             setting.new_cache()
             found.setdefault(setting.key, setting)
     return list(found.values())
+
+
+def common_options(of: Iterable[Setting]) -> list[str]:
+    """`name=value` of options that every setting with a budget names, and most with this value."""
+    bounded = [setting for setting in of if setting.method != DENSE]
+    counts = Counter(part for setting in bounded for part in setting.label.split(":")[1:])
+    return [
+        part
+        for part, count in counts.items()
+        if 2 * count > len(bounded) and all(part.partition("=")[0] in setting.options for setting in bounded)
+    ]
 
 
 def _literal(text: str) -> Any:

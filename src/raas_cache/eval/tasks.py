@@ -1,4 +1,4 @@
-"""Data sets: a registry entry each, loaded with `datasets` from the Hub or from a local file, as prompts and answers."""
+"""Data sets: a registry entry each, loaded by `datasets` from the Hub or a local file, as prompts and answers."""
 
 from __future__ import annotations
 
@@ -73,9 +73,19 @@ class Task:
         return tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
 
     def token_ids(self, tokenizer) -> list[list[int]]:
-        """`prompts` as tokens; a chat template has put in the special ones already."""
+        """`prompts` as tokens; a chat template has put in the special ones already.
+
+        Raises:
+            ValueError: the tokenizer does not know a word.
+        """
         templated = self.instruction is not None and tokenizer.chat_template is not None
-        return tokenizer(self.prompts(tokenizer), add_special_tokens=not templated)["input_ids"]
+        try:
+            return tokenizer(self.prompts(tokenizer), add_special_tokens=not templated)["input_ids"]
+        except Exception as error:  # tokenizers raises nothing more precise
+            raise ValueError(
+                f"The model's tokenizer cannot read {self.name!r} ({error}): take a model of this language; the "
+                "embedded one knows chains only."
+            ) from error
 
 
 def load_task(name: str, limit: int | None = None, seed: int = 0) -> Task:
@@ -122,9 +132,11 @@ def load_task(name: str, limit: int | None = None, seed: int = 0) -> Task:
 
 
 def chain_task(sample: list[chains.ChainProblem], name: str = "chains") -> Task:
-    """Chain problems as a task, whose golds are whole chains."""
+    """Chain problems as a task: its golds are whole chains, and a row is right if every token of it is."""
     prompts, golds = [problem.prompt for problem in sample], [problem.chain for problem in sample]
-    return Task(name, prompts, golds, chains.completion_length(sample), None, _mark_chain)
+    # Room to ramble: a model that has lost its place shows by not coming to an end.
+    longest = chains.completion_length(sample) * 3 // 2
+    return Task(name, prompts, golds, longest, None, _mark_chain)
 
 
 def hash_of(text: str) -> str:
@@ -163,4 +175,4 @@ def _mark_maths(output: str, gold: str) -> tuple[str | None, bool]:
 
 def _mark_chain(output: str, gold: str) -> tuple[str | None, bool]:
     """Every token of a chain must be right: its answer is one digit, which a guess hits too often."""
-    return output, output.split() == gold.split()
+    return chains.answer_of(output), output.split() == gold.split()

@@ -4,7 +4,7 @@ import math
 
 from transformers import Cache
 
-from ..cache import PagedCache
+from .cache import PagedCache
 
 
 def kv_nbytes(cache: Cache) -> int:

@@ -1,0 +1,144 @@
+"""The paper's experiments on the embedded model: every method at every budget, ablations, the cost of a step, the demo.
+
+Rows go to `--rows` and are never run twice; tables and figures go to `--out`. Needs `raas-cache[eval,viz]`. On two
+cores (`make study`):
+
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 examples/study.py
+"""
+
+import argparse
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
+
+from raas_cache import embedded_model, learn_budgets
+from raas_cache.bench import report
+from raas_cache.bench import run as run_bench
+from raas_cache.bench.filling import build_model, load_config
+from raas_cache.bench.steps import Plan
+from raas_cache.eval import Setting, load_task, parse_methods, run, settings, summarize, table
+from raas_cache.eval.chains import problems, share_right
+from raas_cache.eval.plots import figures
+from raas_cache.eval.runner import processes
+from raas_cache.reporting import save
+
+
+COMMON = {"page_size": 4, "min_decode_pages": 1}
+METHODS = (
+    "dense,quest,streaming_llm,streaming_llm:prompt=pin,h2o,h2o:prompt=pin,tova:prompt=pin,rkv:prompt=pin,"
+    "raas:alpha=1e-4,raas,raas:probation=16"
+)
+BUDGETS = (256, 320, 384, 448, 512, 576)
+ABLATIONS = {
+    "alpha": (1e-4, 1e-3, 0.01, 0.03, 0.1, 0.3, 0.5, 0.7),
+    "top_ratio": (0.02, 0.05, 0.1, 0.25, 0.5),
+    "probation": (8, 16, 32),
+    "page_size": (2, 8, 16),
+    "prompt": ("select", "evict"),
+    "scoring": ("minmax",),
+    "granularity": ("layer",),
+    "kv_dtype": ("int8", "fp8"),
+}
+"""Values beside the default's, each alone."""
+ABLATION_BUDGETS = (384, 448)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--problems", type=int, default=200)
+    parser.add_argument("--batch-size", type=int, default=100)
+    parser.add_argument("--quick", action="store_true", help="a look at it: few problems, settings and lengths")
+    parser.add_argument("--rows", type=Path, default=Path("results/study"))
+    parser.add_argument("--out", type=Path, default=Path("docs/results/study"))
+    args = parser.parse_args()
+    if args.quick:
+        args.problems, args.rows, args.out = 16, args.rows / "quick", args.out / "quick"
+    disable_progress_bar()
+    state = processes()
+    torch.set_num_threads(1)  # the model is too small to share among cores
+    tokenizer = AutoTokenizer.from_pretrained(embedded_model())
+    model = AutoModelForCausalLM.from_pretrained(embedded_model(), dtype=torch.float32).eval().to(state.device)
+
+    compared, varied = sections(args.quick)
+    if not args.quick:
+        calibration = tokenizer([p.prompt for p in problems(16, 50, seed=0, split="train")], return_tensors="pt")
+        inputs = {name: calibration[name].to(state.device) for name in ("input_ids", "attention_mask")}
+        for budget in ABLATION_BUDGETS:
+            learnt = learn_budgets(model, inputs, budget, 605, page_size=COMMON["page_size"])
+            varied.append(Setting("raas", tuple(learnt), COMMON))
+    task = load_task("chains", args.problems, seed=1)
+    wanted = list({setting.key: setting for setting in compared + varied}.values())
+    rows = run(model, tokenizer, task, wanted, out=args.rows, batch_size=args.batch_size)
+    state.destroy_process_group()
+    if not state.is_main_process:
+        return
+
+    ran = f"{args.problems} problems of 162 + 605 tokens, pages of {COMMON['page_size']}, {device_name(state.device)}"
+    command = f"OMP_NUM_THREADS=1 torchrun --nproc-per-node {state.num_processes} {shlex.join(sys.argv)}"
+    text = [f"`{command}`: {ran}.\n", "## Every method\n", tabled(rows, compared)]
+    text += ["\n## RaaS, one option at a time\n", tabled(rows, varied)]
+    args.out.mkdir(parents=True, exist_ok=True)
+    drawn = figures(chosen(rows, compared), ran)
+    ablations = figures(chosen(rows, [one for one in varied if isinstance(one.budget, int)]), ran)
+    save({**ablations, **drawn}, args.out)
+
+    text += ["\n## A decode step\n", bench(args)]
+    if state.device.type == "cpu":
+        demo = subprocess.run([sys.executable, "-c", DEMO], capture_output=True, text=True, check=True).stdout
+        text += ["\n## `raas-cache demo`\n", f"```\n{demo[demo.index('24 problems') :].rstrip()}\n```"]
+    (args.out / "study.md").write_text("\n".join(text) + "\n")
+    print("\n".join(text), f"\nwritten to {args.out}")
+
+
+DEMO = "from raas_cache.cli import app; app(['demo'])"
+
+
+def sections(quick: bool) -> tuple[list[Setting], list[Setting]]:
+    """What is compared, and the ablations of RaaS."""
+    methods, budgets, ablations, at = METHODS, BUDGETS, ABLATIONS, ABLATION_BUDGETS
+    if quick:
+        methods, budgets, at = "dense,quest,streaming_llm,h2o,raas", BUDGETS[::2], ABLATION_BUDGETS[:1]
+        ablations = {"alpha": (1e-4, 0.03, 0.5), "page_size": (8, 16)}
+    alone = [("raas", {**COMMON, option: value}) for option, values in ablations.items() for value in values]
+    return settings(parse_methods(methods, **COMMON), budgets), settings([("raas", COMMON), *alone], at)
+
+
+def chosen(rows, of):
+    """Summaries of the rows of some settings, in the order of these."""
+    keys = {setting.key: place for place, setting in enumerate(of)}
+    found = summarize(row for row in rows if row.setting.key in keys)
+    return sorted(found, key=lambda summary: keys[summary.setting.key])
+
+
+def tabled(rows, of) -> str:
+    """Their table, and the share of a chain that is right before the first error."""
+    right = {}
+    for row in rows:
+        right.setdefault(row.setting.key, []).append(share_right(row.output, row.gold))
+    summaries = chosen(rows, of)
+    means = [sum(right[one.setting.key]) / one.rows for one in summaries]
+    return table(summaries, **{"right before the first error": [f"{mean:.1%}" for mean in means]})
+
+
+def bench(args) -> str:
+    """Times a step of each cache after more and more tokens, on the CPU; the figures say the rest."""
+    device = torch.device("cpu")
+    seen = (1024, 8192) if args.quick else (1024, 2048, 4096, 8192, 16384, 32768)
+    plan = Plan(("raas", "quest", "h2o", "streaming_llm"), seen, steps=10 if args.quick else 30)
+    rows = [row for cell in run_bench(build_model(load_config("small"), device, torch.float32), plan) for row in cell]
+    report.write_json(args.out / "bench.json", {"model": "small", **report.about(device, torch.float32)}, rows)
+    report.plot(rows, args.out)
+    return report.table(rows)
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+if __name__ == "__main__":
+    main()
