@@ -8,18 +8,19 @@ in the package are policies written here, each a few lines. A Markdown table.
 
 import argparse
 from dataclasses import dataclass
-from functools import partial
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from raas_cache import PagedCache, Pages, Policy, embedded_model
-from raas_cache.eval.accuracy import accuracy, tokens_of, wilson_interval
-from raas_cache.eval.chains import problems
-from raas_cache.policies import RaaSPolicy, StreamingLLMPolicy
+from raas_cache import Pages, Policy, embedded_model, register_policy
+from raas_cache.eval import Row, Setting, chain_task, run
+from raas_cache.eval.chains import problems, share_right, tokens_of
+from raas_cache.measure import wilson_interval
+from raas_cache.policies import RaaSPolicy
 
 
+@register_policy("relative")
 @dataclass(frozen=True)
 class Relative(RaaSPolicy):
     """alpha in units of the uniform weight: `times` / tokens held at most."""
@@ -31,6 +32,7 @@ class Relative(RaaSPolicy):
         RaaSPolicy(alpha).on_scores(pages)
 
 
+@register_policy("sum_over_page")
 @dataclass(frozen=True)
 class SumOverPage(RaaSPolicy):
     """The page's whole weight, not that of its largest token."""
@@ -38,6 +40,7 @@ class SumOverPage(RaaSPolicy):
     page_score = "sum"
 
 
+@register_policy("mean_over_group")
 @dataclass(frozen=True)
 class MeanOverGroup(RaaSPolicy):
     """The mean over the query heads of a KV head, not the largest."""
@@ -45,6 +48,7 @@ class MeanOverGroup(RaaSPolicy):
     group_score = "mean"
 
 
+@register_policy("decayed")
 @dataclass(frozen=True)
 class Decayed(Policy):
     """No threshold: a weight w now is worth a stamp `-tau * ln(w)` tokens old, and the best so far counts."""
@@ -59,25 +63,27 @@ class Decayed(Policy):
 ALPHAS = (1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7)
 HIGH = (0.03, 0.1, 0.2, 0.3, 0.5)
 FAMILIES = {
-    "alpha (the paper's rule)": [(f"alpha {a:g}", RaaSPolicy(a), {}) for a in ALPHAS],
-    "top_ratio (the paper's variant)": [(f"top {r:g}", RaaSPolicy(None, r), {}) for r in (0.02, 0.05, 0.1, 0.25, 0.5)],
-    "alpha relative to 1 / tokens": [(f"{c} / tokens", Relative(times=c), {}) for c in (1, 3, 10, 30, 100)],
-    "sum over the page": [(f"alpha {a:g}", SumOverPage(a), {}) for a in HIGH],
-    "mean over the group": [(f"alpha {a:g}", MeanOverGroup(a), {}) for a in HIGH],
-    "min/max representatives": [(f"alpha {a:g}", RaaSPolicy(a), {"scoring": "minmax"}) for a in (0.01, *HIGH)],
-    "one table a layer": [(f"alpha {a:g}", RaaSPolicy(a), {"granularity": "layer"}) for a in (*HIGH, 0.7)],
-    "decayed maximum": [(f"tau {t}", Decayed(t), {}) for t in (16, 32, 64, 128, 256, 1024)],
-    "alpha and probation": [
-        (f"alpha {a:g}, probation {p}", RaaSPolicy(a, None, p), {})
-        for a in (0.1, 0.2, 0.3, 0.5)
-        for p in (8, 16, 24, 32)
-    ],
+    "alpha (the paper's rule)": [("raas", {"alpha": a}) for a in ALPHAS],
+    "top_ratio (the paper's variant)": [("raas", {"top_ratio": r}) for r in (0.02, 0.05, 0.1, 0.25, 0.5)],
+    "alpha relative to 1 / tokens": [("relative", {"times": c}) for c in (1, 3, 10, 30, 100)],
+    "sum over the page": [("sum_over_page", {"alpha": a}) for a in HIGH],
+    "mean over the group": [("mean_over_group", {"alpha": a}) for a in HIGH],
+    "min/max representatives": [("raas", {"alpha": a, "scoring": "minmax"}) for a in (0.01, *HIGH)],
+    "one table a layer": [("raas", {"alpha": a, "granularity": "layer"}) for a in (*HIGH, 0.7)],
+    "decayed maximum": [("decayed", {"tau": t}) for t in (16, 32, 64, 128, 256, 1024)],
+    "alpha and probation": [("raas", {"alpha": a, "probation": p}) for a in HIGH[1:] for p in (8, 16, 24, 32)],
 }
 CONTROLS = {
-    "alpha 1e-4 (the paper's value)": (RaaSPolicy(1e-4), {}),
-    "the default": (RaaSPolicy(), {}),
-    "no stamps: the newest pages": (StreamingLLMPolicy(), {"prompt": "pin"}),
+    "alpha 1e-4 (the paper's value)": ("raas", {"alpha": 1e-4}),
+    "the default": ("raas", {}),
+    "no stamps: the newest pages": ("streaming_llm", {"prompt": "pin"}),
 }
+
+
+def shares(rows: list[Row]) -> tuple[float, float]:
+    """Chains that are exact, and what is right of a chain before the first error, on average."""
+    right = (share_right(row.output, row.gold) for row in rows)
+    return sum(row.correct for row in rows) / len(rows), sum(right) / len(rows)
 
 
 def main() -> None:
@@ -93,37 +99,40 @@ def main() -> None:
     disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(embedded_model())
     model = AutoModelForCausalLM.from_pretrained(embedded_model()).eval().to(args.device)
-    measure = partial(accuracy, model, tokenizer, batch_size=args.batch_size)
-    validation = problems(args.validate, args.lines, seed=0, split="validation")
-    test = problems(args.test, args.lines, seed=2, split="test")
-    total = max(map(tokens_of, test))
-    dense = measure(test, DynamicCache)
-    print(f"{args.validate} validation and {args.test} test problems of {total} tokens, pages of {args.page_size}.")
-    print(f"Dense: {dense.share_exact:.1%} of the test chains exact.")
+    validation = chain_task(problems(args.validate, args.lines, seed=0, split="validation"))
+    sample = problems(args.test, args.lines, seed=2, split="test")
+    test, total = chain_task(sample), max(map(tokens_of, sample))
 
+    def measure(task, *of: Setting) -> list[list[Row]]:
+        rows = run(model, tokenizer, task, list(of), batch_size=args.batch_size)
+        return [rows[start : start + len(task.golds)] for start in range(0, len(rows), len(task.golds))]
+
+    (dense,) = measure(test, Setting("dense"))
+    print(f"{args.validate} validation and {args.test} test problems of {total} tokens, pages of {args.page_size}.")
+    print(f"Dense: {shares(dense)[0]:.1%} of the test chains exact.")
+    common = {"page_size": args.page_size, "min_decode_pages": 1}
+    said = [f"{name}={value}" for name, value in common.items()]
     for share in args.budget:
         budget = int(share * total)
-        new_cache = partial(PagedCache, budget, page_size=args.page_size, min_decode_pages=1)
         print(f"\n## Budget {budget}: {share:.0%} of the tokens\n\nOn validation problems:\n")
         print("| family | setting: exact chains / right before the first error |\n|---|---|")
         best = {}
-        for family, settings in FAMILIES.items():
-            results = [
-                (measure(validation, partial(new_cache, policy=policy, **options)), name, policy, options)
-                for name, policy, options in settings
-            ]
-            shown = "; ".join(f"{name}: {r.share_exact:.1%} / {r.share_right:.1%}" for r, name, _, _ in results)
+        for family, methods in FAMILIES.items():
+            settings = [Setting(method, budget, {**common, **options}) for method, options in methods]
+            found = list(zip(map(shares, measure(validation, *settings)), settings, strict=True))
+            shown = "; ".join(f"{one.label_but(said)}: {exact:.1%} / {right:.1%}" for (exact, right), one in found)
             print(f"| {family} | {shown} |", flush=True)
-            best[family] = max(results, key=lambda found: (found[0].share_exact, found[0].share_right))[1:]
+            best[family] = max(found, key=lambda pair: pair[0])[1]
         print("\nThe best of each family, on test problems:\n")
         print("| rule | setting | exact chains (95 % interval) | right before the first error |\n|---|---|---|---|")
-        rows = [(family, *setting) for family, setting in best.items()]
-        rows += [("control", name, policy, options) for name, (policy, options) in CONTROLS.items()]
-        for family, name, policy, options in rows:
-            result = measure(test, partial(new_cache, policy=policy, **options))
-            low, high = wilson_interval(sum(result.exact), len(result.exact))
-            interval = f"{result.share_exact:.1%} ({low:.1%} to {high:.1%})"
-            print(f"| {family} | {name} | {interval} | {result.share_right:.1%} |", flush=True)
+        controls = {
+            name: Setting(method, budget, {**common, **options}) for name, (method, options) in CONTROLS.items()
+        }
+        for rule, setting in {**best, **controls}.items():
+            (rows,) = measure(test, setting)
+            exact, right = shares(rows)
+            low, high = wilson_interval(sum(row.correct for row in rows), len(rows))
+            print(f"| {rule} | {setting.label_but(said)} | {exact:.1%} ({low:.1%} to {high:.1%}) | {right:.1%} |")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    DynamicCache,
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -32,7 +31,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from raas_cache.eval.accuracy import accuracy, wilson_interval
+from raas_cache.eval import Setting, chain_task, run
 from raas_cache.eval.chains import (
     TOKENS_OF_ANSWER,
     TOKENS_PER_LINE,
@@ -43,6 +42,7 @@ from raas_cache.eval.chains import (
     problems,
     reuse_gaps,
 )
+from raas_cache.measure import wilson_interval
 
 
 STAGES = ((3, 6), (4, 12), (8, 24), (16, 48), (24, 80), (4, 112))
@@ -154,9 +154,8 @@ def greedy_exact(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, sample: list[ChainProblem], batch_size: int
 ) -> int:
     """How many problems greedy decoding with the default (dense) cache gets right, every token of them."""
-    parts = [sample[i : i + batch_size] for i in range(0, len(sample), batch_size)]
-    parts = tqdm(parts, desc="generate", unit="batch", leave=False)
-    return sum(sum(accuracy(model, tokenizer, part, DynamicCache, batch_size).exact) for part in parts)
+    rows = run(model, tokenizer, chain_task(sample), [Setting("dense")], batch_size=batch_size)
+    return sum(row.correct for row in rows)
 
 
 def learning_rate_scale(progress: float, step: int) -> float:
