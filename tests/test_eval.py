@@ -191,6 +191,11 @@ class TestResume:
         with pytest.raises(ValueError, match="has row 0 of another prompt: give another folder"):
             run(model, tokenizer, chain_task(problems(2, 6, seed=1)), dense, out=tmp_path)
 
+    def test_a_file_is_no_folder(self, model, tokenizer, tmp_path):
+        (tmp_path / "rows").write_text("")
+        with pytest.raises(ValueError, match="is a file: give a folder"):
+            run(model, tokenizer, chain_task(problems(1, 6, seed=0)), [Setting("dense")], out=tmp_path / "rows")
+
     def test_kill_at_a_random_row(self, tmp_path):
         """`kill -9`, again and again, then to the end: the table of a run that nobody disturbed."""
         options = ["--dataset", "chains-12", "--limit", 10, "--budget", "64,128", "--page-size", 4, "--batch-size", 2]

@@ -6,7 +6,7 @@ alone, `report.py` writes what they found. Neither typer nor rich is needed here
 
 from .filling import Filler, build_model, fast_forward, kv_shape, load_config
 from .kernels import KernelRow, kernel_table, run_kernels
-from .report import about, figures, plot, table, write_json
+from .report import about, figures, plot, read_json, table, write_json
 from .steps import BASELINES, Case, Plan, Row, Timing, run
 
 
@@ -26,6 +26,7 @@ __all__ = [
     "kv_shape",
     "load_config",
     "plot",
+    "read_json",
     "run",
     "run_kernels",
     "table",

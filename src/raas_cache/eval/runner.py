@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 from ..cache import PagedCache
 from ..measure import evictions, kv_nbytes
 from .results import Row, RowFile, read_rows
-from .settings import Setting
+from .settings import Setting, common_options
 from .tasks import Task, hash_of
 
 
@@ -116,9 +116,9 @@ def run(
     ids = task.token_ids(tokenizer)
     hashes = [hash_of(prompt) for prompt in task.prompts(tokenizer)]
     options = decoding.options(task)
-    wanted = {(*setting.key, index) for setting in settings for index in range(len(ids))}
+    order = [(*setting.key, index) for setting in settings for index in range(len(ids))]
 
-    rows: list[Row] = []
+    rows, file = [], None
     if out is not None:
         out = Path(out)
         of = {
@@ -128,24 +128,20 @@ def run(
             **{name: options[name] for name in ("max_new_tokens", "temperature", "top_p")},
             **(about or {}),
         }
-        _check_folder(out, of)
-        rows = [row for row in read_rows(out) if row.key in wanted]
-        for row in rows:
-            if row.prompt_hash != hashes[row.index]:
-                raise ValueError(f"out={str(out)!r} has row {row.index} of another prompt: give another folder.")
+        rows = [row for row in _rows_found(out, of, hashes) if row.key in set(order)]
         state.wait_for_everyone()  # none writes before all have read
         if state.is_main_process:
-            out.mkdir(parents=True, exist_ok=True)
-            (out / SETTINGS_FILE).write_text(json.dumps(of, indent=1) + "\n")
+            _write_settings(out, of)
         state.wait_for_everyone()
+        file = RowFile(out, state.process_index)
 
     done = {row.key for row in rows}
     jobs = [_Job(setting, batch) for setting in settings for batch in _batches(ids, setting, batch_size)]
     jobs = [job for job in jobs if any((*job.setting.key, index) not in done for index in job.rows)]
     # Dealt out one by one: neighbours are of one setting and take about as long.
     mine = jobs[state.process_index :: state.num_processes]
-    file = RowFile(out, state.process_index) if out is not None else None
     new: list[Row] = []
+    common = common_options(settings)
     missing = sum((*job.setting.key, index) not in done for job in mine for index in job.rows)
     with tqdm(total=missing, unit="row", disable=not state.is_main_process) as bar:
 
@@ -159,10 +155,9 @@ def run(
 
         for job in mine:
             budget = "" if job.setting.budget is None else f" @ {job.setting.budget}"
-            bar.set_description(f"{job.setting.label}{budget}, rows {', '.join(map(str, job.rows))}"[:60])
+            bar.set_description(f"{job.setting.label_but(common)}{budget}, rows {', '.join(map(str, job.rows))}"[:48])
             _run_batch(model, tokenizer, task, job, ids, hashes, options, decoding.seed, keep, bar)
     found = {row.key: row for row in rows + gather_object(new)}
-    order = [(*setting.key, index) for setting in settings for index in range(len(ids))]
     return [found[key] for key in order]
 
 
@@ -229,7 +224,7 @@ def _run_batch(
         "attention_mask": [[0] * empty + [1] * (prompt_length - empty) for empty in padding],
     }
     inputs = {name: torch.tensor(value, device=model.device) for name, value in inputs.items()}
-    torch.manual_seed(seed * len(ids) + job.rows[0])
+    torch.manual_seed(seed * 1_000_003 + job.rows[0])  # of which the CPU takes 32 bits
     started = time.perf_counter()
 
     def finish(place: int, new: torch.Tensor, truncated: bool) -> None:
@@ -289,13 +284,26 @@ class _RowEnds(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
-def _check_folder(out: Path, of: dict[str, Any]) -> None:
-    """Refuse a folder whose rows were made in another way."""
+def _rows_found(out: Path, of: dict[str, Any], hashes: list[str]) -> list[Row]:
+    """Rows of earlier runs; a folder whose rows were made in another way is refused."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out={str(out)!r} is a file: give a folder.")
     path = out / SETTINGS_FILE
-    if not path.exists():
-        return
-    for name, value in json.loads(path.read_text()).items():
+    for name, value in json.loads(path.read_text()).items() if path.exists() else ():
         if name in of and of[name] != value:
             raise ValueError(
                 f"out={str(out)!r} holds rows with {name}={value!r}, this run has {of[name]!r}: give another folder."
             )
+    rows = read_rows(out)
+    for row in rows:
+        if row.index < len(hashes) and row.prompt_hash != hashes[row.index]:
+            raise ValueError(f"out={str(out)!r} has row {row.index} of another prompt: give another folder.")
+    return rows
+
+
+def _write_settings(out: Path, of: dict[str, Any]) -> None:
+    """In one piece: a run that is killed meanwhile leaves the file or none."""
+    out.mkdir(parents=True, exist_ok=True)
+    whole = out / f"{SETTINGS_FILE}.new"
+    whole.write_text(json.dumps(of, indent=1) + "\n")
+    whole.replace(out / SETTINGS_FILE)
