@@ -30,9 +30,10 @@ from raas_cache.reporting import save
 
 COMMON = {"page_size": 4, "min_decode_pages": 1}
 METHODS = (
-    "dense,quest,streaming_llm,streaming_llm:prompt=pin,h2o,h2o:prompt=pin,tova:prompt=pin,rkv:prompt=pin,"
+    "dense,quest,streaming_llm,streaming_llm:prompt=pin,h2o,h2o:prompt=pin,tova,tova:prompt=pin,rkv,rkv:prompt=pin,"
     "raas:alpha=1e-4,raas,raas:probation=16"
 )
+"""As in their papers, and those that evict the prompt there also with the prompt pinned."""
 BUDGETS = (256, 320, 384, 448, 512, 576)
 ABLATIONS = {
     "alpha": (1e-4, 1e-3, 0.01, 0.03, 0.1, 0.3, 0.5, 0.7),
@@ -46,6 +47,8 @@ ABLATIONS = {
 }
 """Values beside the default's, each alone."""
 ABLATION_BUDGETS = (384, 448)
+PYRAMIDS = (1.25, 0.75)
+"""Decode pages of the bottom layer as a share of the mean; the top layer has as many fewer or more."""
 
 
 def main() -> None:
@@ -68,9 +71,13 @@ def main() -> None:
     if not args.quick:
         calibration = tokenizer([p.prompt for p in problems(16, 50, seed=0, split="train")], return_tensors="pt")
         inputs = {name: calibration[name].to(state.device) for name in ("input_ids", "attention_mask")}
+        prompt, layers = inputs["input_ids"].shape[1], model.config.num_hidden_layers
         for budget in ABLATION_BUDGETS:
             learnt = learn_budgets(model, inputs, budget, 605, page_size=COMMON["page_size"])
             varied.append(Setting("raas", tuple(learnt), COMMON))
+            for bottom in PYRAMIDS:
+                shares = [bottom + (2 - 2 * bottom) * layer / (layers - 1) for layer in range(layers)]
+                varied.append(Setting("raas", tuple(prompt + round(s * (budget - prompt)) for s in shares), COMMON))
     task = load_task("chains", args.problems, seed=1)
     wanted = list({setting.key: setting for setting in compared + varied}.values())
     rows = run(model, tokenizer, task, wanted, out=args.rows, batch_size=args.batch_size)

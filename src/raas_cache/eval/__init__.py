@@ -1,14 +1,16 @@
 """Evaluation: how much a model still gets right with each cache, and what that costs.
 
 `tasks.py` has the data sets, `answers.py` and the `evaluate` metric in `math_answer/` mark, `settings.py` says what is
-compared, `runner.py` works it out on one process or many, `results.py` and `plots.py` show it. `command.py` is
-`raas-cache eval`, `harness.py` the model type of lm-evaluation-harness, `chains.py` the task of the embedded model.
+compared, `runner.py` works it out on one process or many, `decoding.py` a batch of it, `results.py` and `plots.py` show
+it. `command.py` is `raas-cache eval`, `harness.py` the model type of lm-evaluation-harness, `chains.py` the task of the
+embedded model.
 """
 
 from importlib.resources import files
 
+from .decoding import Decoding
 from .results import Row, Summary, read_rows, summarize, table
-from .runner import Decoding, run
+from .runner import run
 from .settings import Setting, parse_methods, settings
 from .tasks import Task, chain_task, load_task
 

@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils.logging import disable_progress_bar
 
 from .. import arguments, embedded_model
+from .decoding import Decoding
 from .results import summarize, table
-from .runner import Decoding, processes, run
+from .runner import processes, run
 from .settings import parse_methods, settings
 from .tasks import load_task
 

@@ -26,7 +26,8 @@ except ImportError as error:
 from ..cache import Budget, CacheOptions
 from ..measure import evictions
 from ..policies import POLICIES
-from .runner import SHORT, span_of
+from .decoding import SHORT
+from .runner import span_of
 from .settings import DENSE, Setting
 
 
