@@ -100,12 +100,19 @@ class TestHub:
 
         def load_dataset(*path, **options):
             asked.append((*path, options["split"]))
-            return datasets.Dataset.from_list([{entry.question: "1+1?", entry.answer: "2", "id": 0}])
+            return datasets.Dataset.from_list([{entry.question: "1+1?", "answer": "2", "id": 0}])
 
         monkeypatch.setattr(datasets, "load_dataset", load_dataset)
         task = load_task(name)
         assert asked == [(entry.path, entry.name, entry.split)]
         assert (task.questions, task.golds, task.max_new_tokens) == (["1+1?"], ["2"], entry.max_new_tokens)
+
+    def test_any_other(self, monkeypatch):
+        rows = datasets.Dataset.from_list([{"prompt": "1+1?", "answer": "so #### 2"}])
+        known = {("org/sums", None, "test"): rows}
+        monkeypatch.setattr(datasets, "load_dataset", lambda *path, split: known[(*path, split)])
+        task = load_task("org/sums")
+        assert (task.questions, task.golds) == (["1+1?"], ["2"])
 
     def test_out_of_reach(self, monkeypatch):
         def load_dataset(*path, **options):
@@ -146,7 +153,11 @@ class TestPrompts:
         ("name", "limit", "message"),
         [
             ("gms8k", None, "dataset='gms8k' is not a data set: did you mean 'gsm8k'?"),
-            ("poetry", None, "dataset='poetry' is not a data set: use gsm8k, math500, aime24, aime25, chains, or"),
+            (
+                "poetry",
+                None,
+                "dataset='poetry' is not a data set: use gsm8k, math500, aime24, aime25, chains, org/name",
+            ),
             ("nowhere.jsonl", None, "dataset='nowhere.jsonl' is not there: check the path"),
             ("gsm8k", 0, "limit=0 must be at least 1"),
             ("chains-500", None, "num_lines=500"),

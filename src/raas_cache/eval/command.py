@@ -26,7 +26,10 @@ def evaluate(
         str, typer.Option(help="A folder, a name on the Hub, or embedded: the small model of this package.")
     ] = EMBEDDED,
     dataset: Annotated[
-        str, typer.Option(help="gsm8k, math500, aime24, aime25, chains (chains-N: of N lines), or a .jsonl file.")
+        str,
+        typer.Option(
+            help="gsm8k, math500, aime24, aime25, org/name on the Hub, a .jsonl file, or chains; chains-N: of N lines."
+        ),
     ] = "chains",
     method: Annotated[
         str, typer.Option(help="Methods, comma-separated; options after colons: raas:alpha=1e-4:probation=16.")

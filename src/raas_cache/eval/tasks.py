@@ -14,8 +14,8 @@ from typing import Any
 from . import answers, chains
 
 
-QUESTIONS, ANSWERS = ("problem", "question", "prompt"), ("answer",)
-"""Columns looked for in a local file, in this order."""
+QUESTIONS = ("problem", "question", "prompt")
+"""Columns looked for where the registry does not say, in this order."""
 BOXED = "\n\nPlease reason step by step, and put your final answer within \\boxed{}."
 CHAIN_LINES = 50
 CHAIN_PROBLEMS = 100
@@ -24,11 +24,10 @@ LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parque
 
 @dataclass(frozen=True)
 class HubSet:
-    """Where a data set is on the Hub, and how long its chains may get."""
+    """Where a data set is on the Hub, which of `QUESTIONS` it has, and how long its chains may get."""
 
     path: str
-    question: str
-    answer: str = "answer"
+    question: str | None = None
     split: str = "test"
     name: str | None = None
     max_new_tokens: int = 32_768
@@ -92,9 +91,9 @@ def load_task(name: str, limit: int | None = None, seed: int = 0) -> Task:
     """A data set by name.
 
     Args:
-        name: one of `HUB_SETS`; a local `.jsonl`, `.json`, `.csv` or `.parquet` file with a column `problem`,
-            `question` or `prompt` and a column `answer`; or `"chains"`, problems of 50 lines for the embedded model,
-            `"chains-20"` with 20 lines and so on.
+        name: one of `HUB_SETS`; an `org/name` on the Hub, of which the split `test` is taken, or a local `.jsonl`,
+            `.json`, `.csv` or `.parquet` file, with a column `problem`, `question` or `prompt` and one
+            `answer`; or `"chains"`, problems of 50 lines for the embedded model, `"chains-20"` with 20 lines and so on.
         limit: the first rows only; of chains, how many are drawn (100).
         seed: which chains are drawn.
 
@@ -107,19 +106,21 @@ def load_task(name: str, limit: int | None = None, seed: int = 0) -> Task:
     if chain := re.fullmatch(r"chains(?:-(\d+))?", name):
         return chain_task(chains.problems(limit or CHAIN_PROBLEMS, int(chain[1] or CHAIN_LINES), seed), name)
 
-    entry = HUB_SETS.get(name)
     is_file = Path(name).suffix in LOADERS
+    entry = HUB_SETS.get(name) or (HubSet(name) if "/" in name and not is_file else None)
     if entry is None and not is_file:
         near = difflib.get_close_matches(name, [*HUB_SETS, "chains"], n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"use {', '.join(HUB_SETS)}, chains, or a .jsonl file."
+        hint = (
+            f"did you mean {near[0]!r}?" if near else f"use {', '.join(HUB_SETS)}, chains, org/name, or a .jsonl file."
+        )
         raise ValueError(f"dataset={name!r} is not a data set: {hint}")
     if entry is None and not Path(name).is_file():
         raise ValueError(f"dataset={name!r} is not there: check the path.")
     answers.require_math_verify()
     rows = _load_rows(name, entry)
     rows = rows.select(range(min(limit or len(rows), len(rows))))
-    question = _column(name, rows.column_names, (entry.question,) if entry else QUESTIONS)
-    answer = _column(name, rows.column_names, (entry.answer,) if entry else ANSWERS)
+    question = _column(name, rows.column_names, (entry.question,) if entry and entry.question else QUESTIONS)
+    answer = _column(name, rows.column_names, ("answer",))
     for index, row in enumerate(rows):
         for column in (question, answer):
             if row[column] is None or not str(row[column]).strip():
