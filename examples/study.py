@@ -33,7 +33,7 @@ METHODS = (
     "dense,quest,streaming_llm,streaming_llm:prompt=pin,h2o,h2o:prompt=pin,tova:prompt=pin,rkv:prompt=pin,"
     "raas:alpha=1e-4,raas,raas:probation=16"
 )
-"""What the paper measures itself against, as in their papers; these and others with the prompt pinned, as RaaS has it."""
+"""What the paper measures itself against, as in their papers; these and others with the prompt pinned, as in RaaS."""
 BUDGETS = (256, 320, 384, 448, 512, 576)
 ABLATIONS = {
     "alpha": (1e-4, 1e-3, 0.01, 0.03, 0.1, 0.3, 0.5, 0.7),
