@@ -93,6 +93,6 @@ def test_metadata():
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("raas-cache is not installed, only on the path")
     assert metadata["Requires-Python"] == ">=3.10"
-    assert {"cli", "dev", "train", "viz"} <= set(metadata.get_all("Provides-Extra"))
+    assert {"cli", "dev", "eval", "harness", "train", "viz"} <= set(metadata.get_all("Provides-Extra"))
     scripts = importlib.metadata.entry_points(group="console_scripts", name="raas-cache")
     assert {script.value for script in scripts} == {"raas_cache.cli:app"}
