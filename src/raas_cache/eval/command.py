@@ -57,10 +57,9 @@ def evaluate(
     Each row is written down as soon as it has ended, and the same command goes on where it was stopped.
     """
     with arguments.refusing("--method"):
-        state = processes()
         wanted = settings(parse_methods(method, page_size=page_size), arguments.numbers("--budget", budget))
     with arguments.refusing():
-        decoding = Decoding(max_new_tokens, temperature, top_p, seed)
+        state, decoding = processes(), Decoding(max_new_tokens, temperature, top_p, seed)
     with arguments.refusing("--dataset"):
         task = load_task(dataset, limit, seed)
     torch_dtype = dtype if dtype == "auto" else arguments.dtype(dtype)

@@ -19,7 +19,7 @@ CITATION = """\
 
 INPUTS = r"""
 Args:
-    predictions: what a model wrote, whole; the answer is in the last `\boxed{}`, after `####`, or at the end.
+    predictions: what a model wrote, whole; the answer is in the last `\boxed{}`, after `####`, or announced.
     references: the gold answers.
 
 Returns:
