@@ -60,7 +60,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/results/study"))
     args = parser.parse_args()
     if args.quick:
-        args.problems, args.rows, args.out = 16, args.rows / "quick", args.out / "quick"
+        args.problems, args.rows = 16, args.rows / "quick"
+        args.out = args.rows
     disable_progress_bar()
     state = processes()
     torch.set_num_threads(1)  # the model is too small to share among cores

@@ -1,10 +1,13 @@
 """Numbers in README are those in docs/results, which commands of this repository wrote."""
 
+import importlib.util
 import json
 import re
 from pathlib import Path
 
 import pytest
+
+from raas_cache.eval.settings import common_options
 
 
 ROOT = Path(__file__).parents[1]
@@ -33,6 +36,19 @@ def test_methods():
     for row in shown:
         found = study[row["method"], row["budget"]]
         assert row == {name: found[name] for name in row}
+
+
+def test_study_is_what_the_script_runs():
+    pytest.importorskip("matplotlib")
+    spec = importlib.util.spec_from_file_location("study", ROOT / "examples" / "study.py")
+    study = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(study)
+    for after, of in zip(("## Every method", "## RaaS, one option"), study.sections(quick=False), strict=True):
+        common = common_options(of)
+        wanted = [(one.label_but(common), "all" if one.budget is None else str(one.budget)) for one in of]
+        assert sorted(wanted) == sorted(
+            (row["method"], row["budget"]) for row in table(STUDY, after) if row["method"] != "raas, by layer"
+        )
 
 
 def test_demo():
