@@ -73,15 +73,23 @@ class TestRun:
         assert {row.kv_bytes for row in small} == {60 * 3 * 2 * 2 * 64 * 4}
         assert {row.kv_bytes for row in dense} == {(dense[0].prompt_tokens + dense[0].tokens - 1) * 3 * 2 * 2 * 64 * 4}
 
-    @pytest.mark.parametrize("method", list_methods())
-    def test_a_row_gives_what_it_gives_alone(self, model, tokenizer, method):
+    @pytest.mark.parametrize("page_size", [4, 16])
+    @pytest.mark.parametrize(
+        "method",
+        [
+            *list_methods(),
+            *("h2o:prompt=pin", "tova:prompt=pin", "rkv:prompt=pin", "raas:prompt=select", "raas:prompt=evict"),
+            *("raas:scoring=minmax", "raas:kv_dtype=int8"),
+        ],
+    )
+    def test_a_row_gives_what_it_gives_alone(self, model, tokenizer, method, page_size):
         task = mixed_lengths()
-        (setting,) = settings([(method, {} if method == "dense" else SMALL)], [64])
+        (setting,) = settings(parse_methods(method, page_size=page_size, min_decode_pages=1), [80])
         one, many = (run(model, tokenizer, task, [setting], batch_size=size) for size in (1, 9))
         assert len({row.prompt_tokens for row in one}) > 3
         assert len({row.batch for row in many}) < len({row.batch for row in one})
         # The bytes of a cache that grows are those of its batch.
-        but = (*MEASURED, "batch", "kv_bytes") if method in ("dense", "quest") else (*MEASURED, "batch")
+        but = (*MEASURED, "batch", "kv_bytes") if setting.method in ("dense", "quest") else (*MEASURED, "batch")
         assert same(one, but) == same(many, but)
 
     def test_batches_share_prompts_that_fill_as_many_pages(self, model, tokenizer):
