@@ -199,6 +199,12 @@ class TestResume:
         with pytest.raises(ValueError, match="has row 0 of another prompt: give another folder"):
             run(model, tokenizer, chain_task(problems(2, 6, seed=1)), dense, out=tmp_path)
 
+    def test_whatever_text_comes_back(self, tmp_path):
+        row = Row(0, "", "raas", 512, {}, "a\r\n\u2028\x85\ud83d {", None, "é", True, 5, 9, False, False, 2.0, 0, 10, 4)
+        for process in (0, 1):
+            RowFile(tmp_path, process).append(replace(row, index=process))
+        assert read_rows(tmp_path) == [row, replace(row, index=1)]
+
     def test_a_file_is_no_folder(self, model, tokenizer, tmp_path):
         (tmp_path / "rows").write_text("")
         with pytest.raises(ValueError, match="is a file: give a folder"):

@@ -100,7 +100,7 @@ class Summary:
 
 
 class RowFile:
-    """The file that one process appends its rows to, each with one write, on disk before the next is worked out."""
+    """The file that one process appends its rows to, each on disk before the next is worked out."""
 
     def __init__(self, folder: Path, process: int):
         self.path = folder / f"rows-{process}.jsonl"
@@ -110,7 +110,8 @@ class RowFile:
 
     def append(self, row: Row) -> None:
         """Write a row down for good."""
-        with self.path.open("a", encoding="utf-8") as file:
+        # A tokenizer may leave half a character, which must not cost the row.
+        with self.path.open("a", encoding="utf-8", errors="surrogatepass") as file:
             file.write(row.to_json())
             file.flush()
             os.fsync(file.fileno())

@@ -83,7 +83,8 @@ def run(
             **{name: decoder.options[name] for name in ("max_new_tokens", "temperature", "top_p")},
             **(about or {}),
         }
-        rows = [row for row in _rows_found(out, of, decoder.hashes) if row.key in set(order)]
+        wanted = set(order)
+        rows = [row for row in _rows_found(out, of, decoder.hashes) if row.key in wanted]
         state.wait_for_everyone()  # none writes before all have read
         if state.is_main_process:
             _write_settings(out, of)
