@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from raas_cache import Pages, Policy, embedded_model, register_policy
-from raas_cache.eval import Row, Setting, chain_task, run
+from raas_cache.eval import Row, Setting, by_setting, chain_task, run
 from raas_cache.eval.chains import problems, share_right, tokens_of
 from raas_cache.measure import wilson_interval
 from raas_cache.policies import RaaSPolicy
@@ -104,8 +104,7 @@ def main() -> None:
     test, total = chain_task(sample), max(map(tokens_of, sample))
 
     def measure(task, *of: Setting) -> list[list[Row]]:
-        rows = run(model, tokenizer, task, list(of), batch_size=args.batch_size)
-        return [rows[start : start + len(task.golds)] for start in range(0, len(rows), len(task.golds))]
+        return list(by_setting(run(model, tokenizer, task, list(of), batch_size=args.batch_size)).values())
 
     (dense,) = measure(test, Setting("dense"))
     print(f"{args.validate} validation and {args.test} test problems of {total} tokens, pages of {args.page_size}.")

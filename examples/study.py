@@ -10,7 +10,9 @@ import argparse
 import shlex
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -21,7 +23,7 @@ from raas_cache.bench import report
 from raas_cache.bench import run as run_bench
 from raas_cache.bench.filling import build_model, load_config
 from raas_cache.bench.steps import Plan
-from raas_cache.eval import Setting, load_task, parse_methods, run, settings, summarize, table
+from raas_cache.eval import Setting, by_setting, load_task, parse_methods, run, settings, summarize, table
 from raas_cache.eval.chains import problems, share_right
 from raas_cache.eval.plots import figures
 from raas_cache.eval.runner import processes
@@ -47,6 +49,7 @@ ABLATIONS = {
 }
 """Values beside the default's, each alone."""
 ABLATION_BUDGETS = (384, 448)
+DEMO = "from raas_cache.cli import app; app(['demo'])"
 PYRAMIDS = (1.25, 0.75)
 """Decode pages of the bottom layer as a share of the mean; the top layer has as many fewer or more."""
 
@@ -86,13 +89,13 @@ def main() -> None:
     if not state.is_main_process:
         return
 
-    ran = f"chains of 162 + 605 tokens, {device_name(state.device)}"
+    ran = f"chains of 162 + 605 tokens, {report.about(state.device, model.dtype)['device']}"
     command = f"OMP_NUM_THREADS=1 torchrun --nproc-per-node {state.num_processes} {shlex.join(sys.argv)}"
     text = [f"`{command}`: {args.problems} {ran}.\n", "## Every method\n", tabled(rows, compared)]
     text += ["\n## RaaS, one option at a time\n", tabled(rows, varied)]
     args.out.mkdir(parents=True, exist_ok=True)
-    drawn = figures(chosen(rows, compared), ran)
-    alone = figures(chosen(rows, [one for one in varied if isinstance(one.budget, int)]), ran)
+    by_option = [one for one in varied if isinstance(one.budget, int)]
+    drawn, alone = (figures(summarize(chain.from_iterable(chosen(rows, of))), ran) for of in (compared, by_option))
     save({name: (alone if name.startswith("ablation") else drawn)[name] for name in {**drawn, **alone}}, args.out)
 
     text += ["\n## A decode step\n", bench(args)]
@@ -101,9 +104,6 @@ def main() -> None:
         text += ["\n## `raas-cache demo`\n", f"```\n{demo[demo.index('24 problems') :].rstrip()}\n```"]
     (args.out / "study.md").write_text("\n".join(text) + "\n")
     print("\n".join(text), f"\nwritten to {args.out}")
-
-
-DEMO = "from raas_cache.cli import app; app(['demo'])"
 
 
 def sections(quick: bool) -> tuple[list[Setting], list[Setting]]:
@@ -117,20 +117,17 @@ def sections(quick: bool) -> tuple[list[Setting], list[Setting]]:
 
 
 def chosen(rows, of):
-    """Summaries of the rows of some settings, in the order of these."""
-    keys = {setting.key: place for place, setting in enumerate(of)}
-    found = summarize(row for row in rows if row.setting.key in keys)
-    return sorted(found, key=lambda summary: keys[summary.setting.key])
+    """The rows of each of some settings, in the order of these."""
+    groups = by_setting(rows)
+    return [groups[setting.key] for setting in of]
 
 
 def tabled(rows, of) -> str:
     """Their table, and the share of a chain that is right before the first error."""
-    right = {}
-    for row in rows:
-        right.setdefault(row.setting.key, []).append(share_right(row.output, row.gold))
-    summaries = chosen(rows, of)
-    means = [sum(right[one.setting.key]) / one.rows for one in summaries]
-    return table(summaries, **{"right before the first error": [f"{mean:.1%}" for mean in means]})
+    groups = chosen(rows, of)
+    right = [fmean(share_right(row.output, row.gold) for row in group) for group in groups]
+    summaries = summarize(chain.from_iterable(groups))
+    return table(summaries, **{"right before the first error": [f"{share:.1%}" for share in right]})
 
 
 def bench(args) -> str:
@@ -142,10 +139,6 @@ def bench(args) -> str:
     report.write_json(args.out / "bench.json", {"model": "small", **report.about(device, torch.float32)}, rows)
     report.plot(rows, args.out)
     return report.table(rows)
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 if __name__ == "__main__":

@@ -64,6 +64,15 @@ def use_engine(monkeypatch, name):
     engine.cache_clear()
 
 
+def refused(result):
+    """The one line in which a command said no, with exit code 2 and no traceback."""
+    assert result.exit_code == 2, result.output
+    (error,) = (line for line in result.output.splitlines() if line.startswith("Error: "))
+    assert result.output.rstrip().endswith(error)
+    assert isinstance(result.exception, SystemExit)
+    return error
+
+
 def resident_set(cache, layer, row, head):
     positions = cache.resident_positions(layer)[row, head]
     kept = positions[positions >= 0].tolist()

@@ -12,6 +12,7 @@ from raas_cache.eval.settings import common_options
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+METHODS = (ROOT / "docs" / "methods.md").read_text()
 RESULTS = ROOT / "docs" / "results"
 STUDY = (RESULTS / "study" / "study.md").read_text()
 
@@ -28,14 +29,21 @@ def table(text, after):
     return [dict(zip(rows[0], row, strict=True)) for row in rows[2:]]
 
 
-def test_methods():
+@pytest.mark.parametrize("page", [README, METHODS], ids=["README", "methods"])
+def test_methods(page):
     study = {(row["method"], row["budget"]): row for row in table(STUDY, "## Every method")}
     study |= {(row["method"], row["budget"]): row for row in table(STUDY, "## RaaS, one option")}
-    shown = table(README, "at half of the tokens")
+    shown = table(page, "at half of the tokens")
     assert len(shown) > 10
     for row in shown:
         found = study[row["method"], row["budget"]]
         assert row == {name: found[name] for name in row}
+
+
+def test_eight_bits():
+    found = table((RESULTS / "eval-h100.md").read_text(), "int8")
+    for row in table(METHODS, "### 8-bit stores"):
+        assert row in [{name: one[name] for name in row} for one in found]
 
 
 def test_study_is_what_the_script_runs():

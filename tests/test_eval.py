@@ -18,6 +18,7 @@ from raas_cache import embedded_model, list_methods
 from raas_cache.eval import (
     Decoding,
     Setting,
+    by_setting,
     chain_task,
     parse_methods,
     read_rows,
@@ -63,7 +64,7 @@ class TestRun:
     def test_dense_solves_and_a_small_budget_does_not(self, model, tokenizer):
         task = chain_task(problems(6, 12, seed=0))
         wanted = settings(parse_methods("dense,raas", **SMALL), [60, 400])
-        dense, small, large = by_setting(run(model, tokenizer, task, wanted))
+        dense, small, large = by_setting(run(model, tokenizer, task, wanted)).values()
         assert all(row.correct and not row.truncated and row.budget is None for row in dense)
         assert [row.output for row in large] == [row.output for row in dense] == task.golds
         assert sum(row.correct for row in small) < 3
@@ -109,7 +110,7 @@ class TestRun:
     def test_prompt_over_the_budget_runs_and_is_marked(self, model, tokenizer, recwarn):
         task = chain_task(problems(2, 12, seed=0))
         wanted = settings(parse_methods("raas", page_size=4), [16, 256])
-        tight, wide = by_setting(run(model, tokenizer, task, wanted))
+        tight, wide = by_setting(run(model, tokenizer, task, wanted)).values()
         assert all(row.over_budget for row in tight) and not any(row.over_budget for row in wide)
         # 48 tokens of prompt and the floor of 8 pages, not the budget.
         assert tight[0].kv_bytes == (48 + 8 * 4) * 3 * 2 * 2 * 64 * 4
@@ -264,14 +265,6 @@ class TestSummary:
         assert table([summary]).splitlines()[-1] == (
             "| raas | 512 (prompts over it: 1) | 66.7% (20.8% to 93.9%) | 167 | 33.3% | 100 | 3,000 | 6 |"
         )
-
-
-def by_setting(rows):
-    """Rows in groups of a setting, in order."""
-    groups = {}
-    for row in rows:
-        groups.setdefault(row.setting.key, []).append(row)
-    return list(groups.values())
 
 
 def count_calls(monkeypatch, model):

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from raas_cache.cli import app
 
-from .helpers import tiny_model
+from .helpers import refused, tiny_model
 
 
 # Rows of the public sets: GSM8K (Cobbe et al., 2021, MIT), MATH-500 (Lightman et al., 2023, MIT).
@@ -128,13 +128,15 @@ class TestPrompts:
     def test_of_a_chat_model(self, tmp_path, tokenizer):
         task = load_task(write(tmp_path / "some.jsonl", [GSM8K]))
         tokenizer.chat_template = "<s>{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %} [assistant]"
-        (text,), (ids,) = task.prompts(tokenizer), task.token_ids(tokenizer)
+        (text,) = task.prompts(tokenizer)
+        (ids,) = task.token_ids(tokenizer, [text])
         assert text == f"<s>[user] {GSM8K['question']}{BOXED} [assistant]"
         assert ids == tokenizer(text, add_special_tokens=False)["input_ids"], "the template brought its own <s>"
 
     def test_of_a_base_model(self, tmp_path, tokenizer):
         task = load_task(write(tmp_path / "some.jsonl", [GSM8K]))
-        (text,), (ids,) = task.prompts(tokenizer), task.token_ids(tokenizer)
+        (text,) = task.prompts(tokenizer)
+        (ids,) = task.token_ids(tokenizer, [text])
         assert text == f"{GSM8K['question']}{BOXED}\n\n"
         assert ids[0] == tokenizer.bos_token_id
 
@@ -142,7 +144,9 @@ class TestPrompts:
         task, sample = load_task("chains-6", limit=3, seed=5), problems(3, 6, seed=5)
         tokenizer.chat_template = "never"
         assert task.prompts(tokenizer) == [problem.prompt for problem in sample]
-        assert task.token_ids(tokenizer)[0][0] == tokenizer.bos_token_id, "no template, no instruction"
+        assert task.token_ids(tokenizer, task.prompts(tokenizer))[0][0] == tokenizer.bos_token_id, (
+            "no template, no instruction"
+        )
         assert task.golds == [problem.chain for problem in sample] and task.max_new_tokens == (6 * 12 + 4 + 1) * 3 // 2
         assert [task.mark(gold, gold)[1] for gold in task.golds] == [True] * 3
         assert task.mark(task.golds[0] + " ;", task.golds[0])[1] is False
@@ -202,11 +206,7 @@ class TestCommand:
         ],
     )
     def test_bad_options_are_one_line_and_exit_code_2(self, options, message, tmp_path):
-        result = invoke(*options, "--out", tmp_path / "rows")
-        assert result.exit_code == 2, result.output
-        (error,) = (line for line in result.output.splitlines() if line.startswith("Error: "))
-        assert message in error and result.output.rstrip().endswith(error)
-        assert isinstance(result.exception, SystemExit)
+        assert message in refused(invoke(*options, "--out", tmp_path / "rows"))
         assert not (tmp_path / "rows").exists(), "nothing half written"
 
     def test_a_model_of_another_language(self, tmp_path):

@@ -46,7 +46,7 @@ def learn_budgets(
     >>> out = model.generate(**inputs, past_key_values=RaaSCache(budgets))
     ```
     """
-    options = {"page_size": 16, **options, "min_decode_pages": 1, "config": model.config.get_text_config(decoder=True)}
+    options = {"page_size": 16, **options, "min_decode_pages": 1, "config": model.config}
     page_size, length = options["page_size"], inputs["input_ids"].shape[1]
     prompt_pages, text_pages = math.ceil(length / page_size), math.ceil((length + max_new_tokens) / page_size) + 1
     pages_each = budget // page_size - prompt_pages

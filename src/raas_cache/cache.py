@@ -1,4 +1,9 @@
-"""`PagedCache`: the transformers `Cache` API over paged layers, nothing else."""
+"""`PagedCache`: the transformers `Cache` API over paged layers, nothing else.
+
+In order: settings and their checks, `update` and what the first attention call teaches, offloading, what can be asked
+of a cache, and the rest of the API (reset, recording the past, crop). Names and arguments of the `Cache` API are
+upstream's; a new option is checked here and goes into `LayerSettings`, what it does belongs into the layer or below.
+"""
 
 import inspect
 import warnings

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from .extras import require
 
 
 if TYPE_CHECKING:
@@ -24,8 +25,7 @@ def markdown(header: list[str], lines: list[list[str]]) -> str:
 
 def require_matplotlib() -> None:
     """Raise an ImportError that says what to install if matplotlib is missing."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError("Plots need matplotlib: pip install raas-cache[viz]")
+    require("matplotlib", "Plots need matplotlib", "viz")
 
 
 def save(drawn: dict[str, Figure], folder: Path) -> list[Path]:

@@ -9,7 +9,7 @@ embedded model.
 from importlib.resources import files
 
 from .decoding import Decoding
-from .results import Row, Summary, read_rows, summarize, table
+from .results import Row, Summary, by_setting, read_rows, summarize, table
 from .runner import run
 from .settings import Setting, parse_methods, settings
 from .tasks import Task, chain_task, load_task
@@ -21,6 +21,7 @@ __all__ = [
     "Setting",
     "Summary",
     "Task",
+    "by_setting",
     "chain_task",
     "load_task",
     "math_answer",

@@ -4,13 +4,14 @@ math-verify does the mathematics. What is here finds the answer, and is stricter
 letters taken for units (`3c` is not 3), bases (`52_8` is not `52_9`), words (`seat` is not `east`) and roundings.
 """
 
-import importlib.util
 import logging
 import os
 import re
 import threading
 from functools import cache
 from types import SimpleNamespace
+
+from ..extras import require
 
 
 TIMEOUT = 5
@@ -60,8 +61,7 @@ _HOPELESS = re.compile(
 
 def require_math_verify() -> None:
     """Raise an ImportError that says what to install if math-verify is missing."""
-    if importlib.util.find_spec("math_verify") is None:
-        raise ImportError("Marking answers needs math-verify: pip install raas-cache[eval]")
+    require("math_verify", "Marking answers needs math-verify", "eval")
 
 
 def extract(output: str) -> str | None:
@@ -86,8 +86,8 @@ def gold_of(answer: str) -> str:
     return (_boxes(answer) or [answer.strip()])[-1]
 
 
-def is_correct(output: str, gold: str) -> bool:
-    """Whether the final answer of what a model wrote is the gold answer.
+def mark(output: str, gold: str) -> tuple[str | None, bool]:
+    """The final answer of what a model wrote, as `extract` finds it, and whether it is the gold answer.
 
     Raises:
         ImportError: math-verify is missing.
@@ -95,8 +95,13 @@ def is_correct(output: str, gold: str) -> bool:
     require_math_verify()
     answer = extract(output)
     if answer is None or max(len(answer), len(gold)) > LONGEST_ANSWER:
-        return answer == gold
-    return _same(_tidy(answer), _tidy(gold))
+        return answer, answer == gold
+    return answer, _same(_tidy(answer), _tidy(gold))
+
+
+def is_correct(output: str, gold: str) -> bool:
+    """Whether `mark` finds the gold answer."""
+    return mark(output, gold)[1]
 
 
 def _last_answer(text: str) -> str | None:

@@ -71,8 +71,9 @@ class Decoder:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, decoding: Decoding):
         self.model, self.tokenizer, self.task, self.decoding = model, tokenizer, task, decoding
-        self.ids = task.token_ids(tokenizer)
-        self.hashes = [hash_of(prompt) for prompt in task.prompts(tokenizer)]
+        prompts = task.prompts(tokenizer)
+        self.ids = task.token_ids(tokenizer, prompts)
+        self.hashes = [hash_of(prompt) for prompt in prompts]
         self.options = decoding.options(task)
         known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         self.pad = next(token for token in known if token is not None)
@@ -87,7 +88,7 @@ class Decoder:
             keep: is handed each row when it has ended.
             on_token: is told after each token how many there are.
         """
-        cache = setting.new_cache(self.model.config.get_text_config(decoder=True))
+        cache = setting.new_cache(self.model.config)
         prompt_length = max(len(self.ids[index]) for index in rows)
         padding = [prompt_length - len(self.ids[index]) for index in rows]
         inputs = {

@@ -86,7 +86,7 @@ class RaaSLM(HFLM):
         self._new_cache()  # and what it refuses in a model before the first request
 
     def _new_cache(self) -> Cache:
-        return self.setting.new_cache(self.model.config.get_text_config(decoder=True))
+        return self.setting.new_cache(self.model.config)
 
     def _model_generate(
         self, context: torch.Tensor, max_length: int, stop: list[str], attention_mask: torch.Tensor, **kwargs: Any

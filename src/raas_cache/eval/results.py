@@ -128,12 +128,17 @@ def read_rows(folder: Path) -> list[Row]:
     return list(rows.values())
 
 
-def summarize(rows: Iterable[Row]) -> list[Summary]:
-    """A summary for each setting, in the order in which they first come."""
+def by_setting(rows: Iterable[Row]) -> dict[tuple, list[Row]]:
+    """The rows of each setting by its key, in the order in which settings first come."""
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
         groups.setdefault(row.setting.key, []).append(row)
-    return [_summary(group) for group in groups.values()]
+    return groups
+
+
+def summarize(rows: Iterable[Row]) -> list[Summary]:
+    """A summary for each setting, in the order in which they first come."""
+    return [_summary(group) for group in by_setting(rows).values()]
 
 
 def table(summaries: list[Summary], **more: list[str]) -> str:

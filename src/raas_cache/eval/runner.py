@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,6 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..cache import PagedCache
+from ..extras import require
 from .decoding import Decoder, Decoding
 from .results import Row, RowFile, read_rows
 from .settings import Setting, common_options
@@ -32,6 +32,11 @@ class _Job:
 
     setting: Setting
     rows: tuple[int, ...]
+
+    @property
+    def keys(self) -> list[tuple]:
+        """Those of the rows, see `Row.key`."""
+        return [(*self.setting.key, index) for index in self.rows]
 
 
 def run(
@@ -71,7 +76,8 @@ def run(
     from accelerate.utils import gather_object
 
     decoder = Decoder(model, tokenizer, task, decoding or Decoding())
-    order = [(*setting.key, index) for setting in settings for index in range(len(decoder.ids))]
+    everything = tuple(range(len(decoder.ids)))
+    order = [key for setting in settings for key in _Job(setting, everything).keys]
 
     rows, file = [], None
     if out is not None:
@@ -93,12 +99,12 @@ def run(
 
     done = {row.key for row in rows}
     jobs = [_Job(setting, batch) for setting in settings for batch in _batches(decoder.ids, setting, batch_size)]
-    jobs = [job for job in jobs if any((*job.setting.key, index) not in done for index in job.rows)]
+    jobs = [job for job in jobs if not done.issuperset(job.keys)]
     # Dealt out one by one: neighbours are of one setting and take about as long.
     mine = jobs[state.process_index :: state.num_processes]
     new: list[Row] = []
     common = common_options(settings)
-    missing = sum((*job.setting.key, index) not in done for job in mine for index in job.rows)
+    missing = sum(key not in done for job in mine for key in job.keys)
     with tqdm(total=missing, unit="row", disable=not state.is_main_process) as bar:
 
         def keep(row: Row) -> None:
@@ -123,8 +129,7 @@ def processes() -> PartialState:
     Raises:
         ImportError: accelerate is missing.
     """
-    if importlib.util.find_spec("accelerate") is None:
-        raise ImportError("Evaluation needs accelerate: pip install raas-cache[eval]")
+    require("accelerate", "Evaluation needs accelerate", "eval")
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import importlib.util
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..extras import require
 from . import answers, chains
 
 
@@ -71,15 +71,15 @@ class Task:
         chats = [[{"role": "user", "content": text}] for text in asked]
         return tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
 
-    def token_ids(self, tokenizer) -> list[list[int]]:
-        """`prompts` as tokens; a chat template has put in the special ones already.
+    def token_ids(self, tokenizer, prompts: list[str]) -> list[list[int]]:
+        """What `prompts` gave, as tokens; a chat template has put in the special ones already.
 
         Raises:
             ValueError: the tokenizer does not know a word.
         """
         templated = self.instruction is not None and tokenizer.chat_template is not None
         try:
-            return tokenizer(self.prompts(tokenizer), add_special_tokens=not templated)["input_ids"]
+            return tokenizer(prompts, add_special_tokens=not templated)["input_ids"]
         except Exception as error:  # tokenizers raises nothing more precise
             raise ValueError(
                 f"The model's tokenizer cannot read {self.name!r} ({error}): take a model of this language; the "
@@ -129,7 +129,7 @@ def load_task(name: str, limit: int | None = None, seed: int = 0) -> Task:
         raise ValueError(f"dataset={name!r} has no rows.")
     golds = [answers.gold_of(str(value)) for value in rows[answer]]
     longest = entry.max_new_tokens if entry else HubSet.max_new_tokens
-    return Task(name, [str(text) for text in rows[question]], golds, longest, BOXED, _mark_maths)
+    return Task(name, [str(text) for text in rows[question]], golds, longest, BOXED, answers.mark)
 
 
 def chain_task(sample: list[chains.ChainProblem], name: str = "chains") -> Task:
@@ -146,8 +146,7 @@ def hash_of(text: str) -> str:
 
 
 def _load_rows(name: str, entry: HubSet | None) -> Any:
-    if importlib.util.find_spec("datasets") is None:
-        raise ImportError("Data sets need datasets: pip install raas-cache[eval]")
+    require("datasets", "Data sets need datasets", "eval")
     import datasets
 
     try:
@@ -168,10 +167,6 @@ def _column(dataset: str, present: list[str], wanted: tuple[str, ...]) -> str:
             "rename the one that is meant."
         )
     return found
-
-
-def _mark_maths(output: str, gold: str) -> tuple[str | None, bool]:
-    return answers.extract(output), answers.is_correct(output, gold)
 
 
 def _mark_chain(output: str, gold: str) -> tuple[str | None, bool]:
