@@ -16,6 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from raas_cache import RaaSCache, embedded_model, learn_budgets
 from raas_cache.eval.chains import TOKENS_PER_LINE, problems, tokens_of
+from raas_cache.reading import steps
 
 
 LEFT, CITED, RESULT = 5, 7, 10  # tokens of a line that state a value
@@ -31,20 +32,17 @@ def statements(problem, line: int) -> tuple[list[int], int]:
     return [where * TOKENS_PER_LINE + token for where, token in stated], line - max(where for where, _ in stated)
 
 
-@torch.no_grad()
-def read(model, tokenizer, sample, cache) -> list[tuple[int, list[bool], bool]]:
+def cited(model, tokenizer, sample, cache) -> list[tuple[int, list[bool], bool]]:
     """Each citation of a derived value: lines since the value was stated, held by each head, digit right."""
     texts = [f"{problem.prompt} {problem.chain}" for problem in sample]
     tokens = tokenizer(texts, return_tensors="pt", return_token_type_ids=False)["input_ids"]
     prompt = tokenizer(sample[0].prompt, return_tensors="pt")["input_ids"].shape[1]
-    model(tokens[:, :prompt], past_key_values=cache)
     citations = []
-    for position in range(prompt, tokens.shape[1] - 1):
-        logits = model(tokens[:, position : position + 1], past_key_values=cache).logits[:, -1]
-        line, token = divmod(position + 1 - prompt, TOKENS_PER_LINE)
+    for place, logits in enumerate(steps(model, tokens, prompt, cache)):
+        line, token = divmod(place, TOKENS_PER_LINE)
         if token != CITED or line >= len(sample[0].refs):
             continue
-        right = (logits.argmax(-1) == tokens[:, position + 1]).tolist()
+        right = (logits.argmax(-1) == tokens[:, prompt + place]).tolist()
         held = [cache.resident_positions(layer) for layer in range(len(cache.layers))]
         for row, problem in enumerate(sample):
             if problem.refs[line] < problem.num_givens:
@@ -85,7 +83,7 @@ def main() -> None:
     for name, (tokens, options) in caches.items():
         cache = RaaSCache(tokens, page_size=args.page_size, min_decode_pages=1, **options)
         groups = defaultdict(list)
-        for ago, held, right in read(model, tokenizer, sample, cache):
+        for ago, held, right in cited(model, tokenizer, sample, cache):
             groups[next(band for band in BANDS if band[0] <= max(ago, 2) <= band[1])].append((held, right))
         found = [groups[band] for band in BANDS]
         rows = [("citations", [str(len(group)) for group in found])]

@@ -20,6 +20,8 @@ from .methods import (
     list_methods,
 )
 from .policies import Pages, Policy, register_policy
+from .reading import read
+from .recording import Recording, record
 
 
 __all__ = [
@@ -31,12 +33,15 @@ __all__ = [
     "QuestCache",
     "RKVCache",
     "RaaSCache",
+    "Recording",
     "StreamingLLMCache",
     "TOVACache",
     "embedded_model",
     "from_name",
     "learn_budgets",
     "list_methods",
+    "read",
+    "record",
     "register",
     "register_policy",
     "unregister",

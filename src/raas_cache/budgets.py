@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from .layer import PagedLayer
 from .methods import RaaSCache
+from .reading import read
 
 
 @torch.no_grad()
@@ -71,16 +72,10 @@ def learn_budgets(
 
 def _loss(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], text: torch.Tensor, cache: RaaSCache) -> float:
     """Negative log-likelihood of the generated part of `text` `[batch, tokens]`, decoded with `cache`."""
-    length, mask = inputs["input_ids"].shape[1], inputs.get("attention_mask")
+    length = inputs["input_ids"].shape[1]
+    losses = read(model, text, length, cache, inputs.get("attention_mask"))
     padding = model.generation_config.pad_token_id  # what stands behind a text that ended early
-    losses = []
-    for end in range(length, text.shape[1]):
-        new = text[:, :end] if end == length else text[:, end - 1 : end]
-        padded = None if mask is None else torch.nn.functional.pad(mask, (0, end - length), value=1)
-        logits = model(new, attention_mask=padded, past_key_values=cache, logits_to_keep=1).logits[:, -1]
-        ignored = {} if padding is None else {"ignore_index": padding}
-        losses.append(torch.nn.functional.cross_entropy(logits.float(), text[:, end], reduction="sum", **ignored))
-    return torch.stack(losses).sum().item()
+    return losses[text[:, length:] != padding].sum().item() if padding is not None else losses.sum().item()
 
 
 def _interpolated(pages: list[int], lost: list[float], most: int) -> list[float]:

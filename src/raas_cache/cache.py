@@ -9,7 +9,7 @@ import inspect
 import warnings
 from dataclasses import replace
 from functools import partial
-from typing import Literal, TypedDict
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -21,6 +21,9 @@ from .layer import PagedLayer
 from .paged_attention import LayerSettings
 from .policies import Policy
 
+
+if TYPE_CHECKING:
+    from .recording import Recording
 
 Budget = int | list[int] | tuple[int, ...]
 NEEDS_CONFIG = (
@@ -129,6 +132,7 @@ class PagedCache(Cache):
         layers = _LayersToCome() if config is None else plan_layers(config, self._settings_of)
         super().__init__(layers=layers, offloading=offloading)
         self._records_past = False
+        self._recording: Recording | None = None
         self._handed_out: PagedLayer | None = None
         self._not_offloaded: int | None = None
         self._warned = False
@@ -182,6 +186,8 @@ class PagedCache(Cache):
     def _add(self, layer) -> None:
         if self._records_past and hasattr(layer, "activate_past_recording"):
             layer.activate_past_recording()
+        if self._recording is not None and isinstance(layer, PagedLayer):
+            layer.recorder = self._recording.recorder_of(len(self.layers))
         self.layers.append(layer)
 
     def _learn_layers(self, layer_idx: int, module: torch.nn.Module, key: torch.Tensor, value: torch.Tensor):
@@ -247,11 +253,12 @@ class PagedCache(Cache):
     def is_compileable(self) -> bool:
         """Whether a decode step can be compiled, or captured in a CUDA graph, once and for all.
 
-        Not with a method that evicts nothing (its store grows), with offloading, while the past is recorded; not for
+        Not with a method that evicts nothing (its store grows), with offloading, while anything is recorded; not for
         models that transformers cannot compile, and those with layers whose cache is not static (sliding windows).
         The model is the one that asks first, as its `generate` does before the cache has seen anything of it.
         """
-        if self.offloading or self._records_past or not self.settings.policy.evicts:
+        is_noted = self._records_past or self._recording is not None
+        if self.offloading or is_noted or not self.settings.policy.evicts:
             return False
         if self._suits_model is None and not torch.compiler.is_compiling():
             self._ask_model()
@@ -312,6 +319,19 @@ class PagedCache(Cache):
         if not isinstance(layer, PagedLayer) or not layer.is_initialized:
             raise ValueError(f"layer_idx={layer_idx} is a {type(layer).__name__} that holds no pages (yet).")
         return layer
+
+    def observe(self, recording: "Recording | None") -> None:
+        """From now on tell `recording` what every page scores, or nobody; see `raas_cache.record`.
+
+        Raises:
+            ValueError: the cache is being recorded already.
+        """
+        if recording is not None and self._recording is not None:
+            raise ValueError("cache: it is being recorded already. End that recording before you begin another.")
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, PagedLayer):
+                layer.recorder = None if recording is None else recording.recorder_of(index)
+        self._recording = recording
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """-1: the cache never ends a generation."""

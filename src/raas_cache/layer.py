@@ -7,7 +7,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from .paged_attention import LayerSettings, PagedAttention
-from .recording import Past
+from .undo import Past
 
 
 class PagedLayer(PagedAttention, CacheLayerMixin):
@@ -25,6 +25,8 @@ class PagedLayer(PagedAttention, CacheLayerMixin):
     def reset(self) -> None:
         """Forget everything, buffers and recording included: the next prompt sizes new ones."""
         self.release()
+        if self.recorder is not None:
+            self.recorder.entries.clear()
         self.awaits_attention = self.is_initialized = False
         # Called by the first attention with its module, key and value, while the cache does not know the model.
         self.on_module: Callable | None = None
@@ -39,7 +41,7 @@ class PagedLayer(PagedAttention, CacheLayerMixin):
     @property
     def is_compileable(self) -> bool:
         """Whether a decode step has the shapes, and its buffers the places, of the one before it."""
-        return not (self.grows or self.record_past)
+        return not (self.grows or self.record_past or self.recorder is not None)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Take batch, heads, sizes, dtype and device from the first key and value; `update` sizes the buffers."""
@@ -228,10 +230,14 @@ class PagedLayer(PagedAttention, CacheLayerMixin):
         Also forgets how to take back the tokens before them. Raises as `check_crop` does.
         """
         self.check_crop(tokens_to_remove)
+        if self.recorder is not None:
+            self.recorder.forget(self.seen + tokens_to_remove)
         self._past.undo(self, -tokens_to_remove, partial(self._attend_input, observed=None, expanded=None))
 
     def apply_to_rows(self, function: Callable) -> None:
         """Make every tensor that has rows what `function` makes of it."""
+        if self.recorder is not None and self.is_initialized:
+            self.recorder.apply_to_rows(function, torch.arange(self.batch_size, device=self.device))
         super().apply_to_rows(function)
         self._past.apply_to_rows(function)
 

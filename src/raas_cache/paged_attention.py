@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch.nn.functional import pad
@@ -11,6 +11,10 @@ import raas_kernels
 
 from .policies import Pages, Policy
 from .store import PageStore
+
+
+if TYPE_CHECKING:
+    from .recording import LayerRecording
 
 
 @dataclass(frozen=True)
@@ -35,11 +39,13 @@ class PagedAttention(PageStore):
     """Reads the pages of one layer, all or those a step should read, and lets the policy rank the evictable ones.
 
     `is_latent` says that the model caches a latent and expands it afterwards (MLA): attention then gets the expanded
-    keys and values, and all heads share the one page table.
+    keys and values, and all heads share the one page table. `recorder`, if any, is told what the policy is told
+    (see `raas_cache.record`).
     """
 
     def __init__(self, settings: LayerSettings):
         self.policy, self.scoring, self.granularity = settings.policy, settings.scoring, settings.granularity
+        self.recorder: LayerRecording | None = None
         self.reads_all = self.policy.reads == "all" and (settings.prompt != "select" or not self.policy.evicts)
         super().__init__(
             settings.budget,
@@ -88,7 +94,7 @@ class PagedAttention(PageStore):
         if self.is_decoding:
             if self.scoring == "minmax":
                 scores = bounds.softmax(-1)
-            self._tell_policy(self._shared(scores)[..., self.pinned_pages :], queries=1)
+            self._tell_policy(self._shared(scores), queries=1, is_input=False)
         return output
 
     @torch.compiler.disable
@@ -137,19 +143,24 @@ class PagedAttention(PageStore):
         if self.holds_input:
             self._cut_input(scores, queries)
         elif self.is_decoding:
-            self._tell_policy(scores[..., self.pinned_pages :], queries)
+            self._tell_policy(scores, queries, is_input=True)
         return output
 
     def _bias_for(self, keys: torch.Tensor) -> torch.Tensor:
         """The bias, for as many heads as read the store: all heads of a model read its one latent."""
         return self.bias.expand(-1, keys.shape[1], -1).contiguous()
 
-    def _tell_policy(self, scores: torch.Tensor, queries: int) -> None:
+    def _tell_policy(self, scores: torch.Tensor, queries: int, is_input: bool) -> None:
         mean_keys = lambda: self.mean_keys()[:, :, self.pinned_pages :]  # noqa: E731
-        self._on_scores(scores, self.priority, self.page_state, self.first, queries, mean_keys)
+        evictable = scores[..., self.pinned_pages :]
+        self._on_scores(evictable, self.priority, self.page_state, self.first, queries, mean_keys)
+        if self.recorder is not None:
+            self.recorder.note(self, scores, is_input)
 
     def _cut_input(self, scores: torch.Tensor | None, queries: int) -> None:
         """Let input compete with what else is held, once the policy has seen the scores `[batch, kv_heads, pages]`."""
+        if self.recorder is not None:
+            self.recorder.note(self, scores, is_input=True)
         sink, others, ranked = self.candidates()
         if queries and others.shape[-1]:
             mean_keys = lambda: torch.take_along_dim(self.mean_keys(), others[..., None], 2)  # noqa: E731

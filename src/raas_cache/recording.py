@@ -1,156 +1,342 @@
-"""Taking tokens back: what is noted of a page store while the past is recorded, so that `crop` leaves no trace."""
+"""Looking inside: what each page scored, when it was stamped and when it went, while a cache is used."""
 
-from collections.abc import Callable
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
-import raas_kernels
-
-from .store import BOUNDS, EMPTY, EVICTABLE, SLOTS
+from .cache import PagedCache
+from .extras import require
 
 
 if TYPE_CHECKING:
+    import pandas
+
     from .store import PageStore
 
-PAGED = (*SLOTS, *BOUNDS)
-
-
-def _pages_of(store: "PageStore", name: str) -> torch.Tensor:
-    """A paged tensor as `[batch, kv_heads, pages, width]`, in place."""
-    tensor = getattr(store, name)
-    return tensor.view(*tensor.shape[:2], store.pinned_pages + store.decode_pages, -1)
-
-
-def _restore(store: "PageStore", name: str, before: torch.Tensor) -> None:
-    """Put a whole tensor back; pages that a store has grown by since hold nothing."""
-    tensor = getattr(store, name)
-    if tensor.shape != before.shape:
-        tensor[:, :, before.shape[2] :] = EMPTY.get(name, 0)
-        tensor = tensor[:, :, : before.shape[2]]
-    tensor.copy_(before)
+FORMAT = 1  # of a saved recording
+INPUT = -1  # in place of the page that a generated token went to
+GONE = -2  # in place of a page that was evicted before the recording began
 
 
 @dataclass
-class Step:
-    """What one decode step overwrites: the page it recycles if it opens one, otherwise the open page's bounds.
+class Forward:
+    """What one layer held after one attention call.
 
     Args:
-        page: `[batch, kv_heads]` int64, index of that page.
-        state: name -> tensor of the store as it was: that page's contents `[batch, kv_heads, width]`, and the whole
-            `priority`, `page_state` and `open_slot`.
+        step: sequence index of the newest token.
+        page: sequence index of the first token of the page that a generated token went to; `INPUT` for input.
+        first: `[batch, heads, pages]` int32, sequence index of each page's first token, -1 if it holds none.
+        score: `[batch, heads, pages]` float32, the scores that the policy was told; NaN where it asked for none.
+        stamp: `[batch, heads, pages]` float32, the pages' priority, for RaaS their timestamp; NaN for pinned pages.
+        resident: `[batch, heads]` int32, tokens held.
     """
 
-    page: torch.Tensor
-    state: dict[str, torch.Tensor]
-    length: ClassVar[int] = 1
+    step: int
+    page: int
+    first: np.ndarray
+    score: np.ndarray
+    stamp: np.ndarray
+    resident: np.ndarray
 
-    @classmethod
-    def about_to_append(cls, store: "PageStore") -> "Step":
-        """Note what the next `append` on `store`, and the stamps after it, will overwrite."""
-        opening = store.decoded % store.page_size == 0
-        if opening:
-            page = raas_kernels.victim(store.positions, store.priority, store.page_size) + store.pinned_pages
-        else:
-            page = store.open_slot // store.page_size
-        state = {name: tensor.clone() for name, tensor in store.held_tensors(*EVICTABLE, "open_slot").items()}
-        for name in store.held_tensors(*(PAGED if opening else BOUNDS)):
-            state[name] = torch.take_along_dim(_pages_of(store, name), page[..., None, None], 2).squeeze(2)
-        return cls(page, state)
 
-    def undo(self, store: "PageStore", kept: int, attend: Callable) -> int:
-        """Put `store` back as it was before the step (`kept` is 0); returns the tokens taken back: 1."""
-        store.retract()
-        # The token's slot, in case the page stays: a page that goes brings its own bias back.
-        slot = store.open_slot[..., None] + store.decoded % store.page_size
-        store.bias.scatter_(2, slot, float("-inf"))
-        for name, before in self.state.items():
-            if name in PAGED:
-                index = self.page[..., None, None].expand_as(before[:, :, None])
-                _pages_of(store, name).scatter_(2, index, before[:, :, None])
-            else:
-                _restore(store, name, before)
-        return 1
-
-    def apply_to_rows(self, function: Callable) -> None:
-        self.page = function(self.page)
-        self.state = {name: function(tensor) for name, tensor in self.state.items()}
+PAGED = ("first", "score", "stamp")
 
 
 @dataclass
-class Turn:
-    """Input tokens pinned in one forward after the first: a user's turn with the first draft behind it.
+class LayerRecording:
+    """What was recorded of one layer, written by the layer itself.
 
     Args:
-        length: tokens of the forward.
-        state: name -> the store's `priority` and `page_state` before the forward.
-        reads: the attention calls of the forward: query, and settings of the softmax.
+        heads: KV heads recorded, None for all.
+        entries: the attention calls; and where rows changed places between them, an index `[batch]`: row i goes on as
+            a copy of row `index[i]`.
     """
 
-    length: int
-    state: dict[str, torch.Tensor]
-    reads: list[tuple[torch.Tensor, dict]] = field(default_factory=list)
+    heads: tuple[int, ...] | None = None
+    entries: list[Forward | np.ndarray] = field(default_factory=list)
 
-    def undo(self, store: "PageStore", kept: int, attend: Callable) -> int:
-        """Take back all but the first `kept` tokens, and the stamps of those; returns the tokens taken back."""
-        store.unpin(self.length - kept)
-        if store.is_decoding:
-            for name, before in self.state.items():
-                _restore(store, name, before)
-        if kept:
-            for query, softmax in self.reads:
-                attend(query[:, :, :kept], **softmax)
-        return self.length - kept
+    @torch.compiler.disable
+    def note(self, store: PageStore, scores: torch.Tensor | None, is_input: bool) -> None:
+        """Take down what `store` holds, and the scores `[batch, kv_heads, pages]` that the policy was told."""
+        if self.heads is None:
+            self.heads = tuple(range(store.num_heads))
+        if max(self.heads) >= store.num_heads:
+            raise ValueError(f"heads={list(self.heads)}: the layers of this model have {store.num_heads} KV heads.")
+        resident = store.bias == 0
+        first = store.positions[:, :, :: store.page_size]
+        first = first.masked_fill(~resident.unflatten(2, (-1, store.page_size)).any(-1), -1)
+        unstamped = store.priority.new_full((*first.shape[:2], store.pinned_pages), float("nan"))
+        stamp = torch.cat([unstamped, store.priority], -1)
+        score = torch.full_like(stamp, float("nan")) if scores is None else scores
+        page = INPUT if is_input else int(store.positions[0, 0, store.open_slot[0, 0]])
+        noted = (first, score.float(), stamp.float(), resident.sum(-1).int())
+        arrays = (tensor[:, list(self.heads)].cpu().numpy() for tensor in noted)
+        self.entries.append(Forward(store.seen - 1, page, *arrays))
 
-    def apply_to_rows(self, function: Callable) -> None:
-        self.state = {name: function(tensor) for name, tensor in self.state.items()}
-        self.reads = [(function(query), softmax) for query, softmax in self.reads]
+    def forget(self, seen: int) -> None:
+        """Forget the tokens from index `seen` on, which were taken back."""
+        self.entries = [entry for entry in self.entries if isinstance(entry, np.ndarray) or entry.step < seen]
+
+    def apply_to_rows(self, function: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor) -> None:
+        """Rows change places, or number: as `function` does to the index `rows` of each."""
+        self.entries.append(function(rows).cpu().numpy())
+
+    def forwards(self) -> list[Forward]:
+        """The attention calls, each with the rows that became those of today."""
+        rows, found = slice(None), []
+        for entry in reversed(self.entries):
+            if isinstance(entry, np.ndarray):
+                rows = entry[rows]
+                continue
+            arrays = (getattr(entry, name)[rows] for name in (*PAGED, "resident"))
+            found.append(Forward(entry.step, entry.page, *arrays))
+        return found[::-1]
 
 
-class Past:
-    """The steps and turns that can be taken back, the newest last: at most `limit` of them, the oldest go."""
+@dataclass(frozen=True)
+class History:
+    """The life of every page of one row, layer and KV head: T steps, N pages in the order in which they were opened.
 
-    def __init__(self, limit: int):
-        self.limit = limit
-        self.entries: list[Step | Turn] = []
+    Args:
+        steps: `[T]`, sequence index of the newest token at each step.
+        first: `[N]`, sequence index of each page's first token: the step at which it was opened.
+        is_pinned: `[N]`, whether the page is input that is never evicted.
+        held: `[T, N]` bool, whether the page held anything then.
+        score: `[T, N]` float32, the page's attention score; NaN where it was not held, or not scored.
+        stamp: `[T, N]` float32, its priority, for RaaS the step of its last milestone stamp; NaN where it was not held,
+            or is pinned.
+        evicted: `[N]` float, the step at which it was evicted; NaN if it was not.
+        resident: `[T]`, tokens held.
+    """
 
-    def note(self, store: "PageStore", length: int, pin: bool) -> None:
-        """Called before `store` stores `length` tokens, as input (`pin`) or as one decode step."""
-        if pin:
-            before = {name: tensor.clone() for name, tensor in store.held_tensors(*EVICTABLE).items()}
-            self.entries.append(Turn(length, before))
-        else:
-            self.entries.append(Step.about_to_append(store))
-        del self.entries[: -self.limit]
+    steps: np.ndarray
+    first: np.ndarray
+    is_pinned: np.ndarray
+    held: np.ndarray
+    score: np.ndarray
+    stamp: np.ndarray
+    evicted: np.ndarray
+    resident: np.ndarray
 
-    def note_read(self, query: torch.Tensor, softmax: dict) -> None:
-        """Called before the attention of the tokens stored last: a turn's stamps are given again after a crop."""
-        turn = self.entries[-1] if self.entries else None
-        if isinstance(turn, Turn) and query.shape[2] == turn.length:
-            turn.reads.append((query.detach(), softmax))
+    def last_use(self, alpha: float) -> np.ndarray:
+        """`[N]` float, the last step at which each page scored `alpha` or more; NaN where there is none."""
+        used = np.where(self.score >= alpha, self.steps[:, None], -1).max(0, initial=-1)
+        return np.where(used < 0, np.nan, used)
 
-    def removable(self, store: "PageStore") -> int:
-        """Tokens that `undo` can take back."""
-        if store.prompt == "evict":  # of what was cut away there is no record
-            return 0
-        steps = sum(isinstance(entry, Step) for entry in self.entries)
-        # As long as no token was generated, input alone is held: it can go without a record.
-        return store.seen if steps == store.decoded else sum(entry.length for entry in self.entries)
 
-    def undo(self, store: "PageStore", tokens: int, attend: Callable) -> None:
-        """Take back the last `tokens` tokens, at most `removable`, and forget how to take back those before them.
+@dataclass
+class Recording:
+    """What `record` has taken down; may be read while the recording goes on.
+
+    Args:
+        method: the policy, with its arguments.
+        budget: tokens to hold, for all layers or for each.
+        page_size: tokens a page.
+        prompt: what became of input: `"pin"`, `"select"` or `"evict"`.
+        layers: what was recorded, by layer index.
+        wanted: indices of the layers and of the KV heads to record; None for all.
+    """
+
+    method: str
+    budget: int | tuple[int, ...]
+    page_size: int
+    prompt: str
+    layers: dict[int, LayerRecording] = field(default_factory=dict)
+    wanted: tuple[Sequence[int] | None, Sequence[int] | None] = (None, None)
+
+    def recorder_of(self, layer: int) -> LayerRecording | None:
+        """What layer `layer` writes to; None if it is not to be recorded."""
+        layers, heads = self.wanted
+        if layers is not None and layer not in layers:
+            return None
+        return self.layers.setdefault(layer, LayerRecording(None if heads is None else tuple(heads)))
+
+    def heads(self, layer: int) -> tuple[int, ...]:
+        """KV heads recorded of a layer.
+
+        Raises:
+            ValueError: nothing was recorded of `layer`.
+        """
+        found = self.layers.get(layer)
+        if found is None or not found.heads or not found.entries:
+            recorded = [index for index, of_layer in self.layers.items() if of_layer.entries]
+            raise ValueError(f"layer={layer}: nothing was recorded of it, only of the layers {recorded}.")
+        return found.heads
+
+    def history(self, layer: int, head: int, row: int = 0) -> History:
+        """The pages of one KV head through all steps.
 
         Args:
-            attend: gives the stamps of stored tokens again, called with their queries and the settings noted.
-        """
-        while tokens and self.entries:
-            entry = self.entries.pop()
-            tokens -= entry.undo(store, max(0, entry.length - tokens), attend)
-        if tokens:
-            store.unpin(tokens)
-        self.entries.clear()
+            layer: index of the layer in the model.
+            head: index of the KV head in the layer.
+            row: row of the batch, as it stands now: a beam comes with its own past.
 
-    def apply_to_rows(self, function: Callable) -> None:
-        for entry in self.entries:
-            entry.apply_to_rows(function)
+        Raises:
+            ValueError: nothing was recorded of them.
+        """
+        heads = self.heads(layer)
+        forwards = self.layers[layer].forwards()
+        rows = forwards[-1].first.shape[0]
+        if head not in heads:
+            raise ValueError(f"head={head}: nothing was recorded of it, only of the KV heads {list(heads)}.")
+        if not 0 <= row < rows:
+            raise ValueError(f"row={row}: the batch has {rows} rows.")
+        place = row, heads.index(head)
+        steps = np.array([forward.step for forward in forwards])
+        first = np.unique(np.concatenate([forward.first[place] for forward in forwards]))
+        first = first[first >= 0]
+        shape = len(steps), len(first)
+        held, score, stamp = np.zeros(shape, bool), np.full(shape, np.nan, "f4"), np.full(shape, np.nan, "f4")
+        for at, forward in enumerate(forwards):
+            of_step = forward.first[place] >= 0
+            pages = np.searchsorted(first, forward.first[place][of_step])
+            held[at, pages] = True
+            score[at, pages] = forward.score[place][of_step]
+            stamp[at, pages] = forward.stamp[place][of_step]
+        last = shape[0] - 1 - held[::-1].argmax(0)
+        evicted = np.where(last + 1 < shape[0], steps[np.minimum(last + 1, shape[0] - 1)], np.nan)
+        is_pinned = np.isnan(stamp[last, np.arange(shape[1])]) & np.isnan(evicted)
+        resident = np.array([forward.resident[place] for forward in forwards])
+        return History(steps, first, is_pinned, held, score, stamp, evicted, resident)
+
+    def pages_of_tokens(self, layer: int) -> np.ndarray:
+        """The page that each token seen was put in, `[tokens]` int: the sequence index of its first token.
+
+        `INPUT` for input that was pinned later than the first recorded step, `GONE` where the page was evicted before.
+        """
+        self.heads(layer)
+        forwards = self.layers[layer].forwards()
+        pages = np.full(forwards[-1].step + 1, INPUT)
+        seen = 0
+        for forward in forwards:
+            if seen == 0 or (forward.page == INPUT and self.prompt == "evict"):
+                first = np.unique(forward.first[forward.first >= 0])
+                tokens = np.arange(seen, forward.step + 1)
+                latest = np.concatenate([[GONE - self.page_size], first])[np.searchsorted(first, tokens, side="right")]
+                pages[tokens] = np.where(tokens < latest + self.page_size, latest, GONE)
+            if forward.page != INPUT:
+                pages[forward.step] = forward.page
+            seen = forward.step + 1
+        return pages
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """A row for each step and page held, of every row, layer and KV head recorded.
+
+        Columns: `row`, `layer`, `head`, `step` (sequence index of the newest token), `page` (sequence index of the
+        page's first token, which is the step of its birth), `is_pinned`, `score`, `stamp` (for RaaS the step of the
+        last milestone stamp; NaN for pinned pages) and `evicted` (the step at which it went; NaN if it did not).
+
+        Raises:
+            ImportError: pandas is missing; says what to install.
+        """
+        require("pandas", "to_pandas needs pandas", "viz")
+        import pandas
+
+        tables = []
+        for layer, of_layer in self.layers.items():
+            forwards = of_layer.forwards()
+            for row in range(forwards[-1].first.shape[0] if forwards else 0):
+                for head in of_layer.heads or ():
+                    history = self.history(layer, head, row)
+                    at, pages = history.held.nonzero()
+                    table = {"row": row, "layer": layer, "head": head, "step": history.steps[at]}
+                    table |= {"page": history.first[pages], "is_pinned": history.is_pinned[pages]}
+                    table |= {"score": history.score[at, pages], "stamp": history.stamp[at, pages]}
+                    tables.append(pandas.DataFrame({**table, "evicted": history.evicted[pages]}))
+        columns = ["row", "layer", "head", "step", "page", "is_pinned", "score", "stamp", "evicted"]
+        return pandas.concat(tables, ignore_index=True) if tables else pandas.DataFrame(columns=columns)
+
+    def save(self, path: str | Path) -> None:
+        """Write the recording to one file, which `load` reads."""
+        about = {"format": FORMAT, "method": self.method, "budget": self.budget, "page_size": self.page_size}
+        about |= {"prompt": self.prompt, "heads": {}}
+        arrays = {}
+        for layer, of_layer in self.layers.items():
+            forwards = of_layer.forwards()
+            if not forwards:
+                continue
+            about["heads"][layer] = of_layer.heads
+            arrays[f"{layer}/step"] = np.array([(forward.step, forward.page) for forward in forwards])
+            arrays[f"{layer}/pages"] = np.array([forward.first.shape[2] for forward in forwards])
+            arrays[f"{layer}/resident"] = np.stack([forward.resident for forward in forwards])
+            for name in PAGED:
+                arrays[f"{layer}/{name}"] = np.concatenate([getattr(forward, name) for forward in forwards], axis=2)
+        with Path(path).open("wb") as file:  # numpy would add an ending to a path
+            np.savez_compressed(file, about=np.array(json.dumps(about)), **arrays)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recording:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is no recording.
+        """
+        try:
+            with np.load(path) as file:
+                about, arrays = json.loads(str(file["about"])), dict(file)
+        except (ValueError, TypeError, LookupError, AttributeError, EOFError, zipfile.BadZipFile):
+            raise ValueError(f"path={str(path)!r} is no recording: give a file that Recording.save wrote.") from None
+        if about["format"] != FORMAT:
+            raise ValueError(f"path={str(path)!r} has format {about['format']}, and this version reads {FORMAT}.")
+        budget = tuple(about["budget"]) if isinstance(about["budget"], list) else about["budget"]
+        recording = cls(about["method"], budget, about["page_size"], about["prompt"])
+        for layer, heads in about["heads"].items():
+            ends = arrays[f"{layer}/pages"].cumsum()[:-1]
+            paged = (np.split(arrays[f"{layer}/{name}"], ends, axis=2) for name in PAGED)
+            forwards = zip(arrays[f"{layer}/step"].tolist(), *paged, arrays[f"{layer}/resident"], strict=True)
+            entries: list[Forward | np.ndarray] = [Forward(step, page, *held) for (step, page), *held in forwards]
+            recording.layers[int(layer)] = LayerRecording(tuple(heads), entries)
+        return recording
+
+
+@contextmanager
+def record(
+    cache: PagedCache, *, layers: Sequence[int] | None = None, heads: Sequence[int] | None = None
+) -> Iterator[Recording]:
+    """While the context lasts, take down what the pages of `cache` score, and when they are stamped and evicted.
+
+    Tokens are the same with and without. A step that is recorded is not compiled, waits for the device and keeps
+    12 bytes for each page, KV head and row: over long chains choose layers and heads. A cache that is reset begins its
+    recording anew; a copy of it goes on with a copy. What a prompt scores during its own forward is not known.
+
+    Args:
+        cache: a `RaaSCache`, or another of the paged caches; empty, or in the midst of a sequence.
+        layers: indices of the layers to record; None for all that have pages.
+        heads: indices of the KV heads to record in each; None for all.
+
+    Raises:
+        TypeError: `cache` is not a paged one.
+        ValueError: `cache` is being recorded already, `layers` or `heads` are no indices; when recording begins,
+            that a layer has no such head.
+
+    Example:
+
+    ```python
+    >>> cache = RaaSCache(budget=1024)
+    >>> with record(cache, layers=[1]) as recording:
+    ...     out = model.generate(**inputs, past_key_values=cache)
+    >>> recording.to_pandas()
+    ```
+    """
+    if not isinstance(cache, PagedCache):
+        raise TypeError(f"cache={cache!r} must be a RaaSCache or another paged cache; for all that is, DenseCache.")
+    for name, indices in (("layers", layers), ("heads", heads)):
+        if indices is not None and (not indices or any(type(i) is not int or i < 0 for i in indices)):
+            raise ValueError(f"{name}={indices!r} must be indices such as [0, 1], or None for all.")
+    settings, wanted = cache.settings, (layers, heads)
+    recording = Recording(repr(settings.policy), cache.budget, settings.page_size, settings.prompt, wanted=wanted)
+    cache.observe(recording)
+    try:
+        yield recording
+    finally:
+        cache.observe(None)
