@@ -160,17 +160,29 @@ class Recording:
             return None
         return self.layers.setdefault(layer, LayerRecording(None if heads is None else tuple(heads)))
 
+    @property
+    def recorded(self) -> list[int]:
+        """Indices of the layers of which anything was recorded."""
+        return sorted(
+            index
+            for index, of_layer in self.layers.items()
+            if any(isinstance(entry, Forward) for entry in of_layer.entries)
+        )
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch as it stands now."""
+        return self.layers[self.recorded[0]].forwards()[-1].first.shape[0] if self.recorded else 0
+
     def heads(self, layer: int) -> tuple[int, ...]:
         """KV heads recorded of a layer.
 
         Raises:
             ValueError: nothing was recorded of `layer`.
         """
-        found = self.layers.get(layer)
-        if found is None or not found.heads or not found.entries:
-            recorded = [index for index, of_layer in self.layers.items() if of_layer.entries]
-            raise ValueError(f"layer={layer}: nothing was recorded of it, only of the layers {recorded}.")
-        return found.heads
+        if layer not in self.recorded:
+            raise ValueError(f"layer={layer}: nothing was recorded of it, only of the layers {self.recorded}.")
+        return self.layers[layer].heads or ()
 
     def history(self, layer: int, head: int, row: int = 0) -> History:
         """The pages of one KV head through all steps.
@@ -185,11 +197,10 @@ class Recording:
         """
         heads = self.heads(layer)
         forwards = self.layers[layer].forwards()
-        rows = forwards[-1].first.shape[0]
         if head not in heads:
             raise ValueError(f"head={head}: nothing was recorded of it, only of the KV heads {list(heads)}.")
-        if not 0 <= row < rows:
-            raise ValueError(f"row={row}: the batch has {rows} rows.")
+        if not 0 <= row < self.rows:
+            raise ValueError(f"row={row}: the batch has {self.rows} rows.")
         place = row, heads.index(head)
         steps = np.array([forward.step for forward in forwards])
         first = np.unique(np.concatenate([forward.first[place] for forward in forwards]))
@@ -211,7 +222,8 @@ class Recording:
     def pages_of_tokens(self, layer: int) -> np.ndarray:
         """The page that each token seen was put in, `[tokens]` int: the sequence index of its first token.
 
-        `INPUT` for input that was pinned later than the first recorded step, `GONE` where the page was evicted before.
+        `INPUT` for input that was pinned later than the first recorded step, `GONE` for a page that went before it. A
+        page that the `history` of a head does not have went before the first step, too.
         """
         self.heads(layer)
         forwards = self.layers[layer].forwards()
@@ -242,10 +254,9 @@ class Recording:
         import pandas
 
         tables = []
-        for layer, of_layer in self.layers.items():
-            forwards = of_layer.forwards()
-            for row in range(forwards[-1].first.shape[0] if forwards else 0):
-                for head in of_layer.heads or ():
+        for layer in self.recorded:
+            for row in range(self.rows):
+                for head in self.heads(layer):
                     history = self.history(layer, head, row)
                     at, pages = history.held.nonzero()
                     table = {"row": row, "layer": layer, "head": head, "step": history.steps[at]}
@@ -260,11 +271,8 @@ class Recording:
         about = {"format": FORMAT, "method": self.method, "budget": self.budget, "page_size": self.page_size}
         about |= {"prompt": self.prompt, "heads": {}}
         arrays = {}
-        for layer, of_layer in self.layers.items():
-            forwards = of_layer.forwards()
-            if not forwards:
-                continue
-            about["heads"][layer] = of_layer.heads
+        for layer in self.recorded:
+            forwards, about["heads"][layer] = self.layers[layer].forwards(), self.heads(layer)
             arrays[f"{layer}/step"] = np.array([(forward.step, forward.page) for forward in forwards])
             arrays[f"{layer}/pages"] = np.array([forward.first.shape[2] for forward in forwards])
             arrays[f"{layer}/resident"] = np.stack([forward.resident for forward in forwards])
