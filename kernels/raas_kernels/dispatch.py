@@ -5,7 +5,6 @@ graph captures; but what the torch engine does in plain torch it sees through, a
 """
 
 import functools
-import importlib
 import os
 from types import ModuleType
 
@@ -13,6 +12,10 @@ import torch
 from torch import Tensor
 
 from . import reference
+
+
+# The Hub loads a kernel as a module of another name, maybe beside this package installed: each has its own operators.
+NAMESPACE = __spec__.parent
 
 
 @functools.cache
@@ -32,7 +35,9 @@ def engine(device: torch.device) -> ModuleType:
             f"RAAS_KERNELS='triton' was asked for tensors on {device.type!r}: Triton runs there only in its "
             "interpreter. Set TRITON_INTERPRET=1, move the model to a CUDA device, or set RAAS_KERNELS='torch'."
         )
-    return importlib.import_module("raas_kernels.fused")
+    from . import fused  # not sooner: the torch engine serves also where there is no Triton
+
+    return fused
 
 
 @torch.compiler.assume_constant_result
@@ -41,7 +46,7 @@ def _is_traceable(device: torch.device) -> bool:
 
 
 @torch.library.custom_op(
-    "raas_kernels::append",
+    f"{NAMESPACE}::append",
     mutates_args=(
         "keys", "values", "bias", "positions", "priority", "open_slot", "clock", "minima", "maxima", "key_scales",
         "value_scales",
@@ -57,7 +62,7 @@ def _append(
     engine(keys.device).append(*store, key, value, page_size, minima, maxima, scales, visible)
 
 
-@torch.library.custom_op("raas_kernels::attend", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::attend", mutates_args=())
 def _attend(
     query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scale: float, page_size: int, softcap: float | None,
     sinks: Tensor | None, table: Tensor | None, key_scales: Tensor | None, value_scales: Tensor | None,
@@ -77,7 +82,7 @@ def _(query, keys, values, bias, scale, page_size, softcap, sinks, table, *_):
     return output, query.new_empty(*keys.shape[:2], pages, dtype=accumulate)
 
 
-@torch.library.custom_op("raas_kernels::page_bounds", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::page_bounds", mutates_args=())
 def _page_bounds(
     query: Tensor, minima: Tensor, maxima: Tensor, bias: Tensor, scale: float, page_size: int, softcap: float | None
 ) -> Tensor:
@@ -89,7 +94,7 @@ def _(query, minima, *_):
     return query.new_empty(minima.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
 
 
-@torch.library.custom_op("raas_kernels::stamp", mutates_args=("priority",))
+@torch.library.custom_op(f"{NAMESPACE}::stamp", mutates_args=("priority",))
 def _stamp(
     priority: Tensor, scores: Tensor, first: Tensor, clock: Tensor, alpha: float | None, top_ratio: float | None
 ) -> None:
