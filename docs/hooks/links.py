@@ -1,0 +1,43 @@
+"""MkDocs hook: a link that leads out of docs/ holds in the site as it does in the repository.
+
+CHANGELOG.md is a page of the site, for README.md there is the start page, and any other file that a page links to is
+copied into the site. Other links are left as they are: MkDocs warns of those that lead nowhere.
+"""
+
+import posixpath
+import re
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+
+DOCS = Path(__file__).parents[1]
+ROOT = DOCS.parent
+PAGES = {"CHANGELOG.md": "changelog.md", "README.md": "index.md"}
+LINK = re.compile(r"(?<=\]\()[^)#\s]+")
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    files.append(File.generated(config, PAGES["CHANGELOG.md"], abs_src_path=str(ROOT / "CHANGELOG.md")))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    folder = Path(page.file.abs_src_path).parent
+
+    def in_site(link: re.Match) -> str:
+        target = (folder / link[0]).resolve()
+        if not target.is_file() or not target.is_relative_to(ROOT):
+            return link[0]
+        uri = target.relative_to(ROOT).as_posix()
+        if target.is_relative_to(DOCS):
+            uri = target.relative_to(DOCS).as_posix()
+        elif uri in PAGES:
+            uri = PAGES[uri]
+        elif not files.get_file_from_path(uri):
+            files.append(File.generated(config, uri, abs_src_path=str(target)))
+        return posixpath.relpath(uri, posixpath.dirname(page.file.src_uri) or ".")
+
+    return LINK.sub(in_site, markdown)
