@@ -5,7 +5,7 @@ TORCH ?= 2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test study lint clean
+.PHONY: demo test study notebooks lint types docs hub-kernel clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.installed-cli
@@ -23,8 +23,23 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 
+# Each notebook runs from top to bottom, in this environment.
+notebooks: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --nbmake --nbmake-timeout 600 examples
+
+types: $(VENV)/.installed-dev
+	$(BIN)/mypy
+
+# A link or an anchor that leads nowhere is an error. To write with a look at it: $(BIN)/mkdocs serve
+docs: $(VENV)/.installed-dev
+	$(BIN)/mkdocs build --strict
+
+# The kernels as the Hugging Face Hub keeps one; needs no package but Python.
+hub-kernel:
+	$(PYTHON) kernels/build_hub.py build/hub
+
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist site src/*.egg-info *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
 # The stem is the extra to install.
 $(VENV)/.installed-%: pyproject.toml setup.cfg

@@ -8,6 +8,8 @@ import torch
 # Without a GPU the Triton kernels run in Triton's interpreter; it must be chosen before their first import.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+# No test needs the Hub, and a name that is not there should not be waited for.
+os.environ["HF_HUB_OFFLINE"] = "1"
 # The tests run side by side, and their models are too small to gain from threads that would spin against each other.
 torch.set_num_threads(1)
 

@@ -460,7 +460,7 @@ def test_command_times_kernels(config_folder, tmp_path):
         (["--budget", "40"], "budget=40 must be at least 47"),
         (["--budget", "1024", "--page-size", 1024], "budget=1024 must be at least 2048"),
         (["--page-size", 6], "page_size=6"),
-        (["--model", "medium"], "model='medium' must be one of small, llama-3-8b, or a folder"),
+        (["--model", "medium"], "model='medium' must be one of small, llama-3-8b, a folder"),
         (["--dtype", "int4"], "'int4' must be float32, bfloat16 or float16"),
         (["--device", "tpu"], "--device"),
         (["--kernels", "--budget", "100"], "budget=100 must be whole pages"),

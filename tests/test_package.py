@@ -33,7 +33,8 @@ def test_kernels_import_neither_transformers_nor_raas_cache():
 
 
 def test_package_is_typed():
-    assert importlib.resources.files("raas_cache").joinpath("py.typed").is_file()
+    for package in ("raas_cache", "raas_kernels"):
+        assert importlib.resources.files(package).joinpath("py.typed").is_file()
 
 
 def test_public_names():
@@ -82,7 +83,7 @@ def test_wheel_holds_everything(tmp_path):
         assert code, package
         assert code <= names
     data = {f"raas_cache/models/chain_reasoner/{name}" for name in MODEL_FILES}
-    assert data | {"raas_cache/py.typed", "raas_kernels/configs.json"} <= names
+    assert data | {"raas_cache/py.typed", "raas_kernels/py.typed", "raas_kernels/configs.json"} <= names
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"raas_cache", "raas_kernels"}
 

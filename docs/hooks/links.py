@@ -1,7 +1,8 @@
 """MkDocs hook: a link that leads out of docs/ holds in the site as it does in the repository.
 
-CHANGELOG.md is a page of the site, for README.md there is the start page, and any other file that a page links to is
-copied into the site. Other links are left as they are: MkDocs warns of those that lead nowhere.
+The changelog and the card of the kernels are pages of the site, for README.md there is the start page, and any other
+file that a page links to is copied into the site. Other links are left as they are: MkDocs warns of those that lead
+nowhere.
 """
 
 import posixpath
@@ -15,12 +16,14 @@ from mkdocs.structure.pages import Page
 
 DOCS = Path(__file__).parents[1]
 ROOT = DOCS.parent
-PAGES = {"CHANGELOG.md": "changelog.md", "README.md": "index.md"}
+PAGES = {"CHANGELOG.md": "changelog.md", "kernels/CARD.md": "hub-kernel.md", "README.md": "index.md"}
 LINK = re.compile(r"(?<=\]\()[^)#\s]+")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    files.append(File.generated(config, PAGES["CHANGELOG.md"], abs_src_path=str(ROOT / "CHANGELOG.md")))
+    for path, uri in PAGES.items():
+        if not (DOCS / uri).exists():
+            files.append(File.generated(config, uri, abs_src_path=str(ROOT / path)))
     return files
 
 

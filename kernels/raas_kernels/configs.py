@@ -5,6 +5,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from triton import next_power_of_2
 
@@ -52,12 +53,13 @@ def choose_config(capability: tuple[int, int] | None, rows: int, slots: int, hea
     if not tuned or tuple(measured["capability"]) != capability:
         return default_config(head_size, itemsize)
 
-    def distance(shape: dict) -> float:
+    def distance(shape: dict[str, Any]) -> float:
         return abs(math.log2(shape["rows"] / rows)) + abs(math.log2(shape["slots"] / slots))
 
     return Config(**min(tuned, key=distance)["config"])
 
 
 @functools.cache
-def _tuned() -> dict:
-    return json.loads(CONFIGS_FILE.read_text())
+def _tuned() -> dict[str, Any]:
+    measured: dict[str, Any] = json.loads(CONFIGS_FILE.read_text())
+    return measured

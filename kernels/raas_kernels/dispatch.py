@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .reference import Reduction, Scales
 
 
 # The Hub loads a kernel as a module of another name, maybe beside this package installed: each has its own operators.
@@ -40,7 +41,7 @@ def engine(device: torch.device) -> ModuleType:
     return fused
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _is_traceable(device: torch.device) -> bool:
     return engine(device) is reference
 
@@ -69,13 +70,17 @@ def _attend(
     page_score: str, group_score: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     scales = None if key_scales is None else (key_scales, value_scales)
-    return engine(query.device).attend(
+    found: tuple[Tensor, Tensor] = engine(query.device).attend(
         query, keys, values, bias, scale, page_size, softcap, sinks, table, scales, page_score, group_score
     )
+    return found
 
 
 @_attend.register_fake
-def _(query, keys, values, bias, scale, page_size, softcap, sinks, table, *_):
+def _(
+    query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scale: float, page_size: int, softcap: float | None,
+    sinks: Tensor | None, table: Tensor | None, *_: object,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     pages = keys.shape[2] // page_size if table is None else table.shape[2]
     accumulate = torch.promote_types(query.dtype, torch.float32)
     output = query.new_empty(*query.shape[:3], values.shape[-1])
@@ -86,11 +91,12 @@ def _(query, keys, values, bias, scale, page_size, softcap, sinks, table, *_):
 def _page_bounds(
     query: Tensor, minima: Tensor, maxima: Tensor, bias: Tensor, scale: float, page_size: int, softcap: float | None
 ) -> Tensor:
-    return engine(query.device).page_bounds(query, minima, maxima, bias, scale, page_size, softcap)
+    bounds: Tensor = engine(query.device).page_bounds(query, minima, maxima, bias, scale, page_size, softcap)
+    return bounds
 
 
 @_page_bounds.register_fake
-def _(query, minima, *_):
+def _(query: Tensor, minima: Tensor, *_: object) -> Tensor:
     return query.new_empty(minima.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
 
 
@@ -102,8 +108,9 @@ def _stamp(
 
 
 def append(
-    keys, values, bias, positions, priority, open_slot, clock, key, value, page_size,
-    minima=None, maxima=None, scales=None, visible=None,
+    keys: Tensor, values: Tensor, bias: Tensor, positions: Tensor, priority: Tensor, open_slot: Tensor, clock: Tensor,
+    key: Tensor, value: Tensor, page_size: int, minima: Tensor | None = None, maxima: Tensor | None = None,
+    scales: Scales | None = None, visible: Tensor | None = None,
 ) -> None:  # fmt: skip
     """See `raas_kernels.reference.append`."""
     inputs = keys, values, bias, positions, priority, open_slot, clock, key, value, page_size, minima, maxima
@@ -116,26 +123,36 @@ def append(
 
 
 def attend(
-    query, keys, values, bias, scale, page_size, softcap=None, sinks=None, table=None, scales=None,
-    page_score="max", group_score="max",
+    query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scale: float, page_size: int,
+    softcap: float | None = None, sinks: Tensor | None = None, table: Tensor | None = None,
+    scales: Scales | None = None, page_score: Reduction = "max", group_score: Reduction = "max",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `raas_kernels.reference.attend`."""
     inputs = query, keys, values, bias, scale, page_size, softcap, sinks, table
     if torch.compiler.is_compiling() and not _is_traceable(query.device):
-        return _attend(*inputs, *(scales or (None, None)), page_score, group_score)
+        found: tuple[Tensor, Tensor] = _attend(*inputs, *(scales or (None, None)), page_score, group_score)
+        return found
     run = reference if torch.compiler.is_compiling() else engine(query.device)
-    return run.attend(*inputs, scales, page_score, group_score)
+    found = run.attend(*inputs, scales, page_score, group_score)
+    return found
 
 
-def page_bounds(query, minima, maxima, bias, scale, page_size, softcap=None) -> Tensor:
+def page_bounds(
+    query: Tensor, minima: Tensor, maxima: Tensor, bias: Tensor, scale: float, page_size: int,
+    softcap: float | None = None,
+) -> Tensor:  # fmt: skip
     """See `raas_kernels.reference.page_bounds`."""
     inputs = query, minima, maxima, bias, scale, page_size, softcap
     if torch.compiler.is_compiling():
-        return (reference.page_bounds if _is_traceable(query.device) else _page_bounds)(*inputs)
-    return engine(query.device).page_bounds(*inputs)
+        bounds: Tensor = (reference.page_bounds if _is_traceable(query.device) else _page_bounds)(*inputs)
+    else:
+        bounds = engine(query.device).page_bounds(*inputs)
+    return bounds
 
 
-def stamp(priority, scores, first, clock, alpha, top_ratio) -> None:
+def stamp(
+    priority: Tensor, scores: Tensor, first: Tensor, clock: Tensor, alpha: float | None, top_ratio: float | None
+) -> None:
     """See `raas_kernels.reference.stamp`."""
     inputs = priority, scores, first, clock, alpha, top_ratio
     if torch.compiler.is_compiling():

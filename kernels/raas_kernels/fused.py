@@ -6,13 +6,15 @@ before its launcher. What a launcher takes and gives is fixed by `reference.py`,
 """
 
 import functools
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .configs import MIN_DOT, Config, choose_config
-from .reference import quantize
+from .reference import Reduction, Scales, quantize
 
 
 @triton.jit
@@ -93,9 +95,10 @@ def append_kernel(
 
 
 def append(
-    keys, values, bias, positions, priority, open_slot, clock, key, value, page_size,
-    minima=None, maxima=None, scales=None, visible=None,
-):  # fmt: skip
+    keys: Tensor, values: Tensor, bias: Tensor, positions: Tensor, priority: Tensor, open_slot: Tensor, clock: Tensor,
+    key: Tensor, value: Tensor, page_size: int, minima: Tensor | None = None, maxima: Tensor | None = None,
+    scales: Scales | None = None, visible: Tensor | None = None,
+) -> None:  # fmt: skip
     """See `raas_kernels.reference.append`."""
     batch, heads, slots, dk = keys.shape
     dv = values.shape[-1]
@@ -306,9 +309,10 @@ def _capability(device: torch.device) -> tuple[int, int] | None:
 
 
 def attend(
-    query, keys, values, bias, scale, page_size, softcap=None, sinks=None, table=None, scales=None,
-    page_score="max", group_score="max",
-):  # fmt: skip
+    query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scale: float, page_size: int,
+    softcap: float | None = None, sinks: Tensor | None = None, table: Tensor | None = None,
+    scales: Scales | None = None, page_score: Reduction = "max", group_score: Reduction = "max",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `raas_kernels.reference.attend`."""
     rows, head_size = keys.shape[0] * keys.shape[1], max(keys.shape[-1], values.shape[-1])
     slots = keys.shape[2] if table is None else table.shape[-1] * page_size
@@ -319,9 +323,10 @@ def attend(
 
 
 def attend_as(
-    config: Config, query, keys, values, bias, scale, page_size, softcap=None, sinks=None, table=None, scales=None,
-    page_score="max", group_score="max",
-):  # fmt: skip
+    config: Config, query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scale: float, page_size: int,
+    softcap: float | None = None, sinks: Tensor | None = None, table: Tensor | None = None,
+    scales: Scales | None = None, page_score: Reduction = "max", group_score: Reduction = "max",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`attend`, launched as `config` says."""
     # The store is contiguous; what a model expands of a latent need not be.
     query, keys, values, bias = (t.contiguous() for t in (query, keys, values, bias))
@@ -337,7 +342,7 @@ def attend_as(
     slices = triton.cdiv(slots, slots_per_slice)
 
     is_whole = slices == 1
-    scratch = {"dtype": torch.float32, "device": query.device}
+    scratch: dict[str, Any] = {"dtype": torch.float32, "device": query.device}
     unit_logit = torch.empty(rows, group, slots // unit, **scratch)
     output = torch.empty(batch, heads * group, 1, dv, dtype=query.dtype, device=query.device)
     scores = torch.empty(batch, heads, pages, **scratch)
@@ -399,7 +404,10 @@ def page_bounds_kernel(
     tl.store(bounds + row * pages + page, best, mask=exists)
 
 
-def page_bounds(query, minima, maxima, bias, scale, page_size, softcap=None):
+def page_bounds(
+    query: Tensor, minima: Tensor, maxima: Tensor, bias: Tensor, scale: float, page_size: int,
+    softcap: float | None = None,
+) -> Tensor:  # fmt: skip
     """See `raas_kernels.reference.page_bounds`."""
     batch, heads, pages, dk = minima.shape
     bounds = torch.empty(batch, heads, pages, dtype=torch.float32, device=query.device)
@@ -444,11 +452,13 @@ def stamp_kernel(
             better += tl.sum((beats & alive[None, :]).to(tl.int32), 1)
             count += tl.sum(alive.to(tl.int32), 0)
         held = tl.load(target + page, mask=exists, other=float("-inf")) > float("-inf")
-        milestone = held & (better < tl.ceil(count.to(tl.float64) * TOP_RATIO))
+        milestone = held & (better < tl.ceil(count.to(tl.float64) * TOP_RATIO))  # type: ignore[attr-defined]
     tl.store(target + page, tl.load(clock + row * 2).to(tl.float64), mask=milestone)
 
 
-def stamp(priority, scores, first, clock, alpha, top_ratio):
+def stamp(
+    priority: Tensor, scores: Tensor, first: Tensor, clock: Tensor, alpha: float | None, top_ratio: float | None
+) -> None:
     """See `raas_kernels.reference.stamp`."""
     batch, heads, decode_pages = priority.shape
     block_pages = min(64, triton.next_power_of_2(decode_pages))

@@ -16,6 +16,7 @@ A layer's store is a set of static buffers, written in place (shapes as in the p
 Keys and values of an 8-bit store are int8 or float8_e4m3fn codes, each token and head with a scale of its own.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -23,6 +24,7 @@ import torch
 
 CODE_RANGE = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 Reduction = Literal["max", "sum", "mean"]
+Scales = tuple[torch.Tensor, torch.Tensor]
 
 
 def quantize(states: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,7 +67,7 @@ def append(
     page_size: int,
     minima: torch.Tensor | None = None,
     maxima: torch.Tensor | None = None,
-    scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+    scales: Scales | None = None,
     visible: torch.Tensor | None = None,
 ) -> None:
     """Advance the clock and write one decode token a row into the open page; when that is full, recycle the victim.
@@ -103,14 +105,16 @@ def append(
         bias.scatter_(2, slot, torch.zeros_like(slot, dtype=bias.dtype).masked_fill_(hidden, float("-inf")))
     if offset in (0, page_size - 1):
         priority.scatter_(2, (open_slot[..., None] - first_decode_slot) // page_size, now)
-    if minima is not None:
+    if minima is not None and maxima is not None:
         page = (open_slot // page_size)[..., None, None].expand_as(key)
         for bounds, fold, empty in ((minima, torch.minimum, float("inf")), (maxima, torch.maximum, float("-inf"))):
             seen = key if hidden is None else key.masked_fill(hidden[..., None], empty)
             bounds.scatter_(2, page, seen if offset == 0 else fold(bounds.gather(2, page), seen))
 
 
-def _writes(keys, values, key, value, scales):
+def _writes(
+    keys: torch.Tensor, values: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scales: Scales | None
+) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
     """(Buffer, what is new in it) for one token, codes and scales if the store has 8 bits; and the key as held."""
     if scales is None:
         return [(keys, key), (values, value)], key
@@ -122,9 +126,21 @@ def _writes(keys, values, key, value, scales):
 
 
 def append_in_graph(
-    keys, values, bias, positions, priority, open_slot, clock, key, value, page_size,
-    minima=None, maxima=None, scales=None, visible=None,
-) -> None:  # fmt: skip
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    bias: torch.Tensor,
+    positions: torch.Tensor,
+    priority: torch.Tensor,
+    open_slot: torch.Tensor,
+    clock: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    page_size: int,
+    minima: torch.Tensor | None = None,
+    maxima: torch.Tensor | None = None,
+    scales: Scales | None = None,
+    visible: torch.Tensor | None = None,
+) -> None:
     """`append` without a look at the clock: what is to be done is computed, for `torch.compile` to trace and fuse."""
     clock += 1
     now, offset = clock[..., 0], clock[..., 1] % page_size
@@ -155,7 +171,7 @@ def append_in_graph(
     writes, key = _writes(keys, values, key, value, scales)
     for held, new in writes:
         put(held, slot, new)
-    if minima is not None:
+    if minima is not None and maxima is not None:
         for bounds, fold, empty in ((minima, torch.minimum, float("inf")), (maxima, torch.maximum, float("-inf"))):
             seen = torch.where(shown[..., None], key, empty)
             put(bounds, page, torch.where(opening[..., None], seen, fold(bounds[row, head, page], seen)))
@@ -171,7 +187,7 @@ def attend(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     table: torch.Tensor | None = None,
-    scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+    scales: Scales | None = None,
     page_score: Reduction = "max",
     group_score: Reduction = "max",
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -198,7 +214,7 @@ def attend(
     if table is not None:
         pick = _picker(table, keys.shape[2] // page_size)
         keys, values, bias = (pick(states) for states in (keys, values, bias))
-        scales = scales and tuple(pick(states) for states in scales)
+        scales = scales and (pick(scales[0]), pick(scales[1]))
     batch, heads, slots, _ = keys.shape
     grouped = query.reshape(batch * heads, -1, query.shape[-1])
     transposed, contents = keys.flatten(0, 1).mT, values.flatten(0, 1)
@@ -222,7 +238,7 @@ def attend(
     return output.view(batch, -1, 1, values.shape[-1]), scores.view(batch, heads, -1)
 
 
-def _picker(table: torch.Tensor, pages: int):
+def _picker(table: torch.Tensor, pages: int) -> Callable[[torch.Tensor], torch.Tensor]:
     """A function that gathers the table's pages of a `[B, H, N, ...]` tensor: `[B, H, K * S, ...]`, contiguous."""
     batch, heads, _ = table.shape
     rows = torch.arange(batch * heads, device=table.device).view(batch, heads, 1)
@@ -241,7 +257,7 @@ def _page_scores(weights: torch.Tensor, page_size: int, page_score: Reduction, g
     """Scores `[B * H, P]` from weights `[B * H, G, N]`."""
     if page_score == group_score == "max":
         return weights.amax(1).view(weights.shape[0], -1, page_size).amax(-1)
-    pages = weights.unflatten(-1, (-1, page_size))
+    pages: torch.Tensor = weights.unflatten(-1, (-1, page_size))
     pages = pages.amax(-1) if page_score == "max" else pages.sum(-1)
     return pages.amax(1) if group_score == "max" else pages.mean(1)
 
@@ -386,7 +402,7 @@ def stamp(
         by_age = first.argsort(-1)
         aged_scores = scores.masked_fill(~held, -1.0).gather(-1, by_age)
         ranked = by_age.gather(-1, aged_scores.argsort(dim=-1, descending=True, stable=True))
-        wanted = (held.sum(-1, keepdim=True).double() * top_ratio).ceil()
+        wanted = (held.sum(-1, keepdim=True).double() * top_ratio).ceil()  # type: ignore[operator]  # one is given
         in_top = torch.arange(scores.shape[-1], device=scores.device) < wanted
         milestone = torch.zeros_like(held).scatter_(-1, ranked, in_top)
     # A number where there is one to be had: a tensor costs the CPU engine three more operators.

@@ -9,8 +9,10 @@ import argparse
 import itertools
 import json
 import statistics
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -24,6 +26,7 @@ SLOTS = (1024, 2048, 4096, 8192)
 HEAD_SIZES = (128, 64)
 GROUP, PAGE = 4, 16
 COLD_BYTES = 256 << 20  # several times the L2 cache of an H100
+Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def candidates(rows: int, head_size: int) -> list[Config]:
@@ -33,17 +36,26 @@ def candidates(rows: int, head_size: int) -> list[Config]:
     return [default_config(head_size, 2), *itertools.starmap(Config, tried)]
 
 
-def make_inputs(rows: int, slots: int, head_size: int, dtype: torch.dtype) -> list[tuple]:
+def make_inputs(rows: int, slots: int, head_size: int, dtype: torch.dtype) -> list[Inputs]:
     """Query, keys, values and bias of as many stores as it takes to be cold; `rows` KV heads in one batch row."""
     copies = max(2, COLD_BYTES // (rows * slots * head_size * dtype.itemsize * 2))
-    shapes = (1, rows * GROUP, 1, head_size), (1, rows, slots, head_size), (1, rows, slots, head_size)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, dtype=dtype, device="cuda")
+
+    store = 1, rows, slots
     return [
-        (*(torch.randn(shape, dtype=dtype, device="cuda") for shape in shapes), torch.zeros(1, rows, slots).cuda())
+        (
+            draw(1, rows * GROUP, 1, head_size),
+            draw(*store, head_size),
+            draw(*store, head_size),
+            torch.zeros(store, device="cuda"),
+        )
         for _ in range(min(copies, 64))
     ]
 
 
-def captured(run):
+def captured(run: Callable[[], object]) -> Callable[[], None]:
     """A function that replays what `run` launches from a CUDA graph."""
     run()
     torch.cuda.synchronize()
@@ -53,9 +65,9 @@ def captured(run):
     return graph.replay
 
 
-def seconds_of(run, repeats: int = 3) -> float:
+def seconds_of(run: Callable[[], object], repeats: int = 3) -> float:
     """Median duration of `run` on the GPU."""
-    times = []
+    times: list[float] = []
     for _ in range(repeats):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
@@ -76,21 +88,19 @@ def copy_bandwidth() -> float:
 def tune(rows: int, slots: int, head_size: int, dtype: torch.dtype) -> tuple[Config, float, float]:
     """The fastest launch for a shape, its seconds a call, and those of the default."""
     inputs = make_inputs(rows, slots, head_size, dtype)
-    best, fastest, default = None, float("inf"), None
+    seconds: dict[Config, float] = {}
     for config in candidates(rows, head_size):
 
-        def run(config=config):
+        def run(config: Config = config) -> None:
             for one in inputs:
                 fused.attend_as(config, *one, scale=head_size**-0.5, page_size=PAGE)
 
         try:
-            seconds = seconds_of(captured(run)) / len(inputs)
+            seconds.setdefault(config, seconds_of(captured(run)) / len(inputs))
         except triton.runtime.errors.OutOfResources:
             continue
-        default = default or seconds
-        if seconds < fastest:
-            best, fastest = config, seconds
-    return best, fastest, default
+    best = min(seconds, key=lambda config: seconds[config])
+    return best, seconds[best], next(iter(seconds.values()))
 
 
 def main() -> None:
@@ -112,7 +122,7 @@ def main() -> None:
         write(args.out, shapes)  # after every shape: a run may be cut off
 
 
-def write(path: Path, shapes: list[dict]) -> None:
+def write(path: Path, shapes: list[dict[str, Any]]) -> None:
     lines = ",\n".join("    " + json.dumps(shape) for shape in shapes)
     device = f'"device": "{torch.cuda.get_device_name()}", "capability": {list(torch.cuda.get_device_capability())}'
     path.write_text(f'{{\n  {device},\n  "shapes": [\n{lines}\n  ]\n}}\n')

@@ -5,6 +5,7 @@
 
 from importlib.resources import files
 
+from . import viz
 from .attention import register, unregister
 from .budgets import learn_budgets
 from .cache import PagedCache
@@ -19,6 +20,7 @@ from .methods import (
     from_name,
     list_methods,
 )
+from .planning import Plan, largest_budget, plan
 from .policies import Pages, Policy, register_policy
 from .reading import read
 from .recording import Recording, record
@@ -29,6 +31,7 @@ __all__ = [
     "H2OCache",
     "PagedCache",
     "Pages",
+    "Plan",
     "Policy",
     "QuestCache",
     "RKVCache",
@@ -38,13 +41,16 @@ __all__ = [
     "TOVACache",
     "embedded_model",
     "from_name",
+    "largest_budget",
     "learn_budgets",
     "list_methods",
+    "plan",
     "read",
     "record",
     "register",
     "register_policy",
     "unregister",
+    "viz",
 ]
 
 

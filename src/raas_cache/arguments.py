@@ -41,4 +41,5 @@ def dtype(name: str) -> torch.dtype:
     """`"float32"`, `"bfloat16"` or `"float16"`."""
     if name not in ("float32", "bfloat16", "float16"):
         raise typer.BadParameter(f"{name!r} must be float32, bfloat16 or float16.", param_hint="--dtype")
-    return getattr(torch, name)
+    found: torch.dtype = getattr(torch, name)
+    return found

@@ -10,6 +10,7 @@ import inspect
 import threading
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -22,12 +23,13 @@ from .layer import PagedLayer
 DISPATCHED = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 # What changes the softmax or its inputs in a way the paged attention does not: ignored, each would give wrong text.
 UNSUPPORTED = ("position_bias", "sliding_window", "dropout", "output_attentions")
+AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
 
 class _Expected(threading.local):
     """The layer that updated last in this thread, until its attention is called: a latent cannot carry it (MLA)."""
 
-    reference: weakref.ref | None = None
+    reference: weakref.ref[PagedLayer] | None = None
 
     def get(self) -> PagedLayer | None:
         return None if self.reference is None else self.reference()
@@ -53,7 +55,7 @@ def _latent_layer(module: torch.nn.Module) -> PagedLayer | None:
     return layer
 
 
-def dispatcher(dense: Callable) -> Callable:
+def dispatcher(dense: AttentionFunction) -> AttentionFunction:
     """An attention function that serves keys from a paged cache, and hands every other key to `dense`."""
     # transformers' sdpa leaves these out where a model gives them, so that is what equals it.
     extras = () if dense is sdpa_attention_forward else ("softcap", "s_aux")
@@ -65,10 +67,10 @@ def dispatcher(dense: Callable) -> Callable:
         key: torch.Tensor,
         value: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        *args,
-        **kwargs,
+        *args: Any,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        layer = getattr(key, "paged_layer", None)
+        layer: PagedLayer | None = getattr(key, "paged_layer", None)
         if layer is None:
             layer = _latent_layer(module)
         elif getattr(value, "paged_layer", None) is not layer:
@@ -83,7 +85,8 @@ def dispatcher(dense: Callable) -> Callable:
             layer.on_module = None
             if settled is not layer:  # a window or the like, which has taken the tokens over
                 layer.awaits_attention = False
-                key.paged_layer = value.paged_layer = None  # other layers may share this key
+                # Other layers may share this key.
+                key.paged_layer = value.paged_layer = None  # type: ignore[attr-defined]
                 return dense(module, query, key, value, attention_mask, *args, **kwargs)
         _refuse_unsupported(module, kwargs, is_input=layer.new > 1 or layer.is_first_forward)
         if layer.awaits_attention:  # not where a layer that shares the KV of another reads it once more
@@ -94,17 +97,17 @@ def dispatcher(dense: Callable) -> Callable:
         softcap, sinks = (kwargs.get(name) if name in extras else None for name in ("softcap", "s_aux"))
         if layer.is_first_forward:
             _expected.reference = None
-            output = dense(module, query, key, value, attention_mask, *args, **kwargs)
+            attended = dense(module, query, key, value, attention_mask, *args, **kwargs)
             layer.attend_first(query, (key, value), scale=scale, softcap=softcap, sinks=sinks)
-            return output
+            return attended
         output = layer.attend(query, scale, softcap, sinks, expanded=(key, value) if layer.is_latent else None)
         return output.transpose(1, 2).contiguous(), None
 
-    paged_attention_forward.dense = dense
+    paged_attention_forward.dense = dense  # type: ignore[attr-defined]
     return paged_attention_forward
 
 
-def _refuse_unsupported(module: torch.nn.Module, kwargs: dict, is_input: bool) -> None:
+def _refuse_unsupported(module: torch.nn.Module, kwargs: dict[str, Any], is_input: bool) -> None:
     if is_input:  # a config is slow to ask, and the same at every decode step
         kwargs = {"output_attentions": getattr(getattr(module, "config", None), "output_attentions", False), **kwargs}
     for name in UNSUPPORTED:
@@ -178,28 +181,34 @@ def _visible_generated(mask: torch.Tensor) -> torch.Tensor | None:
     known = getattr(mask, "visible_generated", None)
     if version is None or known is None or known[0] != version:
         visible = _allowed(mask)[:, 0, -1]
-        known = mask.visible_generated = version, None if visible.all() else visible
+        known = version, None if visible.all() else visible
+        mask.visible_generated = known  # type: ignore[attr-defined]
     return known[1]
 
 
-_EAGER: dict[type[torch.nn.Module], Callable] = {}
+_EAGER: dict[type[torch.nn.Module], AttentionFunction] = {}
 
 
-def _find_eager(attention: type[torch.nn.Module]) -> Callable:
+def _find_eager(attention: type[torch.nn.Module]) -> AttentionFunction:
     """The modeling file's own eager function, as the class hands it to `AttentionInterface.get_interface`."""
     for cls in attention.__mro__:
         for method in vars(cls).values():
-            method = inspect.unwrap(method) if callable(method) else None
-            for name in getattr(getattr(method, "__code__", None), "co_names", ()):
+            function = inspect.unwrap(method) if callable(method) else None
+            if not inspect.isfunction(function):
+                continue
+            for name in function.__code__.co_names:
                 if name.endswith("eager_attention_forward"):
-                    return method.__globals__[name]
+                    eager: AttentionFunction = function.__globals__[name]
+                    return eager
     raise RuntimeError(
         f"raas_cache serves attn_implementation='eager' by the model's own eager_attention_forward, and finds none in "
         f"{attention.__module__}.{attention.__qualname__}: call raas_cache.unregister() to use this model without it."
     )
 
 
-def eager_attention_forward(module: torch.nn.Module, *args, **kwargs):
+def eager_attention_forward(
+    module: torch.nn.Module, *args: Any, **kwargs: Any
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What `attn_implementation="eager"` runs where nothing is registered under that name."""
     attention = type(module)
     if attention not in _EAGER:
@@ -207,7 +216,15 @@ def eager_attention_forward(module: torch.nn.Module, *args, **kwargs):
     return _EAGER[attention](module, *args, **kwargs)
 
 
-def raas_attention_forward(module, query, key, value, attention_mask, *args, **kwargs):
+def raas_attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """sdpa; the model's own eager function where the softmax has a cap or sinks, which sdpa has not."""
     if kwargs.get("softcap") is None and kwargs.get("s_aux") is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, *args, **kwargs)

@@ -1,8 +1,11 @@
 """Budgets of the layers, learnt from a calibration text: layers that look back far get what others can spare."""
 
+from __future__ import annotations
+
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedModel
@@ -10,6 +13,12 @@ from transformers import PreTrainedModel
 from .layer import PagedLayer
 from .methods import RaaSCache
 from .reading import read
+
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .methods import RaaSOptions
 
 
 @torch.no_grad()
@@ -20,7 +29,7 @@ def learn_budgets(
     max_new_tokens: int,
     *,
     levels: Sequence[float] = (0.25, 0.5, 1.0, 2.0),
-    **options,
+    **options: Unpack[RaaSOptions],
 ) -> list[int]:
     """A budget for each layer, `budget` on average, for `RaaSCache` with a pinned prompt.
 
@@ -31,6 +40,7 @@ def learn_budgets(
     It takes `1 + layers * len(levels)` times as long as to generate the calibration text.
 
     Args:
+        model: the model that the budgets are for.
         inputs: a calibration prompt or a batch of them, as for `generate`, like what the model will be used for.
         budget: tokens to hold on average over the layers, the prompt counted in.
         max_new_tokens: tokens to generate for each; far more than the budget leaves, for something must be lost.
@@ -44,7 +54,8 @@ def learn_budgets(
 
     ```python
     >>> budgets = learn_budgets(model, tokenizer(example, return_tensors="pt"), budget=1024, max_new_tokens=8000)
-    >>> out = model.generate(**inputs, past_key_values=RaaSCache(budgets))
+    >>> cache = RaaSCache(budgets, min_decode_pages=1)  # a layer may have learnt to do with less than the usual floor
+    >>> out = model.generate(**inputs, past_key_values=cache)
     ```
     """
     options = {"page_size": 16, **options, "min_decode_pages": 1, "config": model.config}
@@ -54,7 +65,8 @@ def learn_budgets(
     if pages_each < 1:
         raise ValueError(f"budget={budget} leaves no page of {page_size} tokens beside a prompt of {length} tokens.")
     everything = RaaSCache(text_pages * page_size, **options)
-    text = model.generate(**inputs, past_key_values=everything, max_new_tokens=max_new_tokens, do_sample=False)
+    greedy = {"past_key_values": everything, "max_new_tokens": max_new_tokens, "do_sample": False}
+    text: torch.Tensor = model.generate(**inputs, **greedy)  # type: ignore[operator]
     layers = [index for index, layer in enumerate(everything.layers) if isinstance(layer, PagedLayer)]
 
     def loss(pages: Mapping[int, int]) -> float:

@@ -9,13 +9,14 @@ import inspect
 import warnings
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from .attention import DISPATCHED, expect
+from .html import of_cache
 from .hybrid import plan_layers
 from .layer import PagedLayer
 from .paged_attention import LayerSettings
@@ -23,8 +24,10 @@ from .policies import Policy
 
 
 if TYPE_CHECKING:
+    from .hybrid import AnyLayer
     from .recording import Recording
 
+AnyModule = TypeVar("AnyModule", bound=torch.nn.Module)
 Budget = int | list[int] | tuple[int, ...]
 NEEDS_CONFIG = (
     "This model has linear-attention layers, which the cache must know beforehand: use "
@@ -32,10 +35,10 @@ NEEDS_CONFIG = (
 )
 
 
-class _LayersToCome(list):
+class _LayersToCome(list["AnyLayer"]):
     """Layers of a cache that has yet to learn the model's config; linear attention cannot wait for that."""
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: Any) -> Any:
         if isinstance(index, int) and index >= len(self):
             raise ValueError(NEEDS_CONFIG)
         return super().__getitem__(index)
@@ -91,6 +94,10 @@ class PagedCache(Cache):
             or `config` has a layer type that this cache cannot hold.
     """
 
+    budget: int | tuple[int, ...]
+    settings: LayerSettings
+    layers: "list[AnyLayer]"
+
     def __init__(
         self,
         budget: Budget,
@@ -112,7 +119,7 @@ class PagedCache(Cache):
         self.budget = tuple(budget) if isinstance(budget, list) else budget
         if self.budget == ():
             raise ValueError(f"budget={budget} must be an int, or have an int for each layer of the model.")
-        for of_layer in self.budget if isinstance(self.budget, tuple) else (budget,):
+        for of_layer in self.budget if isinstance(self.budget, tuple) else (self.budget,):
             _check_size(budget=of_layer, page_size=page_size, min_decode_pages=min_decode_pages)
         for name, value, options in (
             ("scoring", scoring, ("exact", "minmax")),
@@ -148,7 +155,9 @@ class PagedCache(Cache):
             budget = budget[layer_idx]
         return replace(self.settings, budget=budget, policy=self.settings.policy.for_layer(layer_idx))
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store the new tokens of a layer, and hand the layer to the attention function (see `PagedLayer.update`).
 
         Raises:
@@ -156,8 +165,8 @@ class PagedCache(Cache):
             ValueError: batch size, dtype or device differ from those of the tokens held.
         """
         if self._handed_out is not None and self._handed_out.awaits_attention:
-            module = _calling_module()
-            implementation = "in use" if module is None else repr(module.config._attn_implementation)
+            config = getattr(_calling_module(torch.nn.Module), "config", None)
+            implementation = "in use" if config is None else repr(config._attn_implementation)
             raise RuntimeError(
                 f"The attention implementation {implementation} did not read the paged cache, so its output "
                 'would be wrong. Call model.set_attn_implementation("raas") (or "sdpa") and generate again with a new '
@@ -183,14 +192,16 @@ class PagedCache(Cache):
     def _knows_layers(self) -> bool:
         return not isinstance(self.layers, _LayersToCome)
 
-    def _add(self, layer) -> None:
+    def _add(self, layer: "AnyLayer") -> None:
         if self._records_past and hasattr(layer, "activate_past_recording"):
             layer.activate_past_recording()
         if self._recording is not None and isinstance(layer, PagedLayer):
             layer.recorder = self._recording.recorder_of(len(self.layers))
         self.layers.append(layer)
 
-    def _learn_layers(self, layer_idx: int, module: torch.nn.Module, key: torch.Tensor, value: torch.Tensor):
+    def _learn_layers(
+        self, layer_idx: int, module: torch.nn.Module, key: torch.Tensor, value: torch.Tensor
+    ) -> "AnyLayer":
         """The first attention call tells the model's config: give every layer the cache it is to have.
 
         Args:
@@ -212,7 +223,7 @@ class PagedCache(Cache):
                 continue
             self._add(layer)
             if index == layer_idx:
-                layer.update(key, value)
+                layer.update(key, value)  # type: ignore[union-attr]  # it has attention
         self._warn_if_nothing_is_paged(config)
         return self.layers[layer_idx]
 
@@ -232,10 +243,11 @@ class PagedCache(Cache):
 
     def offload(self, layer_idx: int, only_non_sliding: bool = True) -> None:
         """Move a layer's K and V to the CPU; a paged layer's only when the next one comes: attention reads it first."""
+        due: int | None = layer_idx
         if isinstance(self.layers[layer_idx], PagedLayer):
-            layer_idx, self._not_offloaded = self._not_offloaded, layer_idx
-        if layer_idx not in (None, self._not_offloaded):
-            super().offload(layer_idx, only_non_sliding)
+            due, self._not_offloaded = self._not_offloaded, layer_idx
+        if due is not None and due != self._not_offloaded:
+            super().offload(due, only_non_sliding)
 
     def _warn_if_prompt_fills_budget(self, layer: PagedLayer) -> None:
         if not layer.is_over_budget:
@@ -397,7 +409,7 @@ class PagedCache(Cache):
                 )
         # The others first: a window that was not recorded raises.
         for layer in sorted(self.layers, key=lambda layer: isinstance(layer, PagedLayer)):
-            layer.crop(tokens_to_remove)
+            layer.crop(tokens_to_remove)  # type: ignore[union-attr]  # transformers calls it so, too
 
     def __repr__(self) -> str:
         paged = self._paged_layers
@@ -409,6 +421,10 @@ class PagedCache(Cache):
             f"{type(self).__name__}({policy}budget={self.budget}, held={held}, seen={seen}, "
             f"evicted={evicted} pages, {self.nbytes} bytes)"
         )
+
+    def _repr_html_(self) -> str:
+        """What Jupyter shows."""
+        return of_cache(self)
 
 
 def _check_size(**sizes: int) -> None:
@@ -424,7 +440,7 @@ def _check_size(**sizes: int) -> None:
         raise ValueError(f"budget={budget} is less than one page: make it at least page_size={page_size} tokens.")
 
 
-def _calling_module(kind: type[torch.nn.Module] = torch.nn.Module) -> torch.nn.Module | None:
+def _calling_module(kind: type[AnyModule]) -> AnyModule | None:
     """The innermost module of a transformers model, of class `kind`, that is calling the cache."""
     frame = inspect.currentframe()
     while frame is not None:

@@ -1,5 +1,5 @@
 """The command line: `raas-cache demo` shows the embedded model reason in a bounded cache, `eval` measures accuracy,
-`bench` times the caches, `plot` draws what the two found."""
+`plan` says what a budget takes, `bench` times the caches, `plot` draws what was found."""
 
 import math
 import sys
@@ -12,26 +12,34 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Cache,
+    DynamicCache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils.logging import disable_progress_bar
 
-from . import RaaSCache, arguments, embedded_model
+from . import RaaSCache, arguments, embedded_model, planning
 from .bench import kernels as kernel_bench
 from .bench import report
-from .bench.filling import build_model, load_config
+from .bench.filling import build_model, load_config, read_config
 from .bench.steps import Plan, Row, run
 from .eval import chains, plots
 from .eval.chains import ChainProblem, completion_length
 from .eval.command import evaluate
 from .measure import kv_nbytes
 from .policies.raas import DEFAULT_ALPHA
+from .reporting import require_matplotlib
 
 
 DEMO_PAGE_SIZE = 4
 DEMO_SHARES = (0.75, 0.5, 0.33)
 """The default budgets, as shares of a problem's tokens, prompt and chain."""
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None)
+app: typer.Typer = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None)
 app.command("eval")(evaluate)
 
 
@@ -91,12 +99,55 @@ def demo(
         exact = sum(map(chains.is_exact, completions, sample))
         right = sum(chains.answer_of(text) == problem.answer for text, problem in zip(completions, sample, strict=True))
         name, limit, size, evicted = "Dense", "none", kv_nbytes(cache), "-"
-        if isinstance(cache, RaaSCache):
+        if isinstance(cache, RaaSCache) and isinstance(cache.budget, int):
             name, limit = "RaaS", f"{cache.budget} ({cache.budget / (prompt + chain):.0%})"
             evicted = f"{problems * cache.evictions:,}"
         counts = f"{exact}/{problems}", f"{right}/{problems}"
         table.add_row(name, limit, *counts, f"{speed:,.0f}", f"{size / 1e6:.1f} MB", evicted)
     console.print(table)
+
+
+@app.command()
+def plan(
+    model: Annotated[
+        str,
+        typer.Option(
+            help="small, llama-3-8b, a folder with a config.json, or a name on the Hub; only the config is read."
+        ),
+    ],
+    budget: Annotated[
+        str | None, typer.Option(help="Tokens to hold, comma-separated.", show_default="1024,2048,4096")
+    ] = None,
+    memory: Annotated[
+        float | None, typer.Option(help="Instead of --budget: GB (1e9 bytes) to find the largest budget for.")
+    ] = None,
+    batch: Annotated[str, typer.Option(help="Rows, comma-separated.")] = "1",
+    prompt: Annotated[int, typer.Option(help="Tokens of the prompt.")] = planning.DEFAULT_PROMPT,
+    tokens: Annotated[
+        int, typer.Option(help="Tokens, prompt and generated, to measure the dense cache at.")
+    ] = planning.DEFAULT_TOKENS,
+    page_size: Annotated[int, typer.Option(help="Tokens a page, a power of two.")] = 16,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the model.", show_default="what the config says, else bfloat16")
+    ] = None,
+) -> None:
+    """Say what a budget takes and saves with a model, from the model's config alone."""
+    if budget is not None and memory is not None:
+        raise typer.BadParameter("leave it out: --memory finds the budget.", param_hint="--budget")
+    with arguments.refusing("--model"):
+        config = read_config(model)
+    with arguments.refusing():
+        text = planning.table(
+            config,
+            batches=arguments.numbers("--batch", batch),
+            budgets=() if memory is not None else arguments.numbers("--budget", budget or "1024,2048,4096"),
+            memory=round((memory or 0) * 1e9),
+            prompt_tokens=prompt,
+            tokens=tokens,
+            page_size=page_size,
+            dtype=None if dtype is None else arguments.dtype(dtype),
+        )
+    print(text)
 
 
 @app.command()
@@ -118,7 +169,7 @@ def bench(
     model: Annotated[
         str | None,
         typer.Option(
-            help="small, llama-3-8b, or a folder with a config.json; the weights are random.",
+            help="small, llama-3-8b, a folder with a config.json or a name on the Hub; the weights are random.",
             show_default="small; on a GPU llama-3-8b",
         ),
     ] = None,
@@ -150,7 +201,7 @@ def bench(
 
     if kernels:
         with arguments.refusing():
-            rows = kernel_bench.run_kernels(
+            timed = kernel_bench.run_kernels(
                 config,
                 batches=batches,
                 budgets=budgets,
@@ -160,16 +211,16 @@ def bench(
                 device=place,
                 seed=seed,
             )
-        print(kernel_bench.kernel_table(rows))
+        print(kernel_bench.kernel_table(timed))
         if out:
-            report.write_json(out / "kernels.json", about, rows)
+            report.write_json(out / "kernels.json", about, timed)
         return
 
     with arguments.refusing():
         tokens = arguments.numbers("--seen", seen)
         plan = Plan(arguments.names(method), tokens, batches, budgets, modes, page_size, steps, copies, seed)
         if out:
-            report.require_matplotlib()
+            require_matplotlib()
     rows: list[Row] = []
     for cell in run(build_model(config, place, precision, seed), plan):
         rows += cell
@@ -194,13 +245,18 @@ def plot(
 
 
 def _generate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sample: list[ChainProblem], cache, streamer=None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sample: list[ChainProblem],
+    cache: Cache,
+    streamer: "_ChainPrinter | None" = None,
 ) -> tuple[list[str], float]:
     """Greedy completions of a batch, and the new tokens a second."""
     inputs = tokenizer([p.prompt for p in sample], padding=True, return_tensors="pt", return_token_type_ids=False)
-    options = {"max_new_tokens": completion_length(sample), "do_sample": False, "streamer": streamer}
+    options = {"past_key_values": cache, "max_new_tokens": completion_length(sample), "do_sample": False}
     started = time.perf_counter()
-    new = model.generate(**inputs, past_key_values=cache, **options)[:, inputs["input_ids"].shape[1] :]
+    text: torch.Tensor = model.generate(**inputs, streamer=streamer, **options)  # type: ignore[operator]
+    new = text[:, inputs["input_ids"].shape[1] :]
     speed = (new != tokenizer.pad_token_id).sum().item() / (time.perf_counter() - started)
     return tokenizer.batch_decode(new, skip_special_tokens=True), speed
 
@@ -217,7 +273,9 @@ class _ChainPrinter:
         """Take the prompt, then each new token."""
         if self.line is None:
             self.line = []
-        elif word := self.tokenizer.decode(ids, skip_special_tokens=True):
+            return
+        word: str = self.tokenizer.decode(ids, skip_special_tokens=True)  # type: ignore[assignment]
+        if word:
             self.line.append(word)
             self.console.print(word, end=" ")
             if word == ";":
@@ -225,7 +283,7 @@ class _ChainPrinter:
 
     def end(self) -> None:
         """Close the present line."""
-        text, self.line = " ".join(self.line), []
+        text, self.line = " ".join(self.line or []), []
         verdict = "[green]right[/]" if text == next(self.gold, None) else "[red]wrong[/]"
         held, seen = self.cache.resident_tokens(0)[0, 0], self.cache.get_seq_length()
         self.console.print(f"{' ' * (36 - len(text))}{verdict}  holds {held} of {seen} tokens")

@@ -1,13 +1,22 @@
 """Which layer of a model gets which cache: RaaS pages full attention; what is bounded already stays as it is."""
 
-from collections.abc import Callable
+from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicCache, LinearAttentionLayer
 
 from .layer import PagedLayer
 from .paged_attention import LayerSettings
 
+
+if TYPE_CHECKING:
+    from transformers.cache_utils import CacheLayerMixin, DummyLayer, LinearAttentionCacheLayerMixin
+
+    AnyLayer = CacheLayerMixin | LinearAttentionCacheLayerMixin | DummyLayer
 
 # Layers of transformers that stay beside the paged ones: none of them grows with the sequence.
 KEPT_LAYERS = (
@@ -18,7 +27,7 @@ KEPT_LAYERS = (
 )
 
 
-class LinearAttentionAndPagedLayer(LinearAttentionLayer, PagedLayer):
+class LinearAttentionAndPagedLayer(LinearAttentionLayer, PagedLayer):  # type: ignore[misc, override]
     """A layer with a linear-attention state and full attention side by side (Falcon-H1, Zamba): the latter is paged."""
 
     is_compileable = PagedLayer.is_compileable
@@ -27,7 +36,7 @@ class LinearAttentionAndPagedLayer(LinearAttentionLayer, PagedLayer):
         LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
         PagedLayer.__init__(self, settings)
 
-    def lazy_initialization(self, *args, **kwargs) -> None:
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         # `update` gives key and value by position, the linear-attention methods give their states by name.
         (PagedLayer if args else LinearAttentionLayer).lazy_initialization(self, *args, **kwargs)
 
@@ -43,7 +52,7 @@ class LinearAttentionAndPagedLayer(LinearAttentionLayer, PagedLayer):
         LinearAttentionLayer.prefetch(self)
         PagedLayer.prefetch(self)
 
-    def reorder_cache(self, beam_idx) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         LinearAttentionLayer.reorder_cache(self, beam_idx)
         PagedLayer.reorder_cache(self, beam_idx)
 
@@ -56,7 +65,7 @@ class LinearAttentionAndPagedLayer(LinearAttentionLayer, PagedLayer):
         LinearAttentionLayer.crop(self, tokens_to_remove)
 
 
-def plan_layers(config: PreTrainedConfig, settings_of: Callable[[int], LayerSettings]) -> list:
+def plan_layers(config: PreTrainedConfig, settings_of: Callable[[int], LayerSettings]) -> list[AnyLayer]:
     """The cache layers that transformers would build for `config`, the full-attention ones paged.
 
     Args:
@@ -71,7 +80,7 @@ def plan_layers(config: PreTrainedConfig, settings_of: Callable[[int], LayerSett
         kind = type(layer).__name__
         if kind == "DynamicLayer":
             layers[index] = PagedLayer(settings_of(index))
-        elif kind == "LinearAttentionAndFullAttentionLayer":
+        elif kind == "LinearAttentionAndFullAttentionLayer" and isinstance(layer, LinearAttentionLayer):
             layers[index] = LinearAttentionAndPagedLayer(layer.number_of_states, settings_of(index))
         elif kind not in KEPT_LAYERS:
             raise ValueError(

@@ -1,13 +1,27 @@
 """The cache layer of full attention: transformers' contract on top of the pages and their attention."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from .paged_attention import LayerSettings, PagedAttention
+from .store import uncompiled
 from .undo import Past
+
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .paged_attention import Expanded, Softmax
+    from .store import RowFunction
+
+Draft = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+"""Keys, values and what of them is visible, see `PagedLayer.admit`."""
 
 
 class PagedLayer(PagedAttention, CacheLayerMixin):
@@ -16,6 +30,13 @@ class PagedLayer(PagedAttention, CacheLayerMixin):
     is_sliding = False
     is_croppable = True
     supports_early_init = False  # the sizes wait for the prompt's length
+    keys: torch.Tensor  # as the store says
+    values: torch.Tensor
+    new: int
+    is_initialized: bool
+    awaits_attention: bool
+    is_first_forward: bool
+    record_past: bool
 
     def __init__(self, settings: LayerSettings):
         CacheLayerMixin.__init__(self)
@@ -29,17 +50,17 @@ class PagedLayer(PagedAttention, CacheLayerMixin):
             self.recorder.entries.clear()
         self.awaits_attention = self.is_initialized = False
         # Called by the first attention with its module, key and value, while the cache does not know the model.
-        self.on_module: Callable | None = None
+        self.on_module: Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], object] | None = None
         self.record_past = self._expects_turn = False
         # Whether all tokens held came with the last `update`: plain causal attention over them is then exact.
         self.is_first_forward = False
         self._generated: tuple[torch.Tensor, torch.Tensor] | None = None
         # While recording, enough to take back a budget of tokens, so that recording left on stays O(budget) too.
         self._past = Past(self.budget)
-        self._draft: tuple | None = None
+        self._draft: Draft | None = None
 
     @property
-    def is_compileable(self) -> bool:
+    def is_compileable(self) -> bool:  # type: ignore[override]  # transformers only reads it
         """Whether a decode step has the shapes, and its buffers the places, of the one before it."""
         return not (self.grows or self.record_past or self.recorder is not None)
 
@@ -48,7 +69,9 @@ class PagedLayer(PagedAttention, CacheLayerMixin):
         self.allocate(key_states, value_states)
         self.is_initialized = True
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Take the new tokens; `admit` completes their storing and `attend` then reads the store.
 
         A single token after the first forward is a generated one; several are input. While the past is recorded,
@@ -86,10 +109,10 @@ class PagedLayer(PagedAttention, CacheLayerMixin):
             if self._draft is None:
                 return keys, values
             return torch.cat([keys, key], 2), torch.cat([values, value], 2)
-        key_states.paged_layer = value_states.paged_layer = self
+        key_states.paged_layer = value_states.paged_layer = self  # type: ignore[attr-defined]
         return key_states, value_states
 
-    @torch.compiler.disable
+    @uncompiled
     def _take_input(self, key: torch.Tensor, value: torch.Tensor, is_turn: bool) -> None:
         if self.record_past and self.is_filled and not is_turn:
             self._draft = key, value, None
@@ -133,7 +156,7 @@ class PagedLayer(PagedAttention, CacheLayerMixin):
         scale: float,
         softcap: float | None = None,
         sinks: torch.Tensor | None = None,
-        expanded: tuple[torch.Tensor, torch.Tensor] | None = None,
+        expanded: Expanded | None = None,
     ) -> torch.Tensor:
         """Attention of the new tokens over all resident ones; then the policy sees the pages' scores.
 
@@ -152,7 +175,7 @@ class PagedLayer(PagedAttention, CacheLayerMixin):
         Raises:
             ValueError: a draft is read a second time (KV sharing between layers), when it is decoded already.
         """
-        softmax = {"scale": scale, "softcap": softcap, "sinks": sinks}
+        softmax: Softmax = {"scale": scale, "softcap": softcap, "sinks": sinks}
         if self._draft is None:
             if query.shape[2] > self.new:
                 raise ValueError(
@@ -162,15 +185,19 @@ class PagedLayer(PagedAttention, CacheLayerMixin):
             if self._past.entries:
                 self._past.note_read(query, softmax)
             return self.attend_stored(query, expanded, **softmax)
-        return self._attend_draft(query, expanded, **softmax)
+        return self._attend_draft(self._draft, query, expanded, **softmax)
 
-    @torch.compiler.disable
-    def _attend_draft(self, query: torch.Tensor, expanded, **softmax) -> torch.Tensor:
+    @uncompiled
+    def _attend_draft(
+        self, draft: Draft, query: torch.Tensor, expanded: Expanded | None, **softmax: Unpack[Softmax]
+    ) -> torch.Tensor:
         """Drafted tokens are decoded one after the other, so that what is kept is what plain decoding would hold."""
-        (key, value, visible), self._draft = self._draft, None
+        (key, value, visible), self._draft = draft, None
         if expanded is not None:
             slots = self.keys.shape[2]
-            drafted, expanded = [t[:, :, slots:] for t in expanded], [t[:, :, :slots].clone() for t in expanded]
+            drafted = [states[:, :, slots:] for states in expanded]
+            keys, values = (states[:, :, :slots].clone() for states in expanded)
+            expanded = keys, values
         outputs = []
         for token in (slice(i, i + 1) for i in range(key.shape[2])):
             shown = None if visible is None else visible[:, token.start]
@@ -184,7 +211,9 @@ class PagedLayer(PagedAttention, CacheLayerMixin):
 
     def get_seq_length(self) -> int:
         """Tokens seen, evicted ones included: positions go on from here. A 0-d tensor while `torch.compile` traces."""
-        return self.clock[0, 0, 0] + 1 if torch.compiler.is_compiling() and self.is_filled else self.seen
+        if torch.compiler.is_compiling() and self.is_filled:
+            return self.clock[0, 0, 0] + 1  # type: ignore[return-value]
+        return self.seen
 
     def get_max_length(self) -> int:
         """-1: however small the store, the sequence may go on."""
@@ -234,7 +263,7 @@ class PagedLayer(PagedAttention, CacheLayerMixin):
             self.recorder.forget(self.seen + tokens_to_remove)
         self._past.undo(self, -tokens_to_remove, partial(self._attend_input, observed=None, expanded=None))
 
-    def apply_to_rows(self, function: Callable) -> None:
+    def apply_to_rows(self, function: RowFunction) -> None:
         """Make every tensor that has rows what `function` makes of it."""
         if self.recorder is not None and self.is_initialized:
             self.recorder.apply_to_rows(function, torch.arange(self.batch_size, device=self.device))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from .cache import PagedCache
+from .cache import CacheOptions, PagedCache
 from .policies import (
     POLICIES,
     DensePolicy,
@@ -22,7 +22,7 @@ from .policies import (
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .cache import Budget, CacheOptions
+    from .cache import Budget
 
 
 class RaaSCache(PagedCache):
@@ -65,6 +65,14 @@ class RaaSCache(PagedCache):
         **options: Unpack[CacheOptions],
     ):
         super().__init__(budget, policy=RaaSPolicy(alpha, top_ratio, probation), **options)
+
+
+class RaaSOptions(CacheOptions, total=False):
+    """The options that `RaaSCache` takes."""
+
+    alpha: float | None
+    top_ratio: float | None
+    probation: int
 
 
 class QuestCache(PagedCache):
@@ -143,7 +151,7 @@ def list_methods() -> list[str]:
     return list(POLICIES)
 
 
-def from_name(name: str, budget: Budget, **options) -> PagedCache:
+def from_name(name: str, budget: Budget, **options: Any) -> PagedCache:
     """A cache of the method `name`, so that to compare methods is to swap one word.
 
     Args:

@@ -1,8 +1,10 @@
 """Attention over a layer's pages, and what it tells the policy."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 import torch
 from torch.nn.functional import pad
@@ -10,11 +12,24 @@ from torch.nn.functional import pad
 import raas_kernels
 
 from .policies import Pages, Policy
-from .store import PageStore
+from .store import BOUNDS, PageStore, uncompiled
 
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from .recording import LayerRecording
+
+Expanded = tuple[torch.Tensor, torch.Tensor]
+"""What a model made of a latent, keys and values `[batch, heads, slots, head_dim]`."""
+
+
+class Softmax(TypedDict):
+    """Settings of the softmax, see `PagedLayer.attend`."""
+
+    scale: float
+    softcap: float | None
+    sinks: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -43,6 +58,10 @@ class PagedAttention(PageStore):
     (see `raas_cache.record`).
     """
 
+    policy: Policy
+    reads_all: bool
+    is_latent: bool
+
     def __init__(self, settings: LayerSettings):
         self.policy, self.scoring, self.granularity = settings.policy, settings.scoring, settings.granularity
         self.recorder: LayerRecording | None = None
@@ -66,17 +85,20 @@ class PagedAttention(PageStore):
     def expect_latent(self) -> None:
         """From now on the store holds a latent, which comes to attention expanded."""
         self.is_latent = True
-        self.minima = self.maxima = None  # bounds of a latent bound nothing: those of the expanded keys are taken
+        for name in BOUNDS:  # those of a latent bound nothing: those of the expanded keys are taken
+            setattr(self, name, None)
 
-    def attend_stored(self, query: torch.Tensor, expanded=None, **softmax) -> torch.Tensor:
+    def attend_stored(
+        self, query: torch.Tensor, expanded: Expanded | None = None, **softmax: Unpack[Softmax]
+    ) -> torch.Tensor:
         """Attention of the last `query.shape[2]` tokens, which are stored; the policy sees the scores. As `attend`."""
         if query.shape[2] > 1:
             observed = self.policy.prompt_window if self.holds_input else None
             return self._attend_input(query, observed, expanded, **softmax)
         keys, values = self.contents if expanded is None else expanded
         bias = self.bias if expanded is None else self._bias_for(keys)
-        bounds = self._page_bounds(query, keys, bias, expanded, softmax)
-        table = None if self.reads_all else self._pages_to_read(bounds)
+        bounds = self._page_bounds(query, keys, bias, expanded, softmax) if self.has_bounds else None
+        table = None if bounds is None or self.reads_all else self._pages_to_read(bounds)
         output, scores = raas_kernels.attend(
             query,
             keys,
@@ -92,13 +114,13 @@ class PagedAttention(PageStore):
         if table is not None:
             scores = scores.new_zeros(*bias.shape[:2], bias.shape[2] // self.page_size).scatter_(2, table, scores)
         if self.is_decoding:
-            if self.scoring == "minmax":
+            if self.scoring == "minmax" and bounds is not None:
                 scores = bounds.softmax(-1)
             self._tell_policy(self._shared(scores), queries=1, is_input=False)
         return output
 
-    @torch.compiler.disable
-    def attend_first(self, query: torch.Tensor, expanded: tuple[torch.Tensor, torch.Tensor], **softmax) -> None:
+    @uncompiled
+    def attend_first(self, query: torch.Tensor, expanded: Expanded, **softmax: Unpack[Softmax]) -> None:
         """After the first forward, whose attention is the model's own: with `prompt="evict"`, cut it to the budget.
 
         Args:
@@ -110,14 +132,19 @@ class PagedAttention(PageStore):
         window = self.policy.prompt_window
         observed = self.new if window is None else min(window, self.new)
         if observed:
-            missing = self.keys.shape[2] - self.new
-            expanded = [pad(states, (0, 0, 0, missing)) for states in expanded] if self.is_latent else None
-            self._attend_input(query[:, :, -observed:], None, expanded, **softmax)
+            whole = None
+            if self.is_latent:
+                missing = self.keys.shape[2] - self.new
+                keys, values = (pad(states, (0, 0, 0, missing)) for states in expanded)
+                whole = keys, values
+            self._attend_input(query[:, :, -observed:], None, whole, **softmax)
         else:
             self._cut_input(None, queries=0)
 
-    @torch.compiler.disable
-    def _attend_input(self, query: torch.Tensor, observed: int | None, expanded, **softmax) -> torch.Tensor:
+    @uncompiled
+    def _attend_input(
+        self, query: torch.Tensor, observed: int | None, expanded: Expanded | None, **softmax: Unpack[Softmax]
+    ) -> torch.Tensor:
         """Attention of several tokens that are input; the last `observed` of them (None: all) tell the policy."""
         keys, values = self.states() if expanded is None else expanded
         bias = self._bias_for(keys)
@@ -162,27 +189,41 @@ class PagedAttention(PageStore):
         if self.recorder is not None:
             self.recorder.note(self, scores, is_input=True)
         sink, others, ranked = self.candidates()
-        if queries and others.shape[-1]:
+        if scores is not None and queries and others.shape[-1]:
             mean_keys = lambda: torch.take_along_dim(self.mean_keys(), others[..., None], 2)  # noqa: E731
-            self._on_scores(scores.gather(-1, others), *ranked.values(), queries, mean_keys)
+            priority, page_state, first = ranked["priority"], ranked["page_state"], ranked["first"]
+            self._on_scores(scores.gather(-1, others), priority, page_state, first, queries, mean_keys)
         self.keep(sink, others, ranked)
 
-    def _on_scores(self, scores, priority, page_state, first, queries: int, mean_keys: Callable) -> None:
+    def _on_scores(
+        self,
+        scores: torch.Tensor,
+        priority: torch.Tensor,
+        page_state: torch.Tensor,
+        first: torch.Tensor,
+        queries: int,
+        mean_keys: Callable[[], torch.Tensor],
+    ) -> None:
         state = {name: page_state[..., i] for i, name in enumerate(self.policy.state)}
         pages = Pages(priority, scores, first, self.clock, state, self.limit, self.page_size, queries, mean_keys)
         self.policy.on_scores(pages)
         if self.granularity == "layer":  # a policy that looks at keys ranks head by head
             priority.copy_(priority.mean(1, keepdim=True).expand_as(priority))
 
-    def _page_bounds(self, query, keys, bias, expanded, softmax) -> torch.Tensor | None:
-        """Upper bounds of the pages' logits for one query, `[batch, kv_heads, pages]`; None where nobody asks."""
-        if not self.has_bounds:
-            return None
-        bounds = (self.minima, self.maxima)
+    def _page_bounds(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        bias: torch.Tensor,
+        expanded: Expanded | None,
+        softmax: Softmax,
+    ) -> torch.Tensor:
+        """Upper bounds of the pages' logits for one query, `[batch, kv_heads, pages]`."""
+        extremes = (self.minima, self.maxima)
         if expanded is not None:
-            bounds = raas_kernels.page_extremes(keys, bias, self.page_size)
+            extremes = raas_kernels.page_extremes(keys, bias, self.page_size)
         scale, softcap = softmax["scale"], softmax["softcap"]
-        bounds = raas_kernels.page_bounds(query, *bounds, bias, scale, self.page_size, softcap)
+        bounds = raas_kernels.page_bounds(query, *extremes, bias, scale, self.page_size, softcap)
         if self.is_latent:  # all heads are one query group
             return bounds.amax(1, keepdim=True).expand_as(bounds)
         return self._shared(bounds)
@@ -208,7 +249,14 @@ class PagedAttention(PageStore):
             bounds.scatter_(-1, newest, float("inf"))
         return bounds.argsort(dim=-1, descending=True, stable=True)[..., :wanted]  # ties to the older page
 
-    def _representative_scores(self, query, keys, bias, expanded, softmax) -> torch.Tensor:
+    def _representative_scores(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        bias: torch.Tensor,
+        expanded: Expanded | None,
+        softmax: Softmax,
+    ) -> torch.Tensor:
         """Softmax over the resident pages' upper bounds, over the queries the max or sum; padding gives none."""
         tokens = torch.arange(self.seen - query.shape[2], self.seen, device=self.device)
         counts = raas_kernels.resident(self.positions.expand_as(bias), bias, tokens)

@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from .cache import PagedCache
 from .extras import require
+from .store import uncompiled
 
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class LayerRecording:
     heads: tuple[int, ...] | None = None
     entries: list[Forward | np.ndarray] = field(default_factory=list)
 
-    @torch.compiler.disable
+    @uncompiled
     def note(self, store: PageStore, scores: torch.Tensor | None, is_input: bool) -> None:
         """Take down what `store` holds, and the scores `[batch, kv_heads, pages]` that the policy was told."""
         if self.heads is None:
@@ -92,7 +93,8 @@ class LayerRecording:
 
     def forwards(self) -> list[Forward]:
         """The attention calls, each with the rows that became those of today."""
-        rows, found = slice(None), []
+        rows: slice | np.ndarray = slice(None)
+        found: list[Forward] = []
         for entry in reversed(self.entries):
             if isinstance(entry, np.ndarray):
                 rows = entry[rows]
@@ -268,9 +270,9 @@ class Recording:
 
     def save(self, path: str | Path) -> None:
         """Write the recording to one file, which `load` reads."""
-        about = {"format": FORMAT, "method": self.method, "budget": self.budget, "page_size": self.page_size}
-        about |= {"prompt": self.prompt, "heads": {}}
-        arrays = {}
+        about: dict[str, Any] = {"format": FORMAT, "method": self.method, "budget": self.budget}
+        about |= {"page_size": self.page_size, "prompt": self.prompt, "heads": {}}
+        arrays: dict[str, Any] = {}
         for layer in self.recorded:
             forwards, about["heads"][layer] = self.layers[layer].forwards(), self.heads(layer)
             arrays[f"{layer}/step"] = np.array([(forward.step, forward.page) for forward in forwards])

@@ -2,12 +2,16 @@
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
 import raas_kernels
 
+
+AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
+RowFunction = Callable[[torch.Tensor], torch.Tensor]
+"""Takes a tensor `[batch, ...]` and gives one whose rows are rows of it."""
 
 CODES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 SLOTS = ("keys", "values", "bias", "positions", "key_scales", "value_scales")
@@ -16,6 +20,12 @@ EVICTABLE = ("priority", "page_state")
 EMPTY = {"bias": float("-inf"), "priority": float("-inf")}
 ROWS = (*SLOTS, *BOUNDS, *EVICTABLE, "open_slot", "clock")
 """Tensors of a store that have rows: `[batch, kv_heads, ...]`, an element a slot, a page, an evictable page, or few."""
+
+
+def uncompiled(function: AnyFunction) -> AnyFunction:
+    """Decorator: `torch.compile` leaves the function to Python. Unlike torch's own it keeps the types."""
+    left: AnyFunction = torch.compiler.disable(function)
+    return left
 
 
 class PageStore:
@@ -44,6 +54,41 @@ class PageStore:
         grows: take more pages when all are held, where others evict.
         num_states: numbers of the policy's own that are kept for each page.
     """
+
+    budget: int
+    page_size: int
+    min_decode_pages: int
+    code: torch.dtype | None
+    has_bounds: bool
+    grows: bool
+    num_states: int
+    # Of the keys and values given, once there were any.
+    dtype: torch.dtype
+    device: torch.device
+    batch_size: int
+    num_heads: int
+    # Sizes and counts, see `release`.
+    pinned_pages: int
+    decode_pages: int
+    released_pages: int
+    pinned: int
+    new: int
+    is_filled: bool
+    is_decoding: bool
+    holds_input: bool
+    # None where nothing is held, or the store has no use for them: `held_tensors` leaves those out.
+    keys: torch.Tensor
+    values: torch.Tensor
+    bias: torch.Tensor
+    positions: torch.Tensor
+    key_scales: torch.Tensor
+    value_scales: torch.Tensor
+    minima: torch.Tensor
+    maxima: torch.Tensor
+    priority: torch.Tensor
+    page_state: torch.Tensor
+    open_slot: torch.Tensor
+    clock: torch.Tensor
 
     def __init__(
         self,
@@ -126,11 +171,12 @@ class PageStore:
     def states(self, pages: slice = slice(None)) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of some pages as the model gave them, but for the rounding of an 8-bit store."""
         slots = slice(*(bound and bound * self.page_size for bound in (pages.start, pages.stop)))
-        contents = [tensor[:, :, slots] for tensor in self.contents]
+        keys, values = (tensor[:, :, slots] for tensor in self.contents)
         if self.scales is not None:
-            scaled = zip(contents, self.scales, strict=True)
-            contents = [raas_kernels.dequantize(codes, scale[:, :, slots], self.dtype) for codes, scale in scaled]
-        return tuple(contents)
+            key_scales, value_scales = (tensor[:, :, slots] for tensor in self.scales)
+            keys = raas_kernels.dequantize(keys, key_scales, self.dtype)
+            values = raas_kernels.dequantize(values, value_scales, self.dtype)
+        return keys, values
 
     @property
     def seen(self) -> int:
@@ -371,7 +417,7 @@ class PageStore:
         self._resize(1, limit)
         self.pinned, self.holds_input = self.page_size, False
 
-    @torch.compiler.disable
+    @uncompiled
     def hide(self, visible: torch.Tensor | None) -> None:
         """Take note of padding among the input stored last, and finish its pages.
 
@@ -407,11 +453,11 @@ class PageStore:
 
     def mean_keys(self) -> torch.Tensor:
         """Mean of each page's resident keys, `[batch, kv_heads, pages, head_dim]`; 0 where there is none."""
-        keys = self.states()[0].unflatten(2, (-1, self.page_size))
-        is_resident = (self.bias == 0).unflatten(2, (-1, self.page_size))[..., None]
+        keys: torch.Tensor = self.states()[0].unflatten(2, (-1, self.page_size))
+        is_resident: torch.Tensor = (self.bias == 0).unflatten(2, (-1, self.page_size))[..., None]
         return keys.masked_fill(~is_resident, 0).sum(3) / is_resident.sum(3).clamp(min=1)
 
-    def apply_to_rows(self, function: Callable) -> None:
+    def apply_to_rows(self, function: RowFunction) -> None:
         """Make every tensor that has rows what `function` makes of it."""
         for name, old in self.held_tensors(*ROWS).items():
             new = function(old).contiguous()

@@ -1,5 +1,7 @@
 """Taking tokens back: what is noted of a page store while the past is recorded, so that `crop` leaves no trace."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
@@ -12,18 +14,19 @@ from .store import BOUNDS, EMPTY, EVICTABLE, SLOTS
 
 
 if TYPE_CHECKING:
-    from .store import PageStore
+    from .paged_attention import Softmax
+    from .store import PageStore, RowFunction
 
 PAGED = (*SLOTS, *BOUNDS)
 
 
-def _pages_of(store: "PageStore", name: str) -> torch.Tensor:
+def _pages_of(store: PageStore, name: str) -> torch.Tensor:
     """A paged tensor as `[batch, kv_heads, pages, width]`, in place."""
-    tensor = getattr(store, name)
+    tensor: torch.Tensor = getattr(store, name)
     return tensor.view(*tensor.shape[:2], store.pinned_pages + store.decode_pages, -1)
 
 
-def _restore(store: "PageStore", name: str, before: torch.Tensor) -> None:
+def _restore(store: PageStore, name: str, before: torch.Tensor) -> None:
     """Put a whole tensor back; pages that a store has grown by since hold nothing."""
     tensor = getattr(store, name)
     if tensor.shape != before.shape:
@@ -47,7 +50,7 @@ class Step:
     length: ClassVar[int] = 1
 
     @classmethod
-    def about_to_append(cls, store: "PageStore") -> "Step":
+    def about_to_append(cls, store: PageStore) -> Step:
         """Note what the next `append` on `store`, and the stamps after it, will overwrite."""
         opening = store.decoded % store.page_size == 0
         if opening:
@@ -59,7 +62,7 @@ class Step:
             state[name] = torch.take_along_dim(_pages_of(store, name), page[..., None, None], 2).squeeze(2)
         return cls(page, state)
 
-    def undo(self, store: "PageStore", kept: int, attend: Callable) -> int:
+    def undo(self, store: PageStore, kept: int, attend: Callable[..., torch.Tensor]) -> int:
         """Put `store` back as it was before the step (`kept` is 0); returns the tokens taken back: 1."""
         store.retract()
         # The token's slot, in case the page stays: a page that goes brings its own bias back.
@@ -73,7 +76,7 @@ class Step:
                 _restore(store, name, before)
         return 1
 
-    def apply_to_rows(self, function: Callable) -> None:
+    def apply_to_rows(self, function: RowFunction) -> None:
         self.page = function(self.page)
         self.state = {name: function(tensor) for name, tensor in self.state.items()}
 
@@ -90,9 +93,9 @@ class Turn:
 
     length: int
     state: dict[str, torch.Tensor]
-    reads: list[tuple[torch.Tensor, dict]] = field(default_factory=list)
+    reads: list[tuple[torch.Tensor, Softmax]] = field(default_factory=list)
 
-    def undo(self, store: "PageStore", kept: int, attend: Callable) -> int:
+    def undo(self, store: PageStore, kept: int, attend: Callable[..., torch.Tensor]) -> int:
         """Take back all but the first `kept` tokens, and the stamps of those; returns the tokens taken back."""
         store.unpin(self.length - kept)
         if store.is_decoding:
@@ -103,7 +106,7 @@ class Turn:
                 attend(query[:, :, :kept], **softmax)
         return self.length - kept
 
-    def apply_to_rows(self, function: Callable) -> None:
+    def apply_to_rows(self, function: RowFunction) -> None:
         self.state = {name: function(tensor) for name, tensor in self.state.items()}
         self.reads = [(function(query), softmax) for query, softmax in self.reads]
 
@@ -115,7 +118,7 @@ class Past:
         self.limit = limit
         self.entries: list[Step | Turn] = []
 
-    def note(self, store: "PageStore", length: int, pin: bool) -> None:
+    def note(self, store: PageStore, length: int, pin: bool) -> None:
         """Called before `store` stores `length` tokens, as input (`pin`) or as one decode step."""
         if pin:
             before = {name: tensor.clone() for name, tensor in store.held_tensors(*EVICTABLE).items()}
@@ -124,13 +127,13 @@ class Past:
             self.entries.append(Step.about_to_append(store))
         del self.entries[: -self.limit]
 
-    def note_read(self, query: torch.Tensor, softmax: dict) -> None:
+    def note_read(self, query: torch.Tensor, softmax: Softmax) -> None:
         """Called before the attention of the tokens stored last: a turn's stamps are given again after a crop."""
         turn = self.entries[-1] if self.entries else None
         if isinstance(turn, Turn) and query.shape[2] == turn.length:
             turn.reads.append((query.detach(), softmax))
 
-    def removable(self, store: "PageStore") -> int:
+    def removable(self, store: PageStore) -> int:
         """Tokens that `undo` can take back."""
         if store.prompt == "evict":  # of what was cut away there is no record
             return 0
@@ -138,7 +141,7 @@ class Past:
         # As long as no token was generated, input alone is held: it can go without a record.
         return store.seen if steps == store.decoded else sum(entry.length for entry in self.entries)
 
-    def undo(self, store: "PageStore", tokens: int, attend: Callable) -> None:
+    def undo(self, store: PageStore, tokens: int, attend: Callable[..., torch.Tensor]) -> None:
         """Take back the last `tokens` tokens, at most `removable`, and forget how to take back those before them.
 
         Args:
@@ -151,6 +154,6 @@ class Past:
             store.unpin(tokens)
         self.entries.clear()
 
-    def apply_to_rows(self, function: Callable) -> None:
+    def apply_to_rows(self, function: RowFunction) -> None:
         for entry in self.entries:
             entry.apply_to_rows(function)

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterable
-from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedConfig, PreTrainedModel
@@ -13,7 +13,7 @@ from ..layer import PagedLayer
 from ..methods import from_name
 
 
-MODELS = {
+MODELS: dict[str, dict[str, Any]] = {
     "small": {
         "vocab_size": 4096, "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6,
         "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 64,
@@ -29,17 +29,31 @@ PROMPT = 64
 """Tokens of the prompt that a cache which evicts has seen, if the budget has room for them."""
 
 
-def load_config(name: str) -> PreTrainedConfig:
-    """The config of one of `MODELS`, or of a folder with a `config.json`.
+def read_config(name: str) -> PreTrainedConfig:
+    """The config of one of `MODELS`, or that `AutoConfig.from_pretrained(name)` finds: in a folder, or on the Hub.
 
     Raises:
-        ValueError: `name` is neither, or a layer of the model has no full attention to fill the cache of.
+        ValueError: there is none, or transformers cannot read it.
     """
     if name in MODELS:
         return LlamaConfig(**MODELS[name], max_position_embeddings=1 << 18)
-    if not (Path(name) / "config.json").is_file():
-        raise ValueError(f"model={name!r} must be one of {', '.join(MODELS)}, or a folder with a config.json.")
-    config = AutoConfig.from_pretrained(name)
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model={name!r} must be one of {', '.join(MODELS)}, a folder with the config.json of a model that "
+            "transformers knows, or a name on the Hub."
+        ) from error
+    return config
+
+
+def load_config(name: str) -> PreTrainedConfig:
+    """As `read_config`, for models whose caches can be filled.
+
+    Raises:
+        ValueError: there is no such config, or a layer has no full attention to fill the cache of.
+    """
+    config = read_config(name)
     kinds = {type(layer).__name__ for layer in DynamicCache(config=config).layers}
     if kinds != {"DynamicLayer"} or hasattr(config, "kv_lora_rank"):
         raise ValueError(
@@ -60,7 +74,8 @@ def build_model(config: PreTrainedConfig, device: torch.device, dtype: torch.dty
     """A model of random weights, made where and as it is to be: no copy of it in float32 on the host."""
     torch.manual_seed(seed)
     with device:
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    return model
 
 
 class Filler:
@@ -74,6 +89,18 @@ class Filler:
         dtype, device: of K and V.
         seed: of all that is random.
     """
+
+    config: PreTrainedConfig
+    batch: int
+    budget: int
+    page_size: int
+    dtype: torch.dtype
+    device: torch.device
+    generator: torch.Generator
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
 
     def __init__(
         self,
@@ -151,7 +178,7 @@ class Filler:
 
     def _feed_alike(self, cache: PagedCache, forwards: list[int]) -> None:
         """Feed so many tokens, forward by forward: to one layer of each policy, and make the others copies of it."""
-        policies = [layer.policy for layer in cache.layers]
+        policies = [layer.policy for layer in cache.layers if isinstance(layer, PagedLayer)]
         sources = [policies.index(policy) for policy in policies]
         for tokens in forwards:
             self.feed(cache, tokens, sorted(set(sources)))
@@ -167,6 +194,8 @@ def fast_forward(cache: PagedCache, pages: int) -> None:
     priority is a time, and those that rank all pages anew at every step.
     """
     for layer in cache.layers:
+        if not isinstance(layer, PagedLayer):
+            continue
         tokens = pages * layer.page_size
         layer.positions[:, :, layer.pinned_pages * layer.page_size :] += tokens
         layer.priority += tokens  # empty pages stay at -inf

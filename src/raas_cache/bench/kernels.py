@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle, islice, product, repeat
@@ -28,6 +28,7 @@ BACKENDS = {
     "math": SDPBackend.MATH,
 }
 Inputs = tuple[torch.Tensor, ...]
+Kernel = Callable[..., torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,8 @@ class KernelRow:
 def run_kernels(
     config: PreTrainedConfig,
     *,
-    batches: list[int],
-    budgets: list[int],
+    batches: Sequence[int],
+    budgets: Sequence[int],
     page_size: int,
     repeats: int,
     dtype: torch.dtype,
@@ -139,7 +140,7 @@ def last_level_cache(device: torch.device) -> int:
     return max((int(size.removesuffix("K")) * 1024 for size in sizes if size.endswith("K")), default=1 << 26)
 
 
-def _timing(kernel: Callable, turns: Iterator[Inputs], repeats: int) -> Timing:
+def _timing(kernel: Callable[..., object], turns: Iterator[Inputs], repeats: int) -> Timing:
     """Of `repeats` calls, each on the next of `turns`, after a few that do not count."""
     calls = list(islice(turns, WARMUP + repeats))
     device = calls[0][0].device
@@ -169,26 +170,26 @@ def _copy_bandwidth(size: int, repeats: int, device: torch.device) -> float:
     return 2e3 * size / copying.median
 
 
-def _dense_kernels(inputs: Inputs) -> dict[str, Callable]:
+def _dense_kernels(inputs: Inputs) -> dict[str, Kernel]:
     """Attention of one query head each over the whole of K and V, by each kernel that accepts these inputs."""
 
-    def sdpa(query, keys, values, backend: SDPBackend) -> torch.Tensor:
+    def sdpa(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, backend: SDPBackend) -> torch.Tensor:
         with sdpa_kernel(backend):
             return scaled_dot_product_attention(query, keys, values, enable_gqa=True)
 
-    def packed(query, keys, values, backend: SDPBackend) -> torch.Tensor:
+    def packed(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, backend: SDPBackend) -> torch.Tensor:
         # The query heads of a KV head as so many queries of it: kernels that know no groups read K and V once too.
         with sdpa_kernel(backend):
             grouped = query.view(*keys.shape[:2], -1, query.shape[-1])
             return scaled_dot_product_attention(grouped, keys, values).view_as(query)
 
-    kernels = {}
+    kernels: dict[str, Kernel] = {}
     for name, backend in BACKENDS.items():
         kernels[f"sdpa {name}"] = partial(sdpa, backend=backend)
         kernels[f"sdpa {name}, packed"] = partial(packed, backend=backend)
     if inputs[0].is_cuda:
         kernels["flex_attention"] = partial(torch.compile(flex_attention, dynamic=False), enable_gqa=True)
-    accepting = {}
+    accepting: dict[str, Kernel] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # why a backend refuses
         for name, kernel in kernels.items():

@@ -1,6 +1,7 @@
 """Tables, JSON and plots of what was timed."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ import torch
 import transformers
 
 from ..reporting import STYLES, markdown, require_matplotlib, save
+from .kernels import KernelRow
 from .steps import BASELINES, Case, Row, Timing
 
 
@@ -41,7 +43,7 @@ def table(rows: list[Row]) -> str:
     return markdown(header, lines)
 
 
-def write_json(path: Path, of: dict[str, Any], rows: list) -> None:
+def write_json(path: Path, of: dict[str, Any], rows: Sequence[Row | KernelRow]) -> None:
     """Write rows of either kind, every time measured included.
 
     Args:
@@ -77,14 +79,18 @@ def figures(rows: list[Row]) -> dict[str, "Figure"]:
         axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for axis, panel in zip(axes, panels, strict=True):
             batch, budget, mode = panel
-            here = [row for row in rows if row.timing and (row.case.batch, row.case.budget, row.case.mode) == panel]
+            here = [
+                (row.case, row.timing.median if name == "ms_per_token" else row.kv_bytes)
+                for row in rows
+                if row.timing and (row.case.batch, row.case.budget, row.case.mode) == panel
+            ]
             for method, (colour, marker) in styles.items():
-                points = sorted((row.case.seen, row) for row in here if row.case.method == method)
-                ys = [row.timing.median if name == "ms_per_token" else row.kv_bytes for _, row in points]
-                axis.plot([seen for seen, _ in points], ys, color=colour, marker=marker, label=method)
+                points = sorted((case.seen, y) for case, y in here if case.method == method)
+                xs, ys = [x for x, _ in points], [y for _, y in points]
+                axis.plot(xs, ys, color=colour, marker=marker, label=method)
             axis.set_xscale("log", base=2)
             axis.set_yscale("log")
-            ticks = sorted({row.case.seen for row in here})
+            ticks = sorted({case.seen for case, _ in here})
             axis.set_xticks(ticks, [f"{seen // 1024}k" if seen % 1024 == 0 else str(seen) for seen in ticks])
             axis.set(title=f"batch {batch}, budget {budget:,}, {mode}", xlabel="tokens seen")
             axis.grid(alpha=0.3)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, product
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel, StaticCache
@@ -63,7 +64,7 @@ class Plan:
     copies: int = 2
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for method in self.methods:
             if method != KVPRESS:
                 from_name(method, max(self.budgets), page_size=self.page_size)
@@ -138,12 +139,15 @@ class Row:
     ratios: dict[str, float | None]
 
 
+Forward = Callable[..., object]
+
+
 @dataclass
 class _Contestant:
     """A method in a cell: copies of its cache, each with the forward that takes it, and the times so far."""
 
     caches: list[Cache]
-    forwards: list[Callable]
+    forwards: list[Forward]
     ran: str
     steps: list[float] = field(default_factory=list)
 
@@ -228,6 +232,7 @@ def _that_fit(model: PreTrainedModel, needed: dict[str, int]) -> list[str]:
 
 def _new_cache(filler: Filler, name: str, seen: int, steps: int) -> Cache:
     """A filled cache of a method or baseline, with room for `steps` more tokens."""
+    cache: Cache
     if name == STATIC_SEEN:
         cache = StaticCache(config=filler.config, max_cache_len=seen + steps)
     elif name == STATIC_BUDGET:
@@ -240,20 +245,21 @@ def _new_cache(filler: Filler, name: str, seen: int, steps: int) -> Cache:
     return cache
 
 
-def _compiled(model: PreTrainedModel, stack: ExitStack) -> Callable:
+def _compiled(model: PreTrainedModel, stack: ExitStack) -> Forward:
     """The model's forward, compiled once for all caches of a cell: each shape is a specialisation of its own."""
     stack.enter_context(torch._dynamo.config.patch(recompile_limit=64))
     mode = "reduce-overhead" if model.device.type == "cuda" else "default"
     forward = torch.compile(model.forward, fullgraph=True, dynamic=False, mode=mode)
 
-    def step(**inputs):
+    def step(**inputs: Any) -> object:
         torch.compiler.cudagraph_mark_step_begin()
         return forward(**inputs)
 
     return step
 
 
-def _import_kvpress():
+def _import_kvpress() -> Any:
+    """The module, None if it cannot be imported."""
     try:
         import kvpress
     except ImportError:
@@ -261,13 +267,13 @@ def _import_kvpress():
     return kvpress
 
 
-def _pressed(model: PreTrainedModel, budget: int, stack: ExitStack) -> Callable:
+def _pressed(model: PreTrainedModel, budget: int, stack: ExitStack) -> Forward:
     """A twin of the model, of the same weights, with kvpress hooked in: a press counts the steps of one cache."""
     kvpress = _import_kvpress()
     twin = deepcopy(model, {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())})
     stack.enter_context(kvpress.DecodingPress(kvpress.KnormPress(), target_size=budget)(twin))
 
-    def step(position_ids: torch.Tensor, **inputs):
+    def step(position_ids: torch.Tensor, **inputs: Any) -> object:
         # Its hooks ask for `cache_position`, which transformers no longer gives them.
         return twin(position_ids=position_ids, cache_position=position_ids[0], **inputs)
 
@@ -278,7 +284,8 @@ def _pressed(model: PreTrainedModel, budget: int, stack: ExitStack) -> Callable:
 def _take_turns(contestants: list[_Contestant], plan: Plan, filler: Filler, seen: int) -> None:
     """One step of each contestant after the other, so that a busy machine slows all alike."""
     device = filler.device
-    synchronize = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
+    on_gpu = device.type == "cuda"
+    synchronize: Callable[[], None] = partial(torch.cuda.synchronize, device) if on_gpu else lambda: None
     token = torch.ones(filler.batch, 1, dtype=torch.int64, device=device)
     for turn in range(plan.turns):
         for contestant in contestants:

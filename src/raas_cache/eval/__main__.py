@@ -5,7 +5,7 @@ import typer
 from .command import evaluate
 
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None)
+app: typer.Typer = typer.Typer(add_completion=False, rich_markup_mode=None)
 app.command()(evaluate)
 
 if __name__ == "__main__":

@@ -8,8 +8,10 @@ import logging
 import os
 import re
 import threading
+from collections.abc import Callable
 from functools import cache
 from types import SimpleNamespace
+from typing import Any
 
 from ..extras import require
 
@@ -81,7 +83,8 @@ def extract(output: str) -> str | None:
 
 def gold_of(answer: str) -> str:
     """The bare answer in a data set's answer column, be it GSM8K's, a solution with a boxed answer, or bare already."""
-    if hashes := _HASHES.findall(answer):
+    hashes: list[str] = _HASHES.findall(answer)
+    if hashes:
         return hashes[-1].strip().replace(",", "")
     return (_boxes(answer) or [answer.strip()])[-1]
 
@@ -167,9 +170,10 @@ def _same(answer: str, gold: str) -> bool:
         for text in (gold, answer, "0=1")
     )
 
-    def equal(target: list) -> bool:
+    def equal(target: list[Any]) -> bool:
         # At 12 decimals 0.333333 is not 1/3, nor .00006724 .0000672.
-        return maths.verify(parsed_gold, target, 12, 50, allow_set_relation_comp=True, timeout_seconds=seconds)
+        verify: Callable[..., bool] = maths.verify
+        return verify(parsed_gold, target, 12, 50, allow_set_relation_comp=True, timeout_seconds=seconds)
 
     # All equations without a real solution are equal to math-verify.
     return equal(parsed) and not ("=" in gold and equal(absurd))

@@ -18,8 +18,11 @@ import random
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TypedDict
 
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Split = Literal["train", "validation", "test"]
 
@@ -53,6 +56,14 @@ class ChainProblem:
     """Values stated by the prompt; value ``num_givens + j`` is derived by line ``j``."""
     refs: tuple[int, ...]
     """The index of the value that each line cites."""
+
+
+class ChainOptions(TypedDict, total=False):
+    """Options of `make_problem`."""
+
+    num_givens: int
+    live_size: int | None
+    max_uses: int
 
 
 def make_problem(
@@ -107,7 +118,7 @@ def make_problem(
 
 
 def problems(
-    count: int, num_lines: int, seed: int, *, split: Split = "test", **options: int | None
+    count: int, num_lines: int, seed: int, *, split: Split = "test", **options: Unpack[ChainOptions]
 ) -> list[ChainProblem]:
     """``count`` problems of a split, the same for the same arguments; ``options`` are those of `make_problem`."""
     rng = random.Random(f"{split}/{num_lines}/{seed}")  # a string seeds alike on every platform and run

@@ -41,7 +41,7 @@ class Decoding:
     top_p: float = 1.0
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at least 1.")
         if self.temperature < 0:
@@ -53,7 +53,7 @@ class Decoding:
         """For `generate`."""
         limit = self.max_new_tokens or task.max_new_tokens
         # None where the model's own generation config would have its say.
-        chosen = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        chosen: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if self.temperature:
             chosen = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
         return {"max_new_tokens": limit, "disable_compile": limit <= SHORT, **chosen}
@@ -68,6 +68,15 @@ class Decoder:
     Raises:
         ValueError: the tokenizer does not know a word of the task.
     """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    task: Task
+    decoding: Decoding
+    ids: list[list[int]]
+    hashes: list[str]
+    options: dict[str, Any]
+    pad: int
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, decoding: Decoding):
         self.model, self.tokenizer, self.task, self.decoding = model, tokenizer, task, decoding
@@ -91,17 +100,17 @@ class Decoder:
         cache = setting.new_cache(self.model.config)
         prompt_length = max(len(self.ids[index]) for index in rows)
         padding = [prompt_length - len(self.ids[index]) for index in rows]
-        inputs = {
+        lists = {
             "input_ids": [[self.pad] * empty + self.ids[index] for empty, index in zip(padding, rows, strict=True)],
             "attention_mask": [[0] * empty + [1] * (prompt_length - empty) for empty in padding],
         }
-        inputs = {name: torch.tensor(value, device=self.model.device) for name, value in inputs.items()}
+        inputs = {name: torch.tensor(value, device=self.model.device) for name, value in lists.items()}
         torch.manual_seed(self.decoding.seed * 1_000_003 + rows[0])  # of which the CPU takes 32 bits
         started = time.perf_counter()
 
         def finish(place: int, new: torch.Tensor, truncated: bool) -> None:
             index = rows[place]
-            output = self.tokenizer.decode(new, skip_special_tokens=True)
+            output: str = self.tokenizer.decode(new, skip_special_tokens=True)  # type: ignore[assignment]
             answer, correct = self.task.mark(output, self.task.golds[index])
             row = Row(
                 index=index,
@@ -129,26 +138,33 @@ class Decoder:
         with warnings.catch_warnings():
             # A prompt over the budget is marked in its row.
             warnings.filterwarnings("ignore", "budget=.* leaves", UserWarning)
-            sequences = self.model.generate(**inputs, past_key_values=cache, **options)
+            options["past_key_values"] = cache
+            sequences: torch.Tensor = self.model.generate(**inputs, **options)  # type: ignore[operator]
         for place in range(len(rows)):
             if place not in watch.ended:
-                finish(place, sequences[place, prompt_length:], truncated=True)
+                finish(place, sequences[place, prompt_length:], True)
 
 
 class _RowEnds(StoppingCriteria):
     """Stops nothing; tells of each row that has just written its end token."""
 
-    def __init__(self, model: PreTrainedModel, prompt_length: int, finish: Callable, on_token: Callable):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        prompt_length: int,
+        finish: Callable[[int, torch.Tensor, bool], None],
+        on_token: Callable[[int], None],
+    ):
         end = model.generation_config.eos_token_id
         self.end = torch.tensor([] if end is None else end, device=model.device).flatten()
         self.prompt_length, self.finish, self.on_token = prompt_length, finish, on_token
         self.ended: set[int] = set()
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor, **kwargs) -> torch.BoolTensor:
+    def __call__(self, input_ids: torch.LongTensor, scores: object, **kwargs: object) -> torch.BoolTensor:
         """Called by `generate` after each token."""
         for place in torch.isin(input_ids[:, -1], self.end).nonzero().flatten().tolist():
             if place not in self.ended:
                 self.ended.add(place)
-                self.finish(place, input_ids[place, self.prompt_length :], truncated=False)
+                self.finish(place, input_ids[place, self.prompt_length :], False)
         self.on_token(input_ids.shape[1] - self.prompt_length)
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)  # type: ignore[return-value]

@@ -67,10 +67,10 @@ class RaaSLM(HFLM):
         options = {name: kwargs.pop(name) for name in option_names() if name in kwargs}
         if budget is None and method != DENSE:
             budget = DEFAULT_BUDGET
-        self.setting = Setting(method, budget, options)
+        self.setting: Setting = Setting(method, tuple(budget) if isinstance(budget, list) else budget, options)
         self.setting.new_cache()  # what it refuses is said before a model is loaded
-        self.span = span_of(self.setting)
-        self.pages_evicted = 0
+        self.span: int = span_of(self.setting)
+        self.pages_evicted: int = 0
         # What HFLM does not know goes to `from_pretrained`, unless the model is loaded already: then nobody looks.
         unknown = kwargs.keys() - inspect.signature(HFLM).parameters.keys()
         if unknown and not isinstance(pretrained, str):
@@ -124,7 +124,8 @@ class RaaSLM(HFLM):
                 "this task measures the dense model. To measure the method, take a task that generates.",
                 stacklevel=2,
             )
-        return super()._loglikelihood_tokens(*args, **kwargs)
+        found: list[tuple[float, bool]] = super()._loglikelihood_tokens(*args, **kwargs)
+        return found
 
     def get_model_info(self) -> dict[str, Any]:
         """What `HFLM` says of the model, the cache, and the pages evicted so far, over rows, layers and KV heads."""

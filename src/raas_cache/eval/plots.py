@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Sequence
 from itertools import cycle, product
 from pathlib import Path
 from statistics import fmean
@@ -12,21 +12,23 @@ from typing import TYPE_CHECKING, Any
 
 from .. import reporting
 from ..bench import report
+from ..cache import PagedCache
 from .results import Summary, read_rows, summarize
 from .runner import SETTINGS_FILE
 from .settings import DENSE, Setting, common_options
 
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-STYLES = [
+STYLES: list[dict[str, Any]] = [
     {"color": colour, "marker": marker, "linestyle": dashes, "markersize": 6}
     for dashes, (colour, marker) in product(("-", "--", ":"), reporting.STYLES)
 ]
 COLUMNS = 3
-HOLLOW = {"markerfacecolor": "white"}
+HOLLOW: dict[str, Any] = {"markerfacecolor": "white"}
 UNITS = {
     "alpha": "attention weight", "top_ratio": "share of the pages", "probation": "tokens", "page_size": "tokens",
     "min_decode_pages": "pages", "recent_ratio": "share of the pages", "dense_layers": "layers",
@@ -92,7 +94,7 @@ def _bounded(summaries: list[Summary]) -> list[Summary]:
 
 def _tokens(setting: Setting) -> float:
     """Where the setting's budget stands on an axis."""
-    return fmean(setting.budget) if isinstance(setting.budget, tuple) else setting.budget
+    return fmean(setting.budget) if isinstance(setting.budget, tuple) else setting.budget or 0
 
 
 def _lines(summaries: list[Summary], common: list[str]) -> dict[str, list[Summary]]:
@@ -107,15 +109,19 @@ def _lines(summaries: list[Summary], common: list[str]) -> dict[str, list[Summar
 
 def _ablations(summaries: list[Summary]) -> dict[str, list[Panel]]:
     """Option -> a panel for each set of settings that differ in nothing else, but for the budget."""
-    values = [(one, _in_effect(one.setting)) for one in _bounded(summaries) if isinstance(one.setting.budget, int)]
+    values = [
+        (one, one.setting.budget, _in_effect(one.setting))
+        for one in _bounded(summaries)
+        if isinstance(one.setting.budget, int)
+    ]
     found = {}
-    for option in dict.fromkeys(name for one, _ in values for name in one.setting.options):
-        alike: dict[tuple, Panel] = {}
-        for one, options in values:
+    for option in dict.fromkeys(name for one, _, _ in values for name in one.setting.options):
+        alike: dict[tuple[str, str], Panel] = {}
+        for one, budget, options in values:
             if option in options:
                 others = repr(sorted((name, value) for name, value in options.items() if name != option))
                 panel = alike.setdefault((one.setting.method, others), {})
-                panel.setdefault(one.setting.budget, {}).setdefault(options[option], one)
+                panel.setdefault(budget, {}).setdefault(options[option], one)
         panels = [{budget: points for budget, points in panel.items() if len(points) > 1} for panel in alike.values()]
         if any(panels):
             found[option] = [panel for panel in panels if panel]
@@ -124,8 +130,9 @@ def _ablations(summaries: list[Summary]) -> dict[str, list[Panel]]:
 
 def _in_effect(setting: Setting) -> dict[str, Any]:
     """The setting's options and the defaults of all others, as its cache understood them."""
-    told = setting.new_cache().settings
-    found = {**setting.options, **vars(told), **vars(told.policy)}
+    found, cache = dict(setting.options), setting.new_cache()
+    if isinstance(cache, PagedCache):
+        found |= vars(cache.settings) | vars(cache.settings.policy)
     return {name: value for name, value in found.items() if name not in ("policy", "budget")}
 
 
@@ -212,7 +219,7 @@ def _level(axis: Axes, height: float, style: dict[str, Any]) -> None:
     axis.axhline(height, label=DENSE, clip_on=False, zorder=1.5, **style)
 
 
-def _with_intervals(axis: Axes, xs: Iterable[float], ones: Iterable[Summary], aside: float, **style: Any) -> None:
+def _with_intervals(axis: Axes, xs: Sequence[float], ones: Sequence[Summary], aside: float, **style: Any) -> None:
     from matplotlib.transforms import offset_copy
 
     (line,) = axis.plot(xs, [one.accuracy for one in ones], **style)
@@ -220,7 +227,8 @@ def _with_intervals(axis: Axes, xs: Iterable[float], ones: Iterable[Summary], as
     bars = axis.vlines(xs, lows, highs, color=style["color"], linewidth=1)
     # Only now: the axis is scaled by where the data are.
     for artist in (line, bars):
-        artist.set_transform(offset_copy(axis.transData, axis.figure, x=aside, units="points"))
+        moved = offset_copy(axis.transData, axis.figure, x=aside, units="points")  # type: ignore[arg-type]
+        artist.set_transform(moved)
 
 
 def _budgets_below(axis: Axes, summaries: list[Summary]) -> None:
@@ -251,7 +259,7 @@ def _accuracy_beside(axes: list[Axes]) -> None:
 
 def _legend(figure: Figure, title: str = "") -> None:
     """Beside the panels, each label once."""
-    entries = {}
+    entries: dict[str, Artist] = {}
     for axis in figure.axes:
         entries |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.set_figheight(max(figure.get_figheight(), 1 + 0.2 * len(entries)))

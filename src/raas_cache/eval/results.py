@@ -11,7 +11,10 @@ from typing import Any
 
 from ..measure import wilson_interval
 from ..reporting import markdown
-from .settings import Setting, common_options
+from .settings import Setting, SettingKey, common_options
+
+
+RowKey = tuple[str, int | tuple[int, ...] | None, int]
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Row:
     index: int
     prompt_hash: str
     method: str
-    budget: int | list[int] | None
+    budget: int | list[int] | tuple[int, ...] | None
     options: dict[str, Any]
     output: str
     answer: str | None
@@ -58,7 +61,7 @@ class Row:
         return Setting(self.method, tuple(self.budget) if isinstance(self.budget, list) else self.budget, self.options)
 
     @property
-    def key(self) -> tuple:
+    def key(self) -> RowKey:
         """No two rows of a folder have the same."""
         return *self.setting.key, self.index
 
@@ -103,7 +106,7 @@ class RowFile:
     """The file that one process appends its rows to, each on disk before the next is worked out."""
 
     def __init__(self, folder: Path, process: int):
-        self.path = folder / f"rows-{process}.jsonl"
+        self.path: Path = folder / f"rows-{process}.jsonl"
         if self.path.exists():
             # What a killed run left of a line would swallow the next one.
             os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
@@ -119,7 +122,7 @@ class RowFile:
 
 def read_rows(folder: Path) -> list[Row]:
     """The rows of a folder, whichever process wrote them; a line that a killed run left unfinished does not count."""
-    rows: dict[tuple, Row] = {}
+    rows: dict[RowKey, Row] = {}
     for path in sorted(folder.glob("rows*.jsonl")):
         for line in path.read_bytes().splitlines(keepends=True):
             if line.endswith(b"\n"):
@@ -128,9 +131,9 @@ def read_rows(folder: Path) -> list[Row]:
     return list(rows.values())
 
 
-def by_setting(rows: Iterable[Row]) -> dict[tuple, list[Row]]:
+def by_setting(rows: Iterable[Row]) -> dict[SettingKey, list[Row]]:
     """The rows of each setting by its key, in the order in which settings first come."""
-    groups: dict[tuple, list[Row]] = {}
+    groups: dict[SettingKey, list[Row]] = {}
     for row in rows:
         groups.setdefault(row.setting.key, []).append(row)
     return groups

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..cache import PagedCache
 from ..extras import require
 from .decoding import Decoder, Decoding
-from .results import Row, RowFile, read_rows
+from .results import Row, RowFile, RowKey, read_rows
 from .settings import Setting, common_options
 from .tasks import Task
 
@@ -34,7 +34,7 @@ class _Job:
     rows: tuple[int, ...]
 
     @property
-    def keys(self) -> list[tuple]:
+    def keys(self) -> list[RowKey]:
         """Those of the rows, see `Row.key`."""
         return [(*self.setting.key, index) for index in self.rows]
 

@@ -16,6 +16,8 @@ from ..methods import from_name
 DENSE = "dense"
 """The method without a budget: transformers' own `DynamicCache`, which everything is measured against."""
 
+SettingKey = tuple[str, int | tuple[int, ...] | None]
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -43,7 +45,7 @@ class Setting:
                 given = ", ".join([f"budget={self.budget}", *self.options])
                 raise ValueError(f"method='dense' takes neither a budget nor options, got {given}.")
             return DynamicCache(config=config)
-        return from_name(self.method, self.budget, config=config, **self.options)
+        return from_name(self.method, self.budget, config=config, **self.options)  # type: ignore[arg-type]  # refuses None
 
     @property
     def label(self) -> str:
@@ -56,7 +58,7 @@ class Setting:
         return ":".join(parts) + ", by layer" * isinstance(self.budget, tuple)
 
     @property
-    def key(self) -> tuple[str, int | tuple[int, ...] | None]:
+    def key(self) -> SettingKey:
         """What tells settings apart; hashable."""
         return self.label, self.budget
 
@@ -90,7 +92,7 @@ def settings(methods: Iterable[tuple[str, Mapping[str, Any]]], budgets: Iterable
     Raises:
         ValueError, TypeError: a method, a budget or an option is refused, see `from_name`.
     """
-    found: dict[tuple, Setting] = {}
+    found: dict[SettingKey, Setting] = {}
     for name, options in methods:
         for budget in [None] if name == DENSE else budgets:
             setting = Setting(name, budget, options)

@@ -8,11 +8,14 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..extras import require
 from . import answers, chains
 
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 QUESTIONS = ("problem", "question", "prompt")
 """Columns looked for where the registry does not say, in this order."""
@@ -61,7 +64,7 @@ class Task:
     instruction: str | None
     mark: Callable[[str, str], tuple[str | None, bool]]
 
-    def prompts(self, tokenizer) -> list[str]:
+    def prompts(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         """The texts that the model is given, special tokens of a chat template included."""
         if self.instruction is None:
             return self.questions
@@ -69,9 +72,10 @@ class Task:
         if tokenizer.chat_template is None:
             return [text + "\n\n" for text in asked]
         chats = [[{"role": "user", "content": text}] for text in asked]
-        return tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+        rendered: list[str] = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)  # type: ignore[assignment]
+        return rendered
 
-    def token_ids(self, tokenizer, prompts: list[str]) -> list[list[int]]:
+    def token_ids(self, tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> list[list[int]]:
         """What `prompts` gave, as tokens; a chat template has put in the special ones already.
 
         Raises:
@@ -79,7 +83,8 @@ class Task:
         """
         templated = self.instruction is not None and tokenizer.chat_template is not None
         try:
-            return tokenizer(prompts, add_special_tokens=not templated)["input_ids"]
+            ids: list[list[int]] = tokenizer(prompts, add_special_tokens=not templated)["input_ids"]
+            return ids
         except Exception as error:  # tokenizers raises nothing more precise
             raise ValueError(
                 f"The model's tokenizer cannot read {self.name!r} ({error}): take a model of this language; the "

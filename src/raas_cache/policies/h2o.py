@@ -25,7 +25,7 @@ class H2OPolicy(Policy):
     prompt_window = None
     state = ("attention",)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_number("recent_ratio", self.recent_ratio, lambda share: 0 <= share <= 1, "lie in [0, 1]: try 0.5")
 
     def on_scores(self, pages: Pages) -> None:

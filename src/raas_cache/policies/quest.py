@@ -28,7 +28,7 @@ class QuestPolicy(Policy):
     evicts = False
     reads = "top"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_number("dense_layers", self.dense_layers, lambda count: count >= 0, "be 0 or more layers: try 2")
 
     def for_layer(self, layer_idx: int) -> Policy:

@@ -29,7 +29,7 @@ class RaaSPolicy(Policy):
     top_ratio: float | None = None
     probation: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.alpha is not None and self.top_ratio is not None:
             raise ValueError(f"alpha={self.alpha} and top_ratio={self.top_ratio}: give one of the two stamping rules.")
         if self.alpha is None and self.top_ratio is None:
@@ -41,7 +41,7 @@ class RaaSPolicy(Policy):
         check_number("probation", self.probation, lambda tokens: tokens >= 0, "be 0 or more tokens: try 16")
 
     @property
-    def state(self) -> tuple[str, ...]:
+    def state(self) -> tuple[str, ...]:  # type: ignore[override]  # of a policy that is frozen
         return ("timestamp", "proven") if self.probation else ()
 
     def on_scores(self, pages: Pages) -> None:

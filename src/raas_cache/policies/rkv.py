@@ -38,7 +38,7 @@ class RKVPolicy(Policy):
     prompt_window = OBSERVED
     state = ("importance",)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_number("importance_weight", self.importance_weight, lambda w: 0 <= w <= 1, "lie in [0, 1]: try 0.1")
 
     def on_scores(self, pages: Pages) -> None:
