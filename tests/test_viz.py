@@ -323,7 +323,8 @@ def test_tokens_of_a_chain(embedded, tokenizer, place):
     layers = [place["layer"]] if "layer" in place else [0, 1, 2]
     heads = [(layer, head) for layer in layers for head in ([0] if "head" in place else [0, 1])]
     histories, pages = {of: recording.history(*of) for of in heads}, recording.pages_of_tokens(layers[0]).tolist()
-    assert f"it was held, mean of {len(heads)} KV heads" in shown
+    of_heads = "1 KV head" if "head" in place else f"{len(heads)} KV heads"
+    assert f"it was held, mean of {of_heads}: " in shown
     steps = histories[heads[0]].steps
     struck = 0
     for token, (tag, title, _) in enumerate(found[:-1]):
@@ -331,7 +332,7 @@ def test_tokens_of_a_chain(embedded, tokenizer, place):
         held = [history.held[after, history.first.tolist().index(pages[token])] for history in histories.values()]
         evicting = sum(not one[-1] for one in held)
         kept = np.mean([one.sum() for one in held])
-        said = f"held for {kept:.0f} of {after.sum()} steps, evicted by {evicting} of {len(heads)} KV heads"
+        said = f"held for {kept:.0f} of {after.sum()} steps, evicted by {evicting} of {of_heads}"
         assert title == f"token {token}: {said}"
         assert tag == ("del" if evicting == len(heads) else "span")
         struck += tag == "del"
@@ -348,7 +349,7 @@ def test_shades_of_tokens_by_hand(by_hand):
         tag = "del" if token in (3, 4, 5, 6) else "span"
         (piece,) = (line for line in shown.split("<") if f'title="token {token}:' in line)
         assert piece.startswith(tag) and f"rgba(128,128,128,{0.6 * share:.2f})" in piece
-    assert "token 4: held for 5 of 7 steps, evicted by 1 of 1 KV heads" in shown
+    assert "token 4: held for 5 of 7 steps, evicted by 1 of 1 KV head" in shown
 
 
 class Words:
@@ -372,7 +373,7 @@ def test_padding_is_left_out_and_pages_gone_before_are_struck(by_hand):
     midst = recording_of([[0, 2, 40, 42]] * 2, start=42)
     found = Pieces(viz.tokens(midst, Words(), range(44))).found
     assert [tag for tag, *_ in found] == ["span"] * 4 + ["del"] * 36 + ["span"] * 4
-    assert found[20][1] == "token 20: held for 0 of 2 steps, evicted by 1 of 1 KV heads"
+    assert found[20][1] == "token 20: held for 0 of 2 steps, evicted by 1 of 1 KV head"
 
 
 @pytest.mark.parametrize("kind", ["bytes", "metaspace"])

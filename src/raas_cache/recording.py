@@ -108,31 +108,58 @@ class LayerRecording:
 class History:
     """The life of every page of one row, layer and KV head: T steps, N pages in the order in which they were opened.
 
+    What was noted of a page at a step is one of E entries, in the order of steps, then pages. `held`, `score` and
+    `stamp` spread them out over steps and pages, which takes O(T * N) memory.
+
     Args:
         steps: `[T]`, sequence index of the newest token at each step.
         first: `[N]`, sequence index of each page's first token: the step at which it was opened.
         is_pinned: `[N]`, whether the page is input that is never evicted.
-        held: `[T, N]` bool, whether the page held anything then.
-        score: `[T, N]` float32, the page's attention score; NaN where it was not held, or not scored.
-        stamp: `[T, N]` float32, its priority, for RaaS the step of its last milestone stamp; NaN where it was not held,
-            or is pinned.
         evicted: `[N]` float, the step at which it was evicted; NaN if it was not.
         resident: `[T]`, tokens held.
+        at, page: `[E]`, place in `steps` and in `first` of each entry.
+        scores: `[E]` float32, attention score; NaN where the policy asked for none.
+        stamps: `[E]` float32, priority, for RaaS the step of the last milestone stamp; NaN for pinned pages.
     """
 
     steps: np.ndarray
     first: np.ndarray
     is_pinned: np.ndarray
-    held: np.ndarray
-    score: np.ndarray
-    stamp: np.ndarray
     evicted: np.ndarray
     resident: np.ndarray
+    at: np.ndarray
+    page: np.ndarray
+    scores: np.ndarray
+    stamps: np.ndarray
+
+    @property
+    def held(self) -> np.ndarray:
+        """`[T, N]` bool, whether the page held anything then."""
+        held = np.zeros((len(self.steps), len(self.first)), bool)
+        held[self.at, self.page] = True
+        return held
+
+    @property
+    def score(self) -> np.ndarray:
+        """`[T, N]` float32, the page's score; NaN where it was not held, or not scored."""
+        return self._spread(self.scores)
+
+    @property
+    def stamp(self) -> np.ndarray:
+        """`[T, N]` float32, the page's stamp; NaN where it was not held, or is pinned."""
+        return self._spread(self.stamps)
 
     def last_use(self, alpha: float) -> np.ndarray:
         """`[N]` float, the last step at which each page scored `alpha` or more; NaN where there is none."""
-        used = np.where(self.score >= alpha, self.steps[:, None], -1).max(0, initial=-1)
-        return np.where(used < 0, np.nan, used)
+        used = np.full(len(self.first), np.nan)
+        uses = self.scores >= alpha
+        used[self.page[uses]] = self.steps[self.at[uses]]  # of several, the last stays
+        return used
+
+    def _spread(self, values: np.ndarray) -> np.ndarray:
+        matrix = np.full((len(self.steps), len(self.first)), np.nan, np.float32)
+        matrix[self.at, self.page] = values
+        return matrix
 
 
 @dataclass
@@ -205,21 +232,22 @@ class Recording:
             raise ValueError(f"row={row}: the batch has {self.rows} rows.")
         place = row, heads.index(head)
         steps = np.array([forward.step for forward in forwards])
-        first = np.unique(np.concatenate([forward.first[place] for forward in forwards]))
-        first = first[first >= 0]
-        shape = len(steps), len(first)
-        held, score, stamp = np.zeros(shape, bool), np.full(shape, np.nan, "f4"), np.full(shape, np.nan, "f4")
-        for at, forward in enumerate(forwards):
-            of_step = forward.first[place] >= 0
-            pages = np.searchsorted(first, forward.first[place][of_step])
-            held[at, pages] = True
-            score[at, pages] = forward.score[place][of_step]
-            stamp[at, pages] = forward.stamp[place][of_step]
-        last = shape[0] - 1 - held[::-1].argmax(0)
-        evicted = np.where(last + 1 < shape[0], steps[np.minimum(last + 1, shape[0] - 1)], np.nan)
-        is_pinned = np.isnan(stamp[last, np.arange(shape[1])]) & np.isnan(evicted)
+        noted = np.concatenate([forward.first[place] for forward in forwards])
+        at = np.repeat(np.arange(len(steps)), [forward.first.shape[2] for forward in forwards])
+        first, page = np.unique(noted, return_inverse=True)
+        order = np.lexsort((page, at))
+        order = order[noted[order] >= 0]  # slots that hold nothing are left out
+        page, first = page[order] - np.count_nonzero(first < 0), first[first >= 0]
+        at = at[order]
+        scores = np.concatenate([forward.score[place] for forward in forwards])[order]
+        stamps = np.concatenate([forward.stamp[place] for forward in forwards])[order]
+        last = np.zeros(len(first), int)
+        last[page] = np.arange(len(page))  # of the entries of a page, the last stays
+        is_gone = at[last] + 1 < len(steps)
+        evicted = np.where(is_gone, steps[np.minimum(at[last] + 1, len(steps) - 1)], np.nan)
+        is_pinned = np.isnan(stamps[last]) & ~is_gone
         resident = np.array([forward.resident[place] for forward in forwards])
-        return History(steps, first, is_pinned, held, score, stamp, evicted, resident)
+        return History(steps, first, is_pinned, evicted, resident, at, page, scores, stamps)
 
     def pages_of_tokens(self, layer: int) -> np.ndarray:
         """The page that each token seen was put in, `[tokens]` int: the sequence index of its first token.
@@ -260,11 +288,11 @@ class Recording:
             for row in range(self.rows):
                 for head in self.heads(layer):
                     history = self.history(layer, head, row)
-                    at, pages = history.held.nonzero()
-                    table = {"row": row, "layer": layer, "head": head, "step": history.steps[at]}
-                    table |= {"page": history.first[pages], "is_pinned": history.is_pinned[pages]}
-                    table |= {"score": history.score[at, pages], "stamp": history.stamp[at, pages]}
-                    tables.append(pandas.DataFrame({**table, "evicted": history.evicted[pages]}))
+                    page = history.page
+                    table = {"row": row, "layer": layer, "head": head, "step": history.steps[history.at]}
+                    table |= {"page": history.first[page], "is_pinned": history.is_pinned[page]}
+                    table |= {"score": history.scores, "stamp": history.stamps, "evicted": history.evicted[page]}
+                    tables.append(pandas.DataFrame(table))
         columns = ["row", "layer", "head", "step", "page", "is_pinned", "score", "stamp", "evicted"]
         return pandas.concat(tables, ignore_index=True) if tables else pandas.DataFrame(columns=columns)
 

@@ -74,9 +74,12 @@ def lost_mass(recording: Recording, dense: Recording, layer: int, head: int, row
         missing = np.setdiff1d(wanted, found)
         if len(missing):
             raise ValueError(f"dense lacks {len(missing)} {name} of the recording, first that at {missing[0]}: {mend}")
-    mass = whole.score[np.isin(whole.steps, steps)][:, np.isin(whole.first, pages)]
-    mass = np.where(steps[:, None] >= evicted, mass, 0)
-    return LostMass(steps, mass.sum(1), pages, mass.sum(0))
+    step, first = whole.steps[whole.at], whole.first[whole.page]
+    of_both = np.isin(step, steps) & np.isin(first, pages)
+    at, page = np.searchsorted(steps, step[of_both]), np.searchsorted(pages, first[of_both])
+    mass = np.where(steps[at] >= evicted[page], whole.scores[of_both], 0)
+    by_step, by_page = np.bincount(at, mass, len(steps)), np.bincount(page, mass, len(pages))
+    return LostMass(steps, by_step, pages, by_page)
 
 
 def waterfall(recording: Recording, layer: int, head: int, row: int = 0, alpha: float = DEFAULT_ALPHA) -> Figure:
@@ -99,10 +102,10 @@ def waterfall(recording: Recording, layer: int, head: int, row: int = 0, alpha: 
     _check_alpha(alpha)
     history = recording.history(layer, head, row)
     figure, (axis,) = _figure(f"What each page scores: {_name(recording, layer, head, row)}", recording, height=6.8)
-    score = np.where(history.held, np.nan_to_num(history.score), -1)
-    steps, pages = (-(-count // CELLS) for count in score.shape)  # that a cell stands for
-    score = np.maximum.reduceat(score, np.arange(0, len(score), steps))
-    score = np.maximum.reduceat(score, np.arange(0, score.shape[1], pages), axis=1)
+    sizes = len(history.steps), len(history.first)
+    steps, pages = (-(-size // CELLS) for size in sizes)  # that a cell stands for
+    score = np.full((-(-sizes[0] // steps), -(-sizes[1] // pages)), -1.0)
+    np.maximum.at(score, (history.at // steps, history.page // pages), np.nan_to_num(history.scores))
     end = history.steps[-1] + 1
     tops = np.append(np.append(history.steps[0], history.steps[:-1] + 1)[::steps], end)
     left, right = _extents(history, recording)
@@ -296,7 +299,7 @@ def tokens(
         else:
             of = slice(where.start, where.stop)
             title += f": held for {kept[:, of].mean():.0f} of {len(steps) - born[where.start]} steps"
-            title += f", evicted by {left[of].max()} of {len(chosen)} KV heads"
+            title += f", evicted by {left[of].max()} of {heads}"
             piece = html.Piece(text, float(share[of].mean()), bool((left[of] == len(chosen)).all()), title)
         parts[where.start >= start].append(piece)
     return html.of_text(*parts, heads)
