@@ -22,6 +22,7 @@ from raas_cache.bench.filling import Filler, build_model, fast_forward, load_con
 from raas_cache.bench.kernels import kernel_table, run_kernels
 from raas_cache.bench.steps import BASELINES, Plan, run
 from raas_cache.policies import POLICIES
+from raas_cache.upstream import CACHE_ARGUMENT
 
 
 CPU = torch.device("cpu")
@@ -234,7 +235,7 @@ def test_caches_take_turns_at_the_right_positions(model):
     calls = []
 
     def note(_, __, kwargs):
-        calls.append((id(kwargs["past_key_values"]), kwargs["position_ids"].tolist(), kwargs["input_ids"].shape))
+        calls.append((id(kwargs[CACHE_ARGUMENT]), kwargs["position_ids"].tolist(), kwargs["input_ids"].shape))
 
     hook = model.register_forward_pre_hook(note, with_kwargs=True)
     plan = Plan(("raas",), (100,), batches=(3,), budgets=(BUDGET,), page_size=PAGE, steps=4, copies=2)
@@ -255,9 +256,7 @@ def test_caches_take_turns_at_the_right_positions(model):
 def test_large_caches_have_one_copy(model, monkeypatch):
     monkeypatch.setattr(steps, "ONE_COPY", 100 * TOKEN_BYTES)
     caches = set()
-    hook = model.register_forward_pre_hook(
-        lambda _, __, kwargs: caches.add(kwargs["past_key_values"]), with_kwargs=True
-    )
+    hook = model.register_forward_pre_hook(lambda _, __, kwargs: caches.add(kwargs[CACHE_ARGUMENT]), with_kwargs=True)
     (rows,) = run(model, Plan(("raas",), (100,), budgets=(BUDGET,), page_size=PAGE, steps=2))
     hook.remove()
     assert sorted(type(cache).__name__ for cache in caches) == [
@@ -337,7 +336,7 @@ def test_kvpress_joins_where_it_can_be_imported(model, monkeypatch):
         @contextmanager
         def __call__(self, model):
             def note(module, args, kwargs, output):
-                seen.append((kwargs["past_key_values"], kwargs["cache_position"].tolist(), module.q_proj.weight))
+                seen.append((kwargs[CACHE_ARGUMENT], kwargs["cache_position"].tolist(), module.q_proj.weight))
 
             hook = model.model.layers[0].self_attn.register_forward_hook(note, with_kwargs=True)
             yield

@@ -113,6 +113,13 @@ def test_steps_on_the_gpu(shown, method, mode):
             assert line["KV at 32,768"] == f"{row['kv_bytes'] / 1e9:.1f} GB"
 
 
+def test_models_served():
+    said = re.search(r"with transformers (\S+)\.\d+: (\d+ of the \d+)", (ROOT / "docs" / "models.md").read_text())
+    for page in ("README.md", "CHANGELOG.md"):
+        text = " ".join((ROOT / page).read_text().split())
+        assert re.search(rf"{said[2]} decoder architectures (in|of) transformers {said[1]} are served", text), page
+
+
 def test_links_lead_somewhere():
     for page in [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]:
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):

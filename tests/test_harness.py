@@ -25,6 +25,7 @@ from raas_cache import RaaSCache, embedded_model, list_methods
 from raas_cache.eval.chains import problems
 from raas_cache.eval.harness import RaaSLM, option_names
 from raas_cache.methods import CACHES
+from raas_cache.upstream import CACHE_ARGUMENT
 
 
 ROOT = Path(__file__).parents[1]
@@ -128,7 +129,7 @@ class TestGeneration:
         caches, generate = [], model.model.generate
 
         def recording(**kwargs):
-            caches.append(kwargs["past_key_values"])
+            caches.append(kwargs[CACHE_ARGUMENT])
             assert caches[-1].get_seq_length() == 0
             return generate(**kwargs)
 

@@ -13,6 +13,7 @@ from transformers import AttentionInterface, DynamicCache, LlamaConfig, Qwen3Con
 from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 
 from raas_cache import RaaSCache
+from raas_cache.upstream import CACHE_ARGUMENT
 
 from .helpers import VOCAB, compile_anywhere, generate, prompt, tiny_model
 
@@ -321,7 +322,7 @@ class TestInputs:
         cache = full_budget()
         arbitrary = {"output_hidden_states": True, "custom_arg": "value", "numeric_arg": 42}
         inputs = model.prepare_inputs_for_generation(**INPUTS, past_key_values=cache, **arbitrary)
-        assert inputs.items() >= arbitrary.items() and inputs["past_key_values"] is cache
+        assert inputs.items() >= arbitrary.items() and inputs[CACHE_ARGUMENT] is cache
         assert torch.equal(inputs["input_ids"], INPUTS["input_ids"])
 
     def test_prepare_inputs_for_generation_decoder_llm(self, model):
@@ -335,7 +336,7 @@ class TestInputs:
         first = model.prepare_inputs_for_generation(**inputs, is_first_iteration=True)
         assert first["input_ids"] is None and first["inputs_embeds"] is not None
         then = model.prepare_inputs_for_generation(**inputs, past_key_values=cache)
-        assert then["past_key_values"] is cache and "inputs_embeds" not in then
+        assert then[CACHE_ARGUMENT] is cache and "inputs_embeds" not in then
         assert torch.equal(then["input_ids"], INPUTS["input_ids"])
         masks = then["attention_mask"]
         for mask in masks.values() if isinstance(masks, dict) else [masks]:
@@ -436,7 +437,7 @@ class TestCache:
     @pytest.mark.parametrize("implementation", ["quantized", "static", "dynamic", "offloaded"])
     def test_generate_with_quant_cache(self, model, implementation):
         """The part that is about a passed cache: it excludes `cache_implementation`."""
-        with pytest.raises(ValueError, match=r"Passing both `cache_implementation`.*and `past_key_values`"):
+        with pytest.raises(ValueError, match=rf"Passing both `cache_implementation`.*and `{CACHE_ARGUMENT}`"):
             generate(model, INPUTS, full_budget(), STEPS, cache_implementation=implementation)
 
     def test_cache_batched(self, model):

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from .layer import PagedLayer
 from .methods import RaaSCache
 from .reading import read
+from .upstream import CACHE_ARGUMENT
 
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def learn_budgets(
     if pages_each < 1:
         raise ValueError(f"budget={budget} leaves no page of {page_size} tokens beside a prompt of {length} tokens.")
     everything = RaaSCache(text_pages * page_size, **options)
-    greedy = {"past_key_values": everything, "max_new_tokens": max_new_tokens, "do_sample": False}
+    greedy = {CACHE_ARGUMENT: everything, "max_new_tokens": max_new_tokens, "do_sample": False}
     text: torch.Tensor = model.generate(**inputs, **greedy)  # type: ignore[operator]
     layers = [index for index, layer in enumerate(everything.layers) if isinstance(layer, PagedLayer)]
 

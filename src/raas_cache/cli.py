@@ -33,6 +33,7 @@ from .eval.command import evaluate
 from .measure import kv_nbytes
 from .policies.raas import DEFAULT_ALPHA
 from .reporting import require_matplotlib
+from .upstream import CACHE_ARGUMENT
 
 
 DEMO_PAGE_SIZE = 4
@@ -253,7 +254,7 @@ def _generate(
 ) -> tuple[list[str], float]:
     """Greedy completions of a batch, and the new tokens a second."""
     inputs = tokenizer([p.prompt for p in sample], padding=True, return_tensors="pt", return_token_type_ids=False)
-    options = {"past_key_values": cache, "max_new_tokens": completion_length(sample), "do_sample": False}
+    options = {CACHE_ARGUMENT: cache, "max_new_tokens": completion_length(sample), "do_sample": False}
     started = time.perf_counter()
     text: torch.Tensor = model.generate(**inputs, streamer=streamer, **options)  # type: ignore[operator]
     new = text[:, inputs["input_ids"].shape[1] :]

@@ -6,6 +6,8 @@ import torch
 from torch.nn.functional import cross_entropy, pad
 from transformers import Cache, PreTrainedModel
 
+from .upstream import CACHE_ARGUMENT
+
 
 @torch.no_grad()
 def steps(
@@ -19,7 +21,7 @@ def steps(
     for end in range(prompt, ids.shape[1]):
         new = ids[:, :end] if end == prompt else ids[:, end - 1 : end]
         mask = None if attention_mask is None else pad(attention_mask, (0, end - prompt), value=1)
-        yield model(new, attention_mask=mask, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+        yield model(new, attention_mask=mask, logits_to_keep=1, **{CACHE_ARGUMENT: cache}).logits[:, -1]
 
 
 def read(

@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache
 from ..measure import kv_nbytes
 from ..methods import from_name
 from ..policies import POLICIES
+from ..upstream import CACHE_ARGUMENT
 from .filling import Filler
 
 
@@ -291,9 +292,10 @@ def _take_turns(contestants: list[_Contestant], plan: Plan, filler: Filler, seen
         for contestant in contestants:
             step, copy = divmod(turn, len(contestant.caches))
             position = torch.full_like(token, seen + step)
+            inputs = {"input_ids": token, "position_ids": position, CACHE_ARGUMENT: contestant.caches[copy]}
             synchronize()
             started = time.perf_counter()
-            contestant.forwards[copy](input_ids=token, past_key_values=contestant.caches[copy], position_ids=position)
+            contestant.forwards[copy](**inputs)
             synchronize()
             if turn >= WARMUP * plan.copies:
                 contestant.steps.append(1e3 * (time.perf_counter() - started))

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 
 from ..cache import PagedCache
 from ..measure import evictions, kv_nbytes
+from ..upstream import CACHE_ARGUMENT
 from .results import Row
 from .settings import Setting
 from .tasks import Task, hash_of
@@ -138,7 +139,7 @@ class Decoder:
         with warnings.catch_warnings():
             # A prompt over the budget is marked in its row.
             warnings.filterwarnings("ignore", "budget=.* leaves", UserWarning)
-            options["past_key_values"] = cache
+            options[CACHE_ARGUMENT] = cache
             sequences: torch.Tensor = self.model.generate(**inputs, **options)  # type: ignore[operator]
         for place in range(len(rows)):
             if place not in watch.ended:

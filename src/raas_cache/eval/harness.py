@@ -26,6 +26,7 @@ except ImportError as error:
 from ..cache import Budget, CacheOptions
 from ..measure import evictions
 from ..policies import POLICIES
+from ..upstream import CACHE_ARGUMENT
 from .decoding import SHORT
 from .runner import span_of
 from .settings import DENSE, Setting
@@ -103,7 +104,7 @@ class RaaSLM(HFLM):
             cache = self._new_cache()
             options = {
                 "attention_mask": attention_mask[rows, padding:],
-                "past_key_values": cache,
+                CACHE_ARGUMENT: cache,
                 # In the model's generation_config, it would win over the task's limit, which is in `max_length`.
                 "max_new_tokens": None,
                 "disable_compile": max_length - context.shape[1] <= SHORT,
