@@ -1,6 +1,6 @@
 """Every decoder that `AutoModelForCausalLM.from_config` builds, as a tiny random model.
 
-`ARCHITECTURES` and `LEFT_OUT` together name each key of transformers 5.23's `MODEL_FOR_CAUSAL_LM_MAPPING_NAMES` once.
+`ARCHITECTURES` and `LEFT_OUT` together name each key of transformers 5.24's `MODEL_FOR_CAUSAL_LM_MAPPING_NAMES` once.
 A listed architecture generates from a left-padded batch with `past_key_values=DynamicCache(config=model.config)`, and
 the keys and values end up in that cache.
 """
@@ -122,6 +122,7 @@ INKLING = {
 ARCHITECTURES: dict[str, dict] = {
     "afmoe": SLIDING_FULL,
     "apertus": {},
+    "apertus1p5_text": {},
     "arcee": {},
     "aria_text": {},
     "axk1": MLA,
@@ -187,11 +188,20 @@ ARCHITECTURES: dict[str, dict] = {
         "swa_qk_nope_head_dim": 8,
         "swa_v_head_dim": 8,
     },
+    # A loop writes to copies of the cache's layers that the model appends.
+    "dory": {
+        "num_hidden_layers": 4,
+        "n_input_layers": 1,
+        "n_output_layers": 1,
+        "n_recurrent_loops": 3,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
     "electra": {},
     "emu3": {"text_config": PART},
     "ernie": {},
     "ernie4_5": {},
     "ernie4_5_moe": {},
+    "exaone": {},
     "exaone4": SLIDING_FULL,
     "exaone_moe": SLIDING_FULL,
     "falcon": {},
@@ -236,6 +246,9 @@ ARCHITECTURES: dict[str, dict] = {
     "hy_v3": {},
     "hy_v4": MLA,
     "hyperclovax": {},
+    "inkling2_loop_text": INKLING
+    | {"num_hidden_layers": 4, "layer_types": ["hybrid_sliding", "hybrid"] * 2}
+    | {"loop_layer_index_start": 1, "loop_layer_index_end": 3, "n_layers_per_attn_res_block": 1},
     "inkling2_text": INKLING,
     "inkling_text": INKLING,
     "internlm3": {},
@@ -246,6 +259,7 @@ ARCHITECTURES: dict[str, dict] = {
     "kimi_linear": MLA | LINEAR_FULL,
     "kolibri1": SLIDING_FULL,
     "laguna": SLIDING_FULL,
+    "lara_mini": {"num_hidden_layers": 3, "layer_types": ["linear_attention", "sliding_attention", "full_attention"]},
     "lfm2": CONV_FULL,
     "lfm2_moe": CONV_FULL,
     "lfm3": {"num_hidden_layers": 3, "layer_types": ["conv", "sliding_attention", "full_attention"]},
@@ -344,6 +358,8 @@ ARCHITECTURES: dict[str, dict] = {
         "shape_embed_dim": 8,
     },
     "roformer": {},
+    "sarvam_mla": MLA,
+    "sarvam_moe": {},
     "seed_oss": {},
     "smollm3": SLIDING_FULL | {"no_rope_layer_interval": 2},
     "solar_open": {},

@@ -7,6 +7,7 @@ import warnings
 from dataclasses import dataclass
 
 import torch
+from packaging.version import Version
 from transformers import DynamicCache
 
 from raas_cache import RaaSCache, from_name
@@ -22,7 +23,7 @@ from .oracle import OracleCache
 STEPS = 200
 SMALL = {"budget": 48, "page_size": 4, "min_decode_pages": 4, "alpha": 0.1}
 # float64 leaves no doubt about a near tie; these have a part that insists on float32.
-FLOAT32 = {"inkling2_text", "xglm"}
+FLOAT32 = {"inkling2_loop_text", "inkling2_text", "xglm"}
 # Their eager attention gives NaN to a padded row in float64: the mask's minimum overflows in a float32 softmax.
 FLOAT32_IF_PADDED = {"gemma2", "granite_swa", "granitemoe_swa", "vaultgemma"}
 # The experts of transformers 5.17 count their tokens on the CPU, where a plan cannot follow.
@@ -39,9 +40,7 @@ ERRORS = {
     BIASED: "position_bias=Tensor|adds more than visible",
 }
 REFUSED = {
-    **dict.fromkeys(
-        ["big_bird", "bloom", "codegen", "cpmant", "falcon", "git", "gpt_neo", "gpt_neox_japanese", "gptj"], BYPASS
-    ),
+    **dict.fromkeys(["big_bird", "bloom", "cpmant", "falcon", "git", "gpt_neo", "gpt_neox_japanese"], BYPASS),
     **dict.fromkeys(["megatron-bert", "mpt", "mvp", "prophetnet", "rembert", "roformer", "trocr", "xglm"], BYPASS),
     **dict.fromkeys(["diffllama", "jetmoe"], MIXED),
     **dict.fromkeys(
@@ -49,8 +48,11 @@ REFUSED = {
         INDEXER,
     ),
     "qwen4_exp_text": INDEXER,
-    **dict.fromkeys(["doge", "inkling_text", "inkling2_text"], BIASED),
+    **dict.fromkeys(["doge", "inkling_text", "inkling2_loop_text", "inkling2_text"], BIASED),
 }
+TRANSFORMERS = importlib.metadata.version("transformers")
+if Version(TRANSFORMERS) < Version("5.24"):
+    REFUSED |= dict.fromkeys(["codegen", "gptj"], BYPASS)
 
 
 @dataclass
@@ -184,11 +186,10 @@ def main() -> None:
         small = f"equal, {evicted} evicted" if evicted else "equal, nothing to evict"
         needs_config = "needed" if outcome.needs_config else ""
         rows.append(f"| {name} | {outcome.attention} | {paged} | {needs_config} | equal | {small} |")
-    version = importlib.metadata.version("transformers")
     left_out = "\n".join(f"| {name} | {reason} |" for name, reason in LEFT_OUT.items())
     print(
         PAGE.format(
-            version=version, served=len(rows), built=len(rows) + len(refusals), refused=len(refusals), steps=STEPS,
+            version=TRANSFORMERS, served=len(rows), built=len(rows) + len(refusals), refused=len(refusals), steps=STEPS,
             budget=SMALL["budget"], rows="\n".join(rows), refusals="\n".join(refusals), left_out=left_out,
         ),
         end="",

@@ -115,7 +115,7 @@ def _refuse_unsupported(module: torch.nn.Module, kwargs: dict[str, Any], is_inpu
         if value is None or (isinstance(value, (bool, int, float)) and not value):
             continue
         mends = {
-            "sliding_window": "its config does not call this layer a window; use a DynamicCache for this model",
+            "sliding_window": "pass config=model.config to the cache, or use a DynamicCache if it names no window here",
             "dropout": "call model.eval() first: a KV cache is for inference",
             "output_attentions": "leave it out: evicted tokens have no attention weight to return",
         }

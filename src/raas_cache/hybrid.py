@@ -73,8 +73,15 @@ def plan_layers(config: PreTrainedConfig, settings_of: Callable[[int], LayerSett
         settings_of: gives the settings of the paged layer of an index.
 
     Raises:
-        ValueError: a layer of the model needs a cache that is neither bounded nor paged.
+        ValueError: a layer of the model needs a cache that is neither bounded nor paged, or the model reads its cache
+            by itself.
     """
+    if getattr(config, "recurrent_kv_cache_mode", None) == "last_loop":
+        # Slots read as positions would give plausible nonsense, and nothing else would notice.
+        raise ValueError(
+            f"config: with recurrent_kv_cache_mode='last_loop' earlier loops of {config.model_type!r} read keys out of "
+            "the cache by themselves, as if it held the whole sequence: use a DynamicCache for this model."
+        )
     layers = DynamicCache(config=config).layers
     for index, layer in enumerate(layers):
         kind = type(layer).__name__

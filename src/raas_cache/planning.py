@@ -25,6 +25,7 @@ from .layer import PagedLayer
 from .measure import kv_nbytes
 from .methods import RaaSCache
 from .reporting import markdown
+from .upstream import CACHE_ARGUMENT
 
 
 if TYPE_CHECKING:
@@ -135,6 +136,8 @@ def largest_budget(
 class _Model:
     """A config, with what each layer caches of a token: K and V `[1, kv_heads, 1, head_dim]`, or None.
 
+    A looped model has more layers in the cache than in its config: `places` says which of these each one is a copy of.
+
     All tensors are on the meta device. Arguments and errors are those of `plan`.
     """
 
@@ -155,8 +158,11 @@ class _Model:
                 f"config: no layer of this {config.model_type!r} has full attention, so a budget has no effect: use a "
                 "DynamicCache for this model."
             )
+        for index, layer in enumerate(cache.layers):
+            layer.place = index  # type: ignore[union-attr]  # goes along with the copies that a looped model appends
         with _on_meta(config):
-            model.eval()(torch.zeros(1, 1, dtype=torch.int64), past_key_values=cache, use_cache=True)
+            model.eval()(torch.zeros(1, 1, dtype=torch.int64), use_cache=True, **{CACHE_ARGUMENT: cache})
+        self.places: list[int] = [layer.place for layer in cache.layers]  # type: ignore[union-attr]
         self.of_a_token = [_first_token(layer) for layer in cache.layers]
 
     def plan(self, budget: Budget, batch_size: int, prompt_tokens: int, tokens: int, options: SizeOptions) -> Plan:
@@ -166,6 +172,8 @@ class _Model:
         if tokens < prompt_tokens:
             raise ValueError(f"tokens={tokens} counts the prompt in: make it at least prompt_tokens={prompt_tokens}.")
         cache, dense = RaaSCache(budget, config=self.config, **options), DynamicCache(config=self.config)
+        for of_model in (cache, dense):
+            of_model.layers = [copy.deepcopy(of_model.layers[place]) for place in self.places]
         paged, bytes_per_token = [], 0
         for layer, dense_layer, of_a_token in zip(cache.layers, dense.layers, self.of_a_token, strict=True):
             if of_a_token is None:
