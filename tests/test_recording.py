@@ -453,3 +453,22 @@ def test_reading_is_what_one_forward_says(model, padding):
 def test_nothing_to_read_is_refused(model, length):
     with pytest.raises(ValueError, match=f"prompt={length} must be less than the 20 tokens of ids"):
         read(model, prompt(1, 20)["input_ids"], length, RaaSCache(**SMALL))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu():
+    """Unrecorded, `generate` runs the steps from a CUDA graph; recorded, it does not, and writes and evicts the same."""
+    model = tiny_model(dtype=torch.float32).cuda()
+    inputs = {name: tensor.cuda() for name, tensor in prompt(2, 14, padding=(0, 6)).items()}
+    plain, cache, after = (RaaSCache(**SMALL, alpha=0.1) for _ in range(3))
+    expected = generate(model, inputs, plain, 120, sample=False, **NEVER_PADDING)
+    with record(cache) as recording:
+        tokens = generate(model, inputs, cache, 120, sample=False, **NEVER_PADDING)
+    assert torch.equal(tokens, expected)
+    assert torch.equal(generate(model, inputs, after, 120, sample=False, **NEVER_PADDING), expected)
+    for layer, row, head in [(0, 0, 1), (1, 0, 0), (1, 1, 1)]:
+        history, held = recording.history(layer, head, row), resident_set(cache, layer, row, head)
+        assert held == resident_set(plain, layer, row, head)
+        pages = {token - (token if token < 14 else token - 14) % 4 for token in held}
+        assert set(history.first[history.held[-1]].tolist()) == pages and history.resident[-1] == len(held)
+        assert np.isfinite(history.evicted).sum() == cache.evicted_pages(layer)[row, head] > 15
