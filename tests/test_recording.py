@@ -457,7 +457,7 @@ def test_nothing_to_read_is_refused(model, length):
 
 @pytest.mark.gpu
 def test_on_a_gpu():
-    """Unrecorded, `generate` runs the steps from a CUDA graph; recorded, it does not, and writes and evicts the same."""
+    """Unrecorded, `generate` runs a step from a CUDA graph; recorded, it does not, and writes and evicts the same."""
     model = tiny_model(dtype=torch.float32).cuda()
     inputs = {name: tensor.cuda() for name, tensor in prompt(2, 14, padding=(0, 6)).items()}
     plain, cache, after = (RaaSCache(**SMALL, alpha=0.1) for _ in range(3))
