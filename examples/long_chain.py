@@ -15,6 +15,7 @@ import torch
 
 from raas_cache import RaaSCache
 from raas_cache.bench import build_model, load_config
+from raas_cache.upstream import CACHE_ARGUMENT
 
 
 PROMPT = 64
@@ -63,8 +64,8 @@ def main() -> None:
     cache = RaaSCache(args.budget)
     print(f"{'seen':>9} {'held':>6} {'ms/token':>10} {'resident MB':>12} {'peak MB':>9}")
     model.generate(
-        prompt, past_key_values=cache, streamer=Watch(cache, 2 * args.budget), do_sample=False, pad_token_id=0,
-        min_new_tokens=args.tokens - PROMPT, max_new_tokens=args.tokens - PROMPT,
+        prompt, streamer=Watch(cache, 2 * args.budget), do_sample=False, pad_token_id=0,
+        min_new_tokens=args.tokens - PROMPT, max_new_tokens=args.tokens - PROMPT, **{CACHE_ARGUMENT: cache},
     )  # fmt: skip
     print(cache)
 

@@ -1,4 +1,4 @@
-"""Draw what a cache does while a model reasons: the pictures of docs/looking-inside.md.
+"""Draw what a cache does while a model reasons: the pictures of docs/looking-inside.md, and the numbers in its text.
 
     python examples/look_inside.py --out docs/images
 
@@ -8,15 +8,20 @@ chain, which tells where the attention would have gone. The head drawn by defaul
 
 from __future__ import annotations
 
+import statistics
+import time
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from raas_cache import DenseCache, RaaSCache, embedded_model, read, record, viz
+from raas_cache import DenseCache, RaaSCache, Recording, embedded_model, read, record, viz
 from raas_cache.eval.chains import problems
+from raas_cache.policies.raas import DEFAULT_ALPHA
+from raas_cache.upstream import CACHE_ARGUMENT
 
 
 def main(
@@ -32,9 +37,14 @@ def main(
     tokenizer = AutoTokenizer.from_pretrained(embedded_model())
     model = AutoModelForCausalLM.from_pretrained(embedded_model()).eval()
     inputs = tokenizer(problems(1, lines, seed)[0].prompt, return_tensors="pt", return_token_type_ids=False)
-    cache, dense = RaaSCache(budget, page_size=4), DenseCache(budget, page_size=4)
-    with record(cache) as recording:
-        ids = model.generate(**inputs, past_key_values=cache, do_sample=False)
+    ratios = []
+    for _ in range(5):
+        _, plain = timed(model, inputs, RaaSCache(budget, page_size=4))
+        cache = RaaSCache(budget, page_size=4)
+        with record(cache) as recording:
+            ids, recorded = timed(model, inputs, cache)
+        ratios.append(recorded / plain)
+    dense = DenseCache(budget, page_size=4)
     with record(dense, layers=[layer], heads=[head]) as everything:
         read(model, ids, inputs["input_ids"].shape[1], dense)
 
@@ -48,8 +58,36 @@ def main(
     for name, figure in figures.items():
         figure.savefig(out / f"inside-{name}.png", dpi=150)
     (out / "inside-tokens.html").write_text(viz.tokens(recording, tokenizer, ids[0]))
+    print(
+        f"the recording: {recording.nbytes / 1e6:.1f} MB, {statistics.median(ratios):.2f} times the time of generating"
+    )
     lost = viz.lost_mass(recording, everything, layer, head)
     print(f"layer {layer}, KV head {head}: {lost.share:.1%} of its attention fell on {len(lost.pages)} evicted pages")
+    print(worst_step(recording, everything, lost, layer, head))
+
+
+def timed(model, inputs, cache):
+    """The ids of prompt and chain, and the seconds that the chain took."""
+    started = time.perf_counter()
+    ids = model.generate(**inputs, do_sample=False, **{CACHE_ARGUMENT: cache})
+    return ids, time.perf_counter() - started
+
+
+def worst_step(recording: Recording, everything: Recording, lost: viz.LostMass, layer: int, head: int) -> str:
+    """The step that lost most, and the life of the page that it wanted."""
+    step = lost.steps[lost.by_step.argmax()]
+    ours, dense = (of.history(layer, head) for of in (recording, everything))
+    wanted = (dense.steps[dense.at] == step) & np.isin(dense.first[dense.page], ours.first[ours.evicted <= step])
+    most = np.flatnonzero(wanted)[dense.scores[wanted].argmax()]
+    page = dense.page[most]
+    first = dense.first[page]
+    used = ours.steps[np.nan_to_num(ours.score[:, ours.first == first][:, 0]) >= DEFAULT_ALPHA]
+    late = used[used >= first + recording.page_size]
+    return (
+        f"at step {step} it lost {lost.by_step.max():.0%}, {dense.scores[most]:.0%} to the page of token {first}, "
+        f"which had been a milestone at {late.tolist()} since it was full, and went at "
+        f"{ours.evicted[ours.first == first][0]:.0f}"
+    )
 
 
 if __name__ == "__main__":

@@ -170,6 +170,7 @@ def test_off_again_a_step_launches_what_it_did():
         while_on = count()
     assert count() == before != while_on
     assert len(recording.layers[0].entries) == 1
+    assert recording.nbytes == cache.layers[0].num_heads * (8 * 12 + 4), "eight pages, and a count of tokens"
 
 
 def test_a_recorded_step_is_not_compiled(model):

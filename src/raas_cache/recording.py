@@ -203,6 +203,12 @@ class Recording:
         """Rows of the batch as it stands now."""
         return self.layers[self.recorded[0]].forwards()[-1].first.shape[0] if self.recorded else 0
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that was taken down."""
+        forwards = (forward for of_layer in self.layers.values() for forward in of_layer.forwards())
+        return sum(getattr(forward, name).nbytes for forward in forwards for name in (*PAGED, "resident"))
+
     def heads(self, layer: int) -> tuple[int, ...]:
         """KV heads recorded of a layer.
 
