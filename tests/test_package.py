@@ -1,5 +1,7 @@
 """What is shipped: the packages, the embedded model, and a wheel that holds all of it."""
 
+import ast
+import graphlib
 import importlib.metadata
 import importlib.resources
 import shutil
@@ -30,6 +32,30 @@ def test_kernels_folder_is_no_package():
 
 def test_kernels_import_neither_transformers_nor_raas_cache():
     assert run("import sys, raas_kernels; print({'transformers', 'raas_cache'} & set(sys.modules))") == "set()\n"
+
+
+def imports_of(path, package):
+    """The modules of `package` that a file names in its imports, those for type checkers too."""
+    inside = [package, *path.relative_to(ROOT / "src" / package).parts[:-1]]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            module = [*inside[: len(inside) - node.level + 1], *(node.module or "").split(".")]
+            start = ".".join(part for part in module if part)
+            yield from (start if node.module else f"{start}.{name.name}" for name in node.names)
+
+
+def test_arrows_point_one_way():
+    """No file imports, over whatever way, one that imports it; the package's face hands names on and does not count."""
+    files = {
+        ".".join(path.relative_to(ROOT / "src").with_suffix("").parts): path
+        for path in (ROOT / "src" / "raas_cache").rglob("*.py")
+        if path.name != "__init__.py"
+    }
+    arrows = {name: set(imports_of(path, "raas_cache")) & files.keys() for name, path in files.items()}
+    assert arrows["raas_cache.cache"] >= {"raas_cache.attention", "raas_cache.layer", "raas_cache.recording"}
+    order = list(graphlib.TopologicalSorter(arrows).static_order())  # raises a CycleError that names the circle
+    assert order.index("raas_cache.store") < order.index("raas_cache.layer") < order.index("raas_cache.cache")
+    assert order.index("raas_cache.cache") < order.index("raas_cache.cli")
 
 
 def test_package_is_typed():

@@ -23,7 +23,8 @@ from .methods import (
 from .planning import Plan, largest_budget, plan
 from .policies import Pages, Policy, register_policy
 from .reading import read
-from .recording import Recording, record
+from .recorder import record
+from .recording import Recording
 
 
 __all__ = [

@@ -424,7 +424,9 @@ class PagedCache(Cache):
 
     def _repr_html_(self) -> str:
         """What Jupyter shows."""
-        return of_cache(self)
+        settings = self.settings
+        about = f"{settings.policy}, budget={self.budget}, page_size={settings.page_size}, prompt={settings.prompt!r}"
+        return of_cache(type(self).__name__, f"{about}, {self.nbytes:,} bytes", self.layers, self.is_over_budget)
 
 
 def _check_size(**sizes: int) -> None:

@@ -9,13 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import groupby
-from typing import TYPE_CHECKING
 
 from .layer import PagedLayer
 
-
-if TYPE_CHECKING:
-    from .cache import PagedCache
 
 PINNED, EVICTABLE = "#0072B2", "#E69F00"  # of Okabe and Ito; in grey one is dark, the other light
 GREY = "128,128,128"  # shows on white and on black alike
@@ -62,34 +58,35 @@ def of_text(prompt: Sequence[Piece], generated: Sequence[Piece], heads: str) -> 
     return Html("".join(f'<div style="{SMALL};margin-bottom:.6em">{part}</div>' for part in parts))
 
 
-def of_cache(cache: PagedCache) -> Html:
-    """A cache at a glance: its method, and what its layers hold of their budget, neighbours that are alike together."""
-    settings = cache.settings
-    lines = [
-        f"<b>{type(cache).__name__}</b> {escape(repr(settings.policy))}, budget={cache.budget}, "
-        f"page_size={settings.page_size}, prompt={settings.prompt!r}, {cache.nbytes:,} bytes"
-    ]
-    layers = [_layer(cache, index) for index in range(len(cache.layers))]
-    widest = max((sum(pages) for _, pages in layers), default=0)
-    for (said, pages), alike in groupby(enumerate(layers), key=lambda layer: layer[1]):
+def of_cache(name: str, about: str, layers: Sequence[object], is_over_budget: bool) -> Html:
+    """A cache at a glance: what its layers hold of their budget, neighbours that are alike together.
+
+    Args:
+        name, about: the cache's class, and its method, settings and size.
+        layers: its layers, in the order of the model; of those that are not paged, the class is named.
+        is_over_budget: whether it holds more than it was asked to.
+    """
+    lines = [f"<b>{escape(name)}</b> {escape(about)}"]
+    glances = [_glance(layer) for layer in layers]
+    widest = max((sum(pages) for _, pages in glances), default=0)
+    for (said, pages), alike in groupby(enumerate(glances), key=lambda glance: glance[1]):
         indices = [index for index, _ in alike]
         name = f"layer {indices[0]}" if len(indices) == 1 else f"layers {indices[0]} to {indices[-1]}"
         lines.append(f"{name}: {said}{_bar(pages, widest)}")
     if not layers:
         lines.append("empty")
-    if cache.is_over_budget:
+    if is_over_budget:
         lines.append("<b>over budget</b>: the prompt leaves less room than min_decode_pages")
     return Html("".join(f'<div style="{SMALL}">{line}</div>' for line in lines))
 
 
-def _layer(cache: PagedCache, index: int) -> tuple[str, tuple[int, ...]]:
+def _glance(layer: object) -> tuple[str, tuple[int, ...]]:
     """What a layer is said to hold, and its pages: pinned, evictable and free; none where it has no pages."""
-    layer = cache.layers[index]
     if not isinstance(layer, PagedLayer) or not layer.is_initialized:
         return f"{type(layer).__name__}, no pages", ()
     evictable = min(layer.opened, layer.decode_pages)
     pages = layer.pinned_pages, evictable, layer.decode_pages - evictable
-    held, budget = int(cache.resident_tokens(index).max()), "" if layer.grows else f", budget {layer.budget:,}"
+    held, budget = int((layer.bias == 0).sum(-1).max()), "" if layer.grows else f", budget {layer.budget:,}"
     names = (PINNED, "pinned"), (EVICTABLE, "evictable"), (FREE, "free")
     counts = [
         f'<span style="background:{colour}">&emsp;</span> {count:,} {name}'
