@@ -33,7 +33,7 @@ class Piece:
 
     Args:
         text: as it reads in its place.
-        kept: share of the steps since then for which it was held, 0 to 1.
+        kept: share of the steps since it was written for which it was held, 0 to 1.
         is_evicted: whether no KV head holds it any more.
         title: what is said where the pointer rests on it.
     """
@@ -52,7 +52,8 @@ def of_text(prompt: Sequence[Piece], generated: Sequence[Piece], heads: str) -> 
         heads: what the shade is the mean of, such as "6 KV heads".
     """
     legend = [Piece(" all ", 1, False, ""), Piece(" half ", 0.5, False, ""), Piece("evicted by all", 0, True, "")]
-    parts = [f"Shade: share of the steps since then for which it was held, mean of {escape(heads)}: {_marked(legend)}"]
+    shade = "Shade: share of the steps since a token was written for which it was held"
+    parts = [f"{shade}, mean of {escape(heads)}: {_marked(legend)}"]
     for name, colour, pieces in (("Before the recording", PINNED, prompt), ("Since then", EVICTABLE, generated)):
         parts.append(f'{name}<div style="{TEXT};border-left:4px solid {colour}">{_marked(pieces)}</div>')
     return Html("".join(f'<div style="{SMALL};margin-bottom:.6em">{part}</div>' for part in parts))
