@@ -91,10 +91,8 @@ def test_scores_and_stamps_are_the_oracles(model, method, options):
         history, noted = recording.history(layer, head, row), oracle.noted[id(state)]
         assert set(noted) <= set(history.steps.tolist())
         for at, step in enumerate(history.steps.tolist()):
-            if (
-                cache.settings.prompt == "evict" and step < 14
-            ):  # the prompt, before it is cut: its pages have no stamps yet
-                continue
+            if cache.settings.prompt == "evict" and step < 14:
+                continue  # before the prompt is cut, its pages have no stamps
             held = history.held[at]
             expected = noted[step]
             assert history.first[held].tolist() == sorted(expected), (step, layer, row, head)
