@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from raas_cache import DenseCache, RaaSCache, Recording, from_name, read, record
 
-from .architectures import build
+from .architectures import build, names
 from .helpers import compile_anywhere, generate, prompt, resident_set, tiny_model
 from .oracle import OracleCache
 from .test_step_ops import PAGE, Recorder, layer_steps
@@ -300,9 +300,11 @@ def test_layers_and_heads_are_chosen(model):
         recording.history(1, 1, row=2)
 
 
-@pytest.mark.parametrize("name", ["gemma3_text", "qwen3_next", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["gemma3_text", "qwen3_next", "deepseek_v3", "dory"])
 def test_of_other_models_the_paged_layers(name):
-    """Windows and linear attention have no pages; a latent has one page table for all heads."""
+    """Windows and linear attention have no pages, a latent has one page table for all heads, loops add layers."""
+    if name not in names():
+        pytest.skip(f"this transformers has no {name}")
     model = build(name)
     cache = RaaSCache(**SMALL, config=model.config)
     with record(cache) as recording:
@@ -409,6 +411,12 @@ def test_an_error_ends_the_recording(model):
     with record(cache) as recording:
         pass
     assert not recording.recorded
+    with record(cache) as recording:
+        cache.reset()
+        generate(model, prompt(1, 14), cache, 5)
+        cache.reset()
+    generate(model, prompt(1, 14), cache, 5)
+    assert not recording.recorded and all(layer.recorder is None for layer in cache.layers)
 
 
 def test_a_dense_recording_is_where_attention_went(model):

@@ -180,6 +180,8 @@ class PagedCache(Cache):
             layer.prefetch()
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if isinstance(layer, PagedLayer):
+            if self._recording is not None:
+                layer.recorder = self._recording.recorder_of(layer_idx)
             self._handed_out = layer
             if not self._warned and (layer.is_first_forward or key_states.shape[2] > 1):
                 self._warn_if_prompt_fills_budget(layer)
@@ -195,8 +197,6 @@ class PagedCache(Cache):
     def _add(self, layer: "AnyLayer") -> None:
         if self._records_past and hasattr(layer, "activate_past_recording"):
             layer.activate_past_recording()
-        if self._recording is not None and isinstance(layer, PagedLayer):
-            layer.recorder = self._recording.recorder_of(len(self.layers))
         self.layers.append(layer)
 
     def _learn_layers(
@@ -340,10 +340,10 @@ class PagedCache(Cache):
         """
         if recording is not None and self._recording is not None:
             raise ValueError("cache: it is being recorded already. End that recording before you begin another.")
-        for index, layer in enumerate(self.layers):
-            if isinstance(layer, PagedLayer):
-                layer.recorder = None if recording is None else recording.recorder_of(index)
         self._recording = recording
+        for layer in self.layers:
+            if isinstance(layer, PagedLayer):
+                layer.recorder = None  # `update` gives each its own
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """-1: the cache never ends a generation."""
