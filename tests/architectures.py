@@ -7,6 +7,7 @@ the keys and values end up in that cache.
 
 import dataclasses
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -413,6 +414,12 @@ SHARPENED = ("q_proj", "k_proj", "qkv", "query", "key", "c_attn", "q_a_proj", "q
 def names() -> list[str]:
     """The listed architectures that the installed transformers has."""
     return [name for name in ARCHITECTURES if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
+
+
+def require(name: str) -> None:
+    """Skip the test where the installed transformers is older than the architecture."""
+    if name not in names():
+        pytest.skip(f"transformers has {name} only since a later release")
 
 
 def tiny_config(name):

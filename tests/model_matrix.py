@@ -33,11 +33,13 @@ BYPASS = "computes attention by itself, not through transformers' attention inte
 MIXED = "changes keys or values between cache and attention"
 INDEXER = "picks tokens by an indexer over the whole sequence (sparse attention)"
 BIASED = "adds a bias that goes by where a token stands"
+UNMASKED = "cannot take the mask of a cache that can be compiled"
 ERRORS = {
     BYPASS: "did not read the paged cache",
     MIXED: "did not read the paged cache|changes its values between cache and attention",
     INDEXER: "indexer of its own|needs a (DynamicIndexedLayer|DeepseekV4HCACache|MiniMaxM3VLSparseCacheLayer)",
     BIASED: "position_bias=Tensor|adds more than visible",
+    UNMASKED: "too many values to unpack",
 }
 REFUSED = {
     **dict.fromkeys(["big_bird", "bloom", "cpmant", "falcon", "git", "gpt_neo", "gpt_neox_japanese"], BYPASS),
@@ -53,8 +55,8 @@ REFUSED = {
 TRANSFORMERS = importlib.metadata.version("transformers")
 if Version(TRANSFORMERS) < Version("5.24"):
     REFUSED |= dict.fromkeys(["codegen", "gptj"], BYPASS)
-if Version(TRANSFORMERS) < Version("5.23"):  # there Bloom cannot take the mask of a cache that can be compiled
-    ERRORS[BYPASS] += "|too many values to unpack"
+if Version(TRANSFORMERS) < Version("5.23"):
+    REFUSED["bloom"] = UNMASKED
 
 
 @dataclass

@@ -14,7 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from raas_cache import RaaSCache
 
-from .architectures import names, tiny_config
+from .architectures import require, tiny_config
 from .helpers import generate, prompt, tiny_model
 
 
@@ -122,12 +122,6 @@ class TestAttentionThatDoesNotRead:
             AttentionInterface()["eager"](Attention(), *torch.zeros(3, 1, 1, 1, 8), None)
 
 
-def tiny_config_or_skip(name):
-    if name not in names():
-        pytest.skip(f"this transformers has no {name}")
-    return tiny_config(name)
-
-
 class TestLayersItCannotHold:
     def test_linear_attention_without_config_says_config(self):
         model = AutoModelForCausalLM.from_config(tiny_qwen3_next())
@@ -143,17 +137,19 @@ class TestLayersItCannotHold:
         with pytest.raises(ValueError, match="layer 0 of 'glm_moe_dsa' needs a DynamicIndexedLayer"):
             RaaSCache(256, config=GlmMoeDsaConfig(num_hidden_layers=2))
 
-    @pytest.mark.parametrize("options", [{}, {"config": True}], ids=str)
-    def test_a_model_that_reads_its_cache_by_itself(self, options):
-        config = tiny_config_or_skip("dory")
+    @pytest.mark.parametrize("is_told", [False, True])
+    def test_a_model_that_reads_its_cache_by_itself(self, is_told):
+        require("dory")
+        config = tiny_config("dory")
         config.recurrent_kv_cache_mode = "last_loop"
         model = AutoModelForCausalLM.from_config(config)
         with pytest.raises(ValueError, match="earlier loops of 'dory' read keys out of the cache by themselves"):
-            generate(model, prompt(), RaaSCache(256, **dict.fromkeys(options, config)), 5)
+            generate(model, prompt(), RaaSCache(256, config=config if is_told else None), 5)
 
     def test_a_window_that_only_the_config_knows(self):
         """The layers that a looped model appends are copies, of which there is none yet without a config."""
-        model = AutoModelForCausalLM.from_config(tiny_config_or_skip("dory"))
+        require("dory")
+        model = AutoModelForCausalLM.from_config(tiny_config("dory"))
         with pytest.raises(ValueError, match=r"sliding_window=16.*pass config=model.config to the cache"):
             generate(model, prompt(), RaaSCache(256), 5)
 

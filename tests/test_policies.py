@@ -121,7 +121,8 @@ def test_bad_arguments(name, kwargs, error, message):
 
 def test_what_never_evicts_does_not_warn_of_a_long_prompt():
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "`past_key_values`", FutureWarning)
         for name in ("dense", "quest"):
             generate(tiny_model(), prompt(2, 40), from_name(name, 16), 3)
 

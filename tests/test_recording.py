@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from raas_cache import DenseCache, RaaSCache, Recording, from_name, read, record
 
-from .architectures import build, names
+from .architectures import build, require
 from .helpers import compile_anywhere, generate, prompt, resident_set, tiny_model
 from .oracle import OracleCache
 from .test_step_ops import PAGE, Recorder, layer_steps
@@ -303,8 +303,7 @@ def test_layers_and_heads_are_chosen(model):
 @pytest.mark.parametrize("name", ["gemma3_text", "qwen3_next", "deepseek_v3", "dory"])
 def test_of_other_models_the_paged_layers(name):
     """Windows and linear attention have no pages, a latent has one page table for all heads, loops add layers."""
-    if name not in names():
-        pytest.skip(f"this transformers has no {name}")
+    require(name)
     model = build(name)
     cache = RaaSCache(**SMALL, config=model.config)
     with record(cache) as recording:

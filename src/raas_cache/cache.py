@@ -180,7 +180,7 @@ class PagedCache(Cache):
             layer.prefetch()
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if isinstance(layer, PagedLayer):
-            if self._recording is not None:
+            if self._recording is not None and layer.recorder is None:
                 layer.recorder = self._recording.recorder_of(layer_idx)
             self._handed_out = layer
             if not self._warned and (layer.is_first_forward or key_states.shape[2] > 1):

@@ -204,7 +204,8 @@ class Recording:
     @property
     def nbytes(self) -> int:
         """Bytes of all that was taken down."""
-        forwards = (forward for of_layer in self.layers.values() for forward in of_layer.forwards())
+        entries = (entry for of_layer in self.layers.values() for entry in of_layer.entries)
+        forwards = (entry for entry in entries if isinstance(entry, Forward))
         return sum(getattr(forward, name).nbytes for forward in forwards for name in (*PAGED, "resident"))
 
     def heads(self, layer: int) -> tuple[int, ...]:
