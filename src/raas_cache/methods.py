@@ -6,7 +6,7 @@ import difflib
 import inspect
 from typing import TYPE_CHECKING, Any
 
-from .cache import CacheOptions, PagedCache
+from .cache import PagedCache
 from .policies import (
     POLICIES,
     DensePolicy,
@@ -17,12 +17,13 @@ from .policies import (
     StreamingLLMPolicy,
     TOVAPolicy,
 )
+from .settings import CacheOptions
 
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .cache import Budget
+    from .settings import Budget
 
 
 class RaaSCache(PagedCache):

@@ -31,7 +31,7 @@ from .upstream import CACHE_ARGUMENT
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .cache import Budget
+    from .settings import Budget
 
 
 DEFAULT_PROMPT = 256
