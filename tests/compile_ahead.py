@@ -40,7 +40,8 @@ def constants_of(kernel: str, head_size: int, dtype: str, code: str | None) -> l
         "append_kernel": [
             {
                 "PAGE": PAGE, "DK": head_size, "DV": head_size, "BOUNDS": is_other, "PADDED": is_other,
-                "MAY_CLOSE": is_other, "QUANTIZED": code is not None, "BLOCK_PAGES": 64, "BLOCK_DK": block, "BLOCK_DV": block,
+                "MAY_CLOSE": is_other, "QUANTIZED": code is not None, "BLOCK_PAGES": 64, "BLOCK_DK": block,
+                "BLOCK_DV": block,
             }
             for is_other in (False, True)
         ],

@@ -182,15 +182,25 @@ class TestLayersItCannotHold:
 
 
 class TestMasks:
-    def test_a_mask_over_the_past_is_refused(self):
+    @pytest.mark.parametrize("keys", [24, 26])
+    def test_a_mask_of_another_length_is_refused(self, keys):
         model, cache = tiny_model(), RaaSCache(256)
         generate(model, prompt(), cache, 5)
-        with pytest.raises(ValueError, match=r"attention_mask of shape \(1, 1, 1, 25\) spans 25 keys where 1 "):
+        message = rf"attention_mask of shape \(1, 1, 1, {keys}\) spans {keys} keys, and the sequence has 24 and 1 new"
+        with pytest.raises(ValueError, match=message):
             model(
                 torch.ones(1, 1, dtype=torch.long),
-                attention_mask=torch.ones(1, 1, 1, 25, dtype=torch.bool),
+                attention_mask=torch.ones(1, 1, 1, keys, dtype=torch.bool),
                 past_key_values=cache,
             )
+
+    def test_a_past_that_differs_from_token_to_token_is_refused(self):
+        model, cache = tiny_model(), RaaSCache(256)
+        generate(model, prompt(), cache, 5)
+        mask = torch.ones(1, 1, 3, 27, dtype=torch.bool).tril(24)
+        mask[..., 1, 10:15] = False
+        with pytest.raises(ValueError, match="hides some of the past from one new token and not from another"):
+            model(torch.ones(1, 3, dtype=torch.long), attention_mask=mask, past_key_values=cache)
 
     def test_new_tokens_that_see_each_other_are_refused(self):
         model, cache = tiny_model(), RaaSCache(256)
