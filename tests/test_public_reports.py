@@ -301,8 +301,7 @@ class TestModes:
 @pytest.mark.parametrize("method", ["PROMPT_TUNING", "P_TUNING"])
 def test_peft_prompt_learning(method):
     """peft #2379: prompt tuning and generate with a cache."""
-    import peft
-
+    peft = pytest.importorskip("peft")
     settings = {"num_virtual_tokens": 6, "task_type": "CAUSAL_LM"}
     kind = {"PROMPT_TUNING": peft.PromptTuningConfig, "P_TUNING": peft.PromptEncoderConfig}[method]
     model = peft.get_peft_model(tiny_model(dtype=torch.float32), kind(**settings)).eval()
@@ -326,7 +325,7 @@ class TestArguments:
 
     @pytest.mark.parametrize("budget", [64.0, "64", None, True, [64, 2.5]], ids=str)
     def test_what_is_no_whole_number(self, budget):
-        with pytest.raises(TypeError, match="budget=.* must be an int"):
+        with pytest.raises(TypeError, match=r"budget=.* must be an int"):
             RaaSCache(budget)
 
     def test_layers_are_counted_in_whole_numbers(self):

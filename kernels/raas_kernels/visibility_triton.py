@@ -14,9 +14,9 @@ from .visibility import Held
 
 
 BLOCK_SLOTS = 1024
-COLUMNS = 7  # of the table of addresses
-_TABLES: dict[tuple[int, ...], Tensor] = {}
+COLUMNS = 7  # addresses a layer has in the table of them
 MAX_TABLES = 64
+_TABLES: dict[tuple[int, ...], Tensor] = {}
 
 
 @triton.jit
@@ -105,8 +105,7 @@ def _table(layers: list[Held]) -> Tensor:
     device = layers[0].bias.device
     entries: list[int] = [-1 if device.index is None else device.index]
     for held in layers:
-        tensors = held[:COLUMNS]
-        assert len(tensors) == COLUMNS
+        tensors = held.bias, held.positions, held.clock, held.keys, held.key_scales, held.minima, held.maxima
         entries += [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         entries.append(held.bias.shape[2])
     key = tuple(entries)

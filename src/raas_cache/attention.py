@@ -117,10 +117,11 @@ def dispatcher(dense: AttentionFunction) -> AttentionFunction:
                 output = read_pages()
         else:
             output = read_pages()
-        if output is None:
+        if attended is not None:
             return attended
+        assert output is not None
         if has_gradients and not torch.compiler.is_compiling():
-            output = _NoGradient.apply(output, query, key, value)
+            output = _NoGradient.apply(output, query, key, value)  # type: ignore[no-untyped-call]
         return output.transpose(1, 2).contiguous(), None
 
     paged_attention_forward.dense = dense  # type: ignore[attr-defined]

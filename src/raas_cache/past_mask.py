@@ -32,7 +32,7 @@ def tagged(offset: AnyOffset, cache: PagedCache) -> AnyOffset | MaskOffset:
     if torch.compiler.is_compiling() and not torch.is_tensor(offset):
         return offset  # of a first forward that is compiled: there is no past
     tag = offset if torch.is_tensor(offset) else MaskOffset(offset)
-    tag.paged_cache = cache  # type: ignore[union-attr]  # of a tensor, too
+    tag.paged_cache = cache  # type: ignore[attr-defined]  # of a tensor
     return tag
 
 
