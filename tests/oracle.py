@@ -262,8 +262,14 @@ class OracleCache(DynamicCache):
             pinned[-1].tokens.append(token)
 
     def fill(self, state, tokens, padding):
-        """Input tokens that may be evicted: pages of their own, and the first of all that has a real token stays."""
+        """Input tokens that may be evicted: pages of their own, and the first of all that has a real token stays.
+
+        They close the open page, full or not: from now on it competes, with the index of its newest token.
+        """
         is_first = not state.pages
+        if state.open is not None:
+            state.open.priority = state.open.tokens[-1]
+            state.open = None
         for start in range(0, len(tokens), self.page_size):
             held = tokens[start : start + self.page_size]
             state.pages.append(Page(held, pinned=False, priority=held[-1]))
@@ -271,7 +277,6 @@ class OracleCache(DynamicCache):
             real = [page for page in state.pages if not padding.issuperset(page.tokens)]
             (real or state.pages)[0].pinned = True
             state.limit = self.limit(1)
-        state.open = None
 
     def attend(self, layer, new, query, keys, values, mask, scale, latent=False, softcap=None, sinks=None):
         batch, query_heads, _, _ = query.shape

@@ -233,8 +233,8 @@ class CacheMachine(RuleBasedStateMachine):
                 stamps = dict(zip(held_pages.tolist(), priority.tolist(), strict=True))
                 for page in (page for page in state.pages if not page.pinned):
                     stamp = stamps.pop(page.tokens[0])
-                    # The store stamps the open page when it closes: until then nothing asks for its stamp.
-                    is_open = len(page.tokens) < layer.page_size
+                    # The store stamps the open page when it is full: until then nothing asks for its stamp.
+                    is_open = page is state.open and len(page.tokens) < layer.page_size
                     assert is_open or math.isclose(stamp, page.priority, rel_tol=1e-9, abs_tol=1e-12)
                 assert not stamps
 
