@@ -18,6 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from .layer import PagedLayer
+from .model_code import OWN_CACHE_FOR_ENCODER
 
 
 DISPATCHED = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4")
@@ -130,7 +131,8 @@ def _require_self_attention(module: torch.nn.Module, query: torch.Tensor, key: t
     if query.shape[2] != key.shape[2] and not layer.is_latent:
         raise ValueError(
             f"{type(module).__name__} reads {key.shape[2]} new keys with {query.shape[2]} new queries: a paged cache "
-            "serves self-attention, not attention to an image or an encoder. Use a DynamicCache for this model."
+            "serves self-attention, not attention to an image or an encoder. If the model has an encoder, pass "
+            f"past_key_values={OWN_CACHE_FOR_ENCODER}; otherwise use a DynamicCache for this model."
         )
 
 

@@ -19,6 +19,7 @@ from .attention import DISPATCHED, expect
 from .html import of_cache
 from .hybrid import plan_layers
 from .layer import PagedLayer
+from .model_code import check_caller, length_to_tell
 from .paged_attention import LayerSettings
 from .policies import Policy
 
@@ -162,7 +163,8 @@ class PagedCache(Cache):
 
         Raises:
             RuntimeError: the attention implementation did not take what the last update handed out.
-            ValueError: batch size, dtype or device differ from those of the tokens held.
+            ValueError: batch size, dtype or device differ from those of the tokens held, or the model would misuse or
+                drop the cache (see `check_caller`).
         """
         if self._handed_out is not None and self._handed_out.awaits_attention:
             config = getattr(_calling_module(torch.nn.Module), "config", None)
@@ -173,6 +175,11 @@ class PagedCache(Cache):
                 "cache. A model whose attention bypasses transformers' attention interface, or that changes its keys "
                 "between cache and attention, needs a DynamicCache."
             )
+        if layer_idx == 0 and not torch.compiler.is_compiling():
+            is_empty = not (self.layers and self.layers[0].is_initialized)  # type: ignore[union-attr]  # has attention
+            if is_empty or key_states.shape[2] > 1:
+                seen = 0 if is_empty else self.get_seq_length()
+                check_caller(self, seen, key_states.shape[2], inspect.currentframe())
         while len(self.layers) <= layer_idx:
             self._add(PagedLayer(self._settings_of(len(self.layers))))
         layer = self.layers[layer_idx]
@@ -344,6 +351,18 @@ class PagedCache(Cache):
         for layer in self.layers:
             if isinstance(layer, PagedLayer):
                 layer.recorder = None  # `update` gives each its own
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens that a layer has seen, evicted ones included.
+
+        Raises:
+            ValueError: a model whose RoPE changes at this length is about to drop the cache (see `length_to_tell`).
+        """
+        seen = super().get_seq_length(layer_idx)
+        if torch.compiler.is_compiling():
+            return seen
+        caller = inspect.currentframe().f_back  # type: ignore[union-attr]  # CPython has both
+        return length_to_tell(seen, caller)  # type: ignore[arg-type]
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """-1: the cache never ends a generation."""
