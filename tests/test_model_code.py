@@ -13,7 +13,13 @@ import pytest
 import torch
 import transformers
 from torch._dynamo.utils import counters
-from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    GenerationConfig,
+)
 
 from raas_cache import RaaSCache
 
@@ -164,3 +170,78 @@ def test_these_are_all_models_that_drop_their_cache():
             if re.search(r"^ +(cache|past_key_values) = None$", code, re.MULTILINE):
                 found[path.parent.name] = "original_max_position_embeddings" in code
     assert found == dict.fromkeys(NAMES, True)
+
+
+IMAGE, BEGIN, END = 96, 95, 94
+TEXT = {
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None,
+}  # fmt: skip
+VISION = {
+    "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8,
+    "patch_size": 4, "projection_dim": 32,
+}  # fmt: skip
+
+
+def seeing(cls, config):
+    torch.manual_seed(0)
+    model = cls(config).double().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2 and ("language_model" in name or "projector" in name):
+                parameter.normal_(0, 0.4)
+    model.generation_config = GenerationConfig(pad_token_id=0)
+    return model
+
+
+def gemma3():
+    layers = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16, "query_pre_attn_scalar": 8}
+    names = {"image_token_index": IMAGE, "image_token_id": IMAGE, "boi_token_index": BEGIN, "eoi_token_index": END}
+    config = Gemma3Config(text_config=TEXT | layers, vision_config=VISION, mm_tokens_per_image=4, **names)
+    return seeing(Gemma3ForConditionalGeneration, config)
+
+
+def picture(seed):
+    """Text, an image of 4 tokens, text; and its pixels."""
+    generator = torch.Generator().manual_seed(seed)
+    before, after = (torch.randint(3, 90, (1, 4), generator=generator) for _ in range(2))
+    ids = torch.cat([before, torch.tensor([[BEGIN, *[IMAGE] * 4, END]]), after], 1)
+    return ids, torch.randn(1, 3, 8, 8, generator=generator, dtype=torch.float64)
+
+
+def see(model, ids, pixels, cache):
+    types = (ids == IMAGE).long()
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": types, "pixel_values": pixels}
+    return generate(model, inputs, cache, 30)
+
+
+class TestImageInALaterTurn:
+    def conversation(self, model, cache):
+        (ids, pixels), (turn, second) = picture(1), picture(2)
+        text = torch.cat([see(model, ids, pixels, cache), turn], 1)
+        return text, second, torch.cat([pixels, second])
+
+    def test_gemma3_says_what_to_do(self):
+        model, cache = gemma3(), RaaSCache(256)
+        text, second, pixels = self.conversation(model, cache)
+        types = model.prepare_inputs_for_generation(
+            text,
+            past_key_values=cache,
+            token_type_ids=(text == IMAGE).long(),
+            next_sequence_length=14,
+            is_first_iteration=True,
+        )["token_type_ids"]
+        expected = see(model, text, second, self.dense(model))
+        if types.shape[1] == text.shape[1]:
+            with pytest.raises(ValueError, match="give the whole conversation with all its images to a new cache"):
+                see(model, text, second, cache)
+        else:  # older releases look for the image in the wrong place, and make a causal mask
+            assert torch.equal(see(model, text, second, cache), expected)
+        # The mend
+        tokens = see(model, text, pixels, RaaSCache(256))
+        assert torch.equal(tokens, see(model, text, pixels, DynamicCache(config=model.config)))
+
+    def dense(self, model):
+        cache = DynamicCache(config=model.config)
+        self.conversation(model, cache)
+        return cache

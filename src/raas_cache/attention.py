@@ -163,8 +163,9 @@ def _visible_new_tokens(mask: torch.Tensor | None, new: int, is_first: bool) -> 
     causal = visible[:, None, None] & allowed.new_ones(new, new).tril()
     if not is_first and not torch.equal(allowed, causal.expand_as(allowed)):
         raise ValueError(
-            "attention_mask is not causal among the new tokens: after the first forward the paged attention is causal. "
-            "Pass a 2-d mask of ones and zeros, or put such tokens into the first forward."
+            "attention_mask is not causal among the new tokens: after the first forward of a cache the paged attention "
+            "is causal. If the model made this mask, for an image whose tokens see each other, give the whole "
+            "conversation with all its images to a new cache; if it is your own, pass a 2-d mask of ones and zeros."
         )
     return visible
 
