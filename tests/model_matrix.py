@@ -180,8 +180,8 @@ do](troubleshooting.md#drops-its-cache-and-goes-on-with-a-dynamiccache). No othe
 
 ## An image in a later turn
 
-Gemma 3 lets the tokens of an image see each other in both directions. In the first forward of a cache that is served. An
-image in a later turn is refused: give the whole conversation to a new cache. Gemma 4 has such masks on its sliding
+Gemma 3 lets the tokens of an image see each other in both directions. In the first forward of a cache that is served.
+An image in a later turn is refused: give the whole conversation to a new cache. Gemma 4 has such masks on its sliding
 windows only, which are not paged.
 
 ## Refused
