@@ -18,6 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from .layer import PagedLayer
+from .model_code import OWN_CACHE_FOR_ENCODER
 
 
 DISPATCHED = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4")
@@ -166,7 +167,8 @@ def _require_self_attention(module: torch.nn.Module, query: torch.Tensor, key: t
     if query.shape[2] != key.shape[2] and not layer.is_latent:
         raise ValueError(
             f"{type(module).__name__} reads {key.shape[2]} new keys with {query.shape[2]} new queries: a paged cache "
-            "serves self-attention, not attention to an image or an encoder. Use a DynamicCache for this model."
+            "serves self-attention, not attention to an image or an encoder. If the model has an encoder, pass "
+            f"past_key_values={OWN_CACHE_FOR_ENCODER}; otherwise use a DynamicCache for this model."
         )
 
 
@@ -198,8 +200,9 @@ def _visible_new_tokens(mask: torch.Tensor | None, new: int, layer: PagedLayer) 
     causal = visible[:, None, None] & allowed.new_ones(new, new).tril()
     if not is_first and not torch.equal(allowed, causal.expand_as(allowed)):
         raise ValueError(
-            "attention_mask is not causal among the new tokens: after the first forward the paged attention is causal. "
-            "Pass a 2-d mask of ones and zeros, or put such tokens into the first forward."
+            "attention_mask is not causal among the new tokens: after the first forward of a cache the paged attention "
+            "is causal. If the model made this mask, for an image whose tokens see each other, give the whole "
+            "conversation with all its images to a new cache; if it is your own, pass a 2-d mask of ones and zeros."
         )
     return visible
 

@@ -5,6 +5,7 @@ of a cache, and the rest of the API (reset, recording the past, crop). Names and
 upstream's; a new option is checked here and goes into `LayerSettings`, what it does belongs into the layer or below.
 """
 
+import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from .attention import DISPATCHED, expect
 from .html import of_cache
 from .hybrid import plan_layers
 from .layer import INTERRUPTED, PagedLayer
+from .model_code import check_caller, length_to_tell
 from .model_probe import calling_module, generate_compiles, is_asked_by_generate
 from .past_mask import PastMask, tagged
 from .policies import Policy
@@ -175,9 +177,15 @@ class PagedCache(Cache):
         Raises:
             RuntimeError: the attention implementation did not take what the last update handed out, or the last
                 forward did not end.
-            ValueError: batch size, dtypes or device differ from those of the tokens held.
+            ValueError: batch size, dtypes or device differ from those of the tokens held, or the model would misuse or
+                drop the cache (see `check_caller`).
         """
         self._check_last_forward(layer_idx)
+        if layer_idx == 0 and not torch.compiler.is_compiling():
+            is_empty = not (self.layers and self.layers[0].is_initialized)  # type: ignore[union-attr]  # has attention
+            if is_empty or key_states.shape[2] > 1:
+                seen = 0 if is_empty else self.get_seq_length()
+                check_caller(self, seen, key_states.shape[2], inspect.currentframe())
         while len(self.layers) <= layer_idx:
             self._add(PagedLayer(self._settings_of(len(self.layers))))
         layer = self.layers[layer_idx]
@@ -448,6 +456,18 @@ class PagedCache(Cache):
         for layer in self.layers:
             if isinstance(layer, PagedLayer):
                 layer.recorder = None  # `update` gives each its own
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens that a layer has seen, evicted ones included.
+
+        Raises:
+            ValueError: a model whose RoPE changes at this length is about to drop the cache (see `length_to_tell`).
+        """
+        seen = super().get_seq_length(layer_idx)
+        if torch.compiler.is_compiling():
+            return seen
+        caller = inspect.currentframe().f_back  # type: ignore[union-attr]  # CPython has both
+        return length_to_tell(seen, caller)  # type: ignore[arg-type]
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """-1: the cache never ends a generation."""
