@@ -111,13 +111,14 @@ def dispatcher(dense: AttentionFunction) -> AttentionFunction:
             layer.attend_first(query, (key, value), scale=scale, softcap=softcap, sinks=sinks)
             return None
 
-        has_gradients = torch.is_grad_enabled()
-        if has_gradients or torch.is_autocast_enabled(query.device.type):
-            # The pages hold what the model gave them, in its dtypes, and no gradients.
-            with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
-                output = read_pages()
+        # The pages hold what the model gave them, in its dtypes, and no gradients.
+        has_gradients, device = torch.is_grad_enabled(), query.device.type
+        read = torch.no_grad()(read_pages) if has_gradients else read_pages
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                output = read()
         else:
-            output = read_pages()
+            output = read()
         if attended is not None:
             return attended
         assert output is not None

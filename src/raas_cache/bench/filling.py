@@ -140,6 +140,7 @@ class Filler:
             # From here on as the registered attention function.
             layer.admit(None)
             if not layer.policy.evicts:
+                layer.is_busy = False
                 continue
             query, scale = self._draw(self.heads, tokens), self.head_dim**-0.5
             if is_first:
@@ -165,6 +166,7 @@ class Filler:
             room = max(1, pages - -(-prompt // self.page_size))
             options = {"page_size": self.page_size, "min_decode_pages": min(8, room), "config": self.config}
             cache = from_name(method, self.budget, **options)
+            cache.preallocate()
             if not cache.settings.policy.evicts:
                 self._feed_alike(cache, [seen])
                 return cache
