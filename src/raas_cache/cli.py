@@ -70,8 +70,14 @@ def demo(
     # The model is too small to share among cores: it gains little, and on a busy machine the waiting costs 20 times.
     torch.set_num_threads(1)
     disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(embedded_model())
-    model = AutoModelForCausalLM.from_pretrained(embedded_model(), dtype=torch.float32).eval()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(embedded_model())
+        model = AutoModelForCausalLM.from_pretrained(embedded_model(), dtype=torch.float32).eval()
+    except Exception as error:  # whatever the readers of JSON and safetensors raise
+        raise typer.BadParameter(
+            f"the embedded model in {embedded_model()!r} cannot be loaded ({type(error).__name__}: {error}): install "
+            "raas-cache again."
+        ) from None
 
     prompt, chain = len(tokenizer(sample[0].prompt)["input_ids"]), completion_length(sample)
     # The prompt and the one decode page that a cache must have: a smaller budget would not be kept to.
