@@ -23,7 +23,7 @@ from transformers import (
 
 from raas_cache import RaaSCache
 
-from .architectures import tiny_config
+from .architectures import build, tiny_config
 from .helpers import compile_anywhere, generate, prompt, resident_set
 from .oracle import OracleCache
 
@@ -117,6 +117,14 @@ class TestKept:
         model, inputs = phi(name), prompt(1, 20)
         tokens = generate(model, inputs, RaaSCache(256), 80, sample=False, prompt_lookup_num_tokens=3)
         assert torch.equal(tokens, generate(model, inputs, None, 80, sample=False, use_cache=False))
+
+
+def test_without_a_limit():
+    """PhiMoE's config names one only beside longrope."""
+    model = build("phimoe", torch.float64)
+    assert not hasattr(model.config, "original_max_position_embeddings")
+    tokens = generate(model, prompt(1, 20), RaaSCache(256), 80)
+    assert torch.equal(tokens, generate(model, prompt(1, 20), None, 80, use_cache=False))
 
 
 def test_compiled_steps_across_the_limit():

@@ -86,9 +86,9 @@ def _check_length(model: PreTrainedModel, length: int, max_length: int | None) -
     prepare = type(model).prepare_inputs_for_generation  # type: ignore[attr-defined]  # it generates
     if max_length is None or not _drops_cache(inspect.unwrap(prepare).__code__):
         return
-    limit = getattr(model.config, LIMIT)
+    limit = getattr(model.config, LIMIT, None)  # PhiMoE has one only beside longrope
     # The last token is generated and not read.
-    if length <= limit < max_length - 1 and _rope_changes(model, limit):
+    if limit is not None and length <= limit < max_length - 1 and _rope_changes(model, limit):
         raise ValueError(_about_limit(model, f"this generation may come to {max_length} tokens"))
 
 
