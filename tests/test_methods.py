@@ -155,8 +155,7 @@ def test_scores_by_page_bounds(method, mode, granularity):
     ("method", "more"),
     [
         ("raas", {"alpha": None, "top_ratio": 0.3}),
-        ("raas", {"probation": 8}),
-        ("raas", {"probation": 3, "alpha": None, "top_ratio": 0.3, "granularity": "layer"}),
+        ("raas", {"alpha": None, "top_ratio": 0.3, "granularity": "layer"}),
         ("h2o", {"recent_ratio": 0}),
         ("h2o", {"recent_ratio": 0.8}),
         ("rkv", {"importance_weight": 0.9}),
@@ -371,7 +370,7 @@ def test_a_latent_a_cap_sinks_and_shared_kv(name, method, mode):
     [
         ("raas", "select", {"kv_dtype": "int8"}),
         ("raas", "evict", {"kv_dtype": "fp8", "scoring": "minmax"}),
-        ("raas", "pin", {"probation": 4}),
+        ("raas", "pin", {}),
         ("h2o", "evict", {}),
         ("tova", "evict", {"page_size": 1}),
         ("rkv", "evict", {}),

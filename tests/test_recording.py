@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:budget=")
 SMALL = {"budget": 48, "page_size": 4, "min_decode_pages": 5}
 NEVER_PADDING = {"suppress_tokens": [0]}
 METHODS = [
-    ("raas", {"alpha": 0.1}), ("raas", {"alpha": 0.1, "probation": 8}), ("raas", {"top_ratio": 0.5}), ("h2o", {}),
+    ("raas", {"alpha": 0.1}), ("raas", {"top_ratio": 0.5}), ("h2o", {}),
     ("tova", {}), ("rkv", {}), ("raas", {"alpha": 0.1, "scoring": "minmax"}),
 ]  # fmt: skip
 
