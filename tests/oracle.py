@@ -24,7 +24,6 @@ class Page:
         self.priority = priority
         self.state = 0.0  # what the policy remembers of the page: H2O's sum, R-KV's importance
         self.redundancy = 0.0
-        self.stamp, self.proven = 0, False  # RaaS on probation
 
 
 class Head:
@@ -67,13 +66,6 @@ class RaaS(Method):
             milestones = [page for page, _ in ranked[: math.ceil(cache.top_ratio * len(scored))]]
         for page in milestones:
             page.priority = now
-        if not cache.probation:
-            return
-        for page, _ in scored:
-            newest = page.tokens[0] + cache.page_size - 1
-            page.stamp = now if page in milestones else max(page.stamp, min(newest, now))
-            page.proven |= page in milestones and newest + cache.probation <= now
-            page.priority = page.stamp - (0 if page.proven else 4 * cache.probation)
 
 
 class StreamingLLM(Method):
@@ -170,7 +162,6 @@ class OracleCache(DynamicCache):
         page_size=16,
         alpha=0.2,
         top_ratio=None,
-        probation=0,
         scoring="exact",
         granularity=None,
         min_decode_pages=8,
@@ -188,7 +179,7 @@ class OracleCache(DynamicCache):
         self.prompt, self.granularity = prompt or self.method.prompt, granularity or self.method.granularity
         self.budget, self.page_size, self.min_decode_pages = budget, page_size, min_decode_pages
         self.scoring, self.kv_dtype = scoring, kv_dtype
-        self.alpha, self.top_ratio, self.probation, self.recent_ratio = alpha, top_ratio, probation, recent_ratio
+        self.alpha, self.top_ratio, self.recent_ratio = alpha, top_ratio, recent_ratio
         self.dense_layers, self.importance_weight = dense_layers, importance_weight
         # One token after the first forward is a generated one, several are input: unless this says "draft" or "input".
         self.treat_as = None
