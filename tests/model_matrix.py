@@ -178,12 +178,6 @@ Phi-3, PhiMoE and Phi-4-multimodal drop any cache when the text exceeds `origina
 cache is kept where RoPE does not change there; where it changes, [an error says what to
 do](troubleshooting.md#drops-its-cache-and-goes-on-with-a-dynamiccache). No other model of transformers drops it.
 
-## An image in a later turn
-
-Gemma 3 lets the tokens of an image see each other in both directions. In the first forward of a cache that is served.
-An image in a later turn is refused: give the whole conversation to a new cache. Gemma 4 has such masks on its sliding
-windows only, which are not paged.
-
 ## Refused
 
 | architecture | because it |

@@ -24,7 +24,7 @@ from transformers import (
 from raas_cache import RaaSCache
 
 from .architectures import build, tiny_config
-from .helpers import compile_anywhere, generate, prompt, resident_set
+from .helpers import compile_anywhere, generate, prompt, resident_set, tiny_model
 from .oracle import OracleCache
 
 
@@ -225,31 +225,40 @@ def see(model, ids, pixels, cache):
 
 class TestImageInALaterTurn:
     def conversation(self, model, cache):
+        """The text of a first turn with an image and of a second, and the second one's image."""
         (ids, pixels), (turn, second) = picture(1), picture(2)
-        text = torch.cat([see(model, ids, pixels, cache), turn], 1)
-        return text, second, torch.cat([pixels, second])
+        return torch.cat([see(model, ids, pixels, cache), turn], 1), second
 
-    def test_gemma3_says_what_to_do(self):
+    def test_gemma3(self):
         model, cache = gemma3(), RaaSCache(256)
-        text, second, pixels = self.conversation(model, cache)
-        types = model.prepare_inputs_for_generation(
-            text,
-            past_key_values=cache,
-            token_type_ids=(text == IMAGE).long(),
-            next_sequence_length=14,
-            is_first_iteration=True,
-        )["token_type_ids"]
-        expected = see(model, text, second, self.dense(model))
-        if types.shape[1] == text.shape[1]:
-            with pytest.raises(ValueError, match="give the whole conversation with all its images to a new cache"):
-                see(model, text, second, cache)
-        else:  # older releases look for the image in the wrong place, and make a causal mask
-            assert torch.equal(see(model, text, second, cache), expected)
-        # The mend
-        tokens = see(model, text, pixels, RaaSCache(256))
-        assert torch.equal(tokens, see(model, text, pixels, DynamicCache(config=model.config)))
+        dense = DynamicCache(config=model.config)
+        (text, second), _ = (self.conversation(model, one) for one in (cache, dense))
+        assert torch.equal(see(model, text, second, cache), see(model, text, second, dense))
 
-    def dense(self, model):
-        cache = DynamicCache(config=model.config)
-        self.conversation(model, cache)
-        return cache
+    @pytest.mark.parametrize(
+        "settings", [{}, {"page_size": 4, "prompt": "select"}, {"page_size": 4, "prompt": "evict"}]
+    )
+    def test_a_block_and_a_branch(self, settings):
+        """Rows of different masks: tokens 2 to 5 see each other in row 0, token 7 sees none of the others in row 1."""
+        model = tiny_model()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "v_proj" in name or "o_proj" in name:
+                    parameter.mul_(8)  # so that attention decides on the output
+        among = torch.ones(2, 1, 9, 9, dtype=torch.bool).tril()
+        among[0, :, 2:6, 2:6], among[1, :, 7, :7] = True, False
+        whole = torch.cat([torch.ones(2, 1, 9, 12, dtype=torch.bool), among], 3)
+        ids, turn = prompt(2, 12)["input_ids"], prompt(2, 9, seed=2)["input_ids"]
+        with torch.no_grad():
+            caches = cache, dense = RaaSCache(256, **settings), DynamicCache()
+            for one in caches:
+                model(ids, past_key_values=one)
+            logits = model(turn, attention_mask=among, past_key_values=cache).logits
+            expected = model(turn, attention_mask=whole, past_key_values=dense).logits
+            assert torch.allclose(logits, expected)
+            after = [model(turn[:, :1], past_key_values=one).logits for one in caches]
+        assert torch.allclose(*after)
+        causal = model(torch.cat([ids, turn], 1)).logits[:, 12:]
+        assert (causal - expected).abs().amax((1, 2)).min() > 0.01 * expected.abs().max(), (
+            "the mask makes no difference"
+        )

@@ -316,17 +316,20 @@ def extend(
     group_score: Reduction = "max",
     observed: int | None = None,
     max_logits: int = 1 << 26,
+    among: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of T new tokens a row over the residents and, causally, over each other; scores as in `attend`.
 
-    The new tokens are resident already: a query sees the slots whose position is not past its own. Rare (a new user
-    turn, a prefill chunk), so torch serves every device, in blocks of queries that bound the logits in memory.
+    The new tokens are resident already: a query sees the slots whose position is not past its own, or of the new tokens
+    those that `among` says. Rare (a new user turn, a prefill chunk), so torch serves every device, in blocks of queries
+    that bound the logits in memory.
 
     Args:
         query: `[B, H * G, T, Dk]`.
         query_positions: `[T]` int, sequence index of each query.
         observed: how many of the last queries the scores come from; None for all. Padding gives none.
         max_logits: bound on the logits held at once, in elements.
+        among: `[B, T, new]` bool, which new tokens, T or more, each query sees; None for causal.
 
     Returns:
         output `[B, H * G, T, Dv]`, scores `[B, H, P]`, over the queries the max if `page_score` is, or the sum.
@@ -345,7 +348,14 @@ def extend(
     for start in range(0, length, block):
         window = slice(start, min(start + block, length))
         logits = _capped(grouped[:, :, :, window].to(accumulate) * scale @ transposed, softcap)
-        visible = (bias == 0)[:, :, None] & (positions[:, :, None] <= query_positions[window, None])
+        if among is None:
+            allowed = positions[:, :, None] <= query_positions[window, None]
+        else:
+            place = (positions - query_positions[-1] - 1)[:, :, None] + among.shape[-1]
+            # An empty slot may have any position.
+            index = place.clamp(0, among.shape[-1] - 1).long().expand(-1, -1, window.stop - start, -1)
+            allowed = (place < 0) | among[:, None, window].expand(-1, heads, -1, -1).gather(3, index)
+        visible = (bias == 0)[:, :, None] & allowed
         # A padding query sees nothing: its row of the softmax is 0 / 0, and its output is never used.
         weights = _softmax(logits.masked_fill_(~visible[:, :, None], float("-inf")), sinks).nan_to_num_(0.0)
         output[:, :, :, window] = (weights @ contents).to(query.dtype)

@@ -91,10 +91,10 @@ def dispatcher(dense: AttentionFunction) -> AttentionFunction:
                 return dense(module, query, key, value, attention_mask, *args, **kwargs)
         is_new, layer.awaits_attention = layer.awaits_attention, False
         _refuse_unsupported(module, kwargs, is_input=layer.new > 1 or layer.is_first_forward)
-        visible = None
+        visible = among = None
         if is_new:  # not where a layer that shares the KV of another reads it once more
             _require_self_attention(module, query, key, layer)
-            visible = _visible_new_tokens(attention_mask, query.shape[2], layer)
+            visible, among = _seen_by_new_tokens(attention_mask, query.shape[2], layer)
         scaling = kwargs.get("scaling")
         scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
         softcap, sinks = (kwargs.get(name) if name in extras else None for name in ("softcap", "s_aux"))
@@ -105,7 +105,7 @@ def dispatcher(dense: AttentionFunction) -> AttentionFunction:
 
         def read_pages() -> torch.Tensor | None:
             if is_new:
-                layer.admit(visible)
+                layer.admit(visible, among)
             if attended is None:
                 return layer.attend(query, scale, softcap, sinks, expanded=(key, value) if layer.is_latent else None)
             layer.attend_first(query, (key, value), scale=scale, softcap=softcap, sinks=sinks)
@@ -173,39 +173,40 @@ def _require_self_attention(module: torch.nn.Module, query: torch.Tensor, key: t
         )
 
 
-def _visible_new_tokens(mask: torch.Tensor | None, new: int, layer: PagedLayer) -> torch.Tensor | None:
-    """`[batch, new]` bool, False for a hidden token, from the mask of a forward (4-d bool or additive, or 2-d).
+def _seen_by_new_tokens(
+    mask: torch.Tensor | None, new: int, layer: PagedLayer
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Which new tokens are visible, and which of them each one sees, from the mask of a forward.
 
-    A 4-d mask that spans the past as well is applied to the tokens that `layer` holds.
+    Args:
+        mask: 2-d, or 4-d and bool or additive. If it spans the past as well, that part is applied to `layer`.
+
+    Returns:
+        `[batch, new]` bool, False for a hidden token; `[batch, new, new]` bool, None where it is causal, or where the
+        model attends by itself.
     """
     if mask is None:
-        return None
+        return None, None
     is_first = layer.is_first_forward
     if mask.ndim == 2:
-        return mask[:, -new:].bool()
+        return mask[:, -new:].bool(), None
     if mask.shape[-1] != new:
         mask = _split_past(mask, new, layer)
     if new == 1 and not is_first:
-        return _visible_generated(mask)
+        return _visible_generated(mask), None
     allowed = _allowed(mask)
     if mask.dtype != torch.bool and not bool((allowed | (mask < -1e4)).all()):
         raise ValueError(
             "attention_mask adds more than visible (0) and hidden (a large negative number) to the attention: such a "
             "bias goes by where a token stands, which a paged cache changes. Use a DynamicCache for this model."
         )
-    visible = allowed[:, 0, -1]
+    # The last token need not see all others (packed or branching prompts, images). A padding token does not see itself,
+    # or sees everything, the last token too, which some masks do to keep its softmax finite.
+    visible = allowed[:, 0, -1] | (allowed[:, 0].diagonal(dim1=1, dim2=2) & ~allowed[:, 0, :, -1])
     if is_first:
-        # The last token need not see all others (packed or branching prompts). A padding token does not see itself, or
-        # sees everything, the last token too, which some masks do to keep its softmax finite.
-        visible = visible | (allowed[:, 0].diagonal(dim1=1, dim2=2) & ~allowed[:, 0, :, -1])
+        return visible, None
     causal = visible[:, None, None] & allowed.new_ones(new, new).tril()
-    if not is_first and not torch.equal(allowed, causal.expand_as(allowed)):
-        raise ValueError(
-            "attention_mask is not causal among the new tokens: after the first forward of a cache the paged attention "
-            "is causal. If the model made this mask, for an image whose tokens see each other, give the whole "
-            "conversation with all its images to a new cache; if it is your own, pass a 2-d mask of ones and zeros."
-        )
-    return visible
+    return visible, None if torch.equal(allowed, causal.expand_as(allowed)) else allowed[:, 0].expand(-1, new, new)
 
 
 def _split_past(mask: torch.Tensor, new: int, layer: PagedLayer) -> torch.Tensor:

@@ -133,13 +133,22 @@ class PagedLayer(PagedAttention, CacheLayerMixin):
         key_states.paged_layer = value_states.paged_layer = self  # type: ignore[attr-defined]
         return key_states, value_states
 
-    def admit(self, visible: torch.Tensor | None) -> None:
-        """The attention of the last `update` has come, and says which of its tokens are hidden: store them for good.
+    def admit(self, visible: torch.Tensor | None, among: torch.Tensor | None = None) -> None:
+        """The attention of the last `update` has come, and says what it may see: store the tokens for good.
 
         Args:
             visible: `[batch, new]` bool, False where the attention mask hides a token; None if it hides none.
+            among: `[batch, new, new]` bool, whether a new token sees another; None for causal.
+
+        Raises:
+            ValueError: the tokens are not causal among themselves, and are a draft or may be taken back.
         """
-        self.is_busy = True
+        if among is not None and self.record_past:
+            raise ValueError(
+                "attention_mask is not causal among the new tokens, and they may be taken back: leave out "
+                "assistant_model and prompt_lookup_num_tokens, or call cache.deactivate_past_recording() first."
+            )
+        self.is_busy, self.among = True, among
         if self._taken is not None:
             self._store(visible)
         elif visible is None:

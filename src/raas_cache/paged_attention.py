@@ -63,6 +63,7 @@ class PagedAttention(PageStore):
         """Hold nothing, and no memory."""
         super().release()
         self.is_latent = False
+        self.among: torch.Tensor | None = None
 
     def expect_latent(self) -> None:
         """From now on the store holds a latent, which comes to attention expanded."""
@@ -144,6 +145,7 @@ class PagedAttention(PageStore):
             page_score=self.policy.page_score,
             group_score=self.policy.group_score,
             observed=queries,
+            among=self.among if self.among is None else self.among[:, -length:],
             **softmax,
         )
         if queries and self.scoring == "minmax" and (self.is_decoding or self.holds_input):
