@@ -238,11 +238,7 @@ def raas_attention_forward(
 
 
 def register() -> None:
-    """Make the default attention implementations serve paged caches; done once on import, harmless to repeat.
-
-    Registers `"raas"`, and wraps `"eager"`, `"sdpa"` and the flash entries in a dispatcher that looks for a paged
-    cache's key and otherwise calls the original. All through transformers' public registries.
-    """
+    """Register `"raas"` and wrap the default attention functions, see `raas_cache.register`; harmless to repeat."""
     interface = AttentionInterface()
     AttentionInterface.register("raas", dispatcher(raas_attention_forward))
     AttentionMaskInterface.register("raas", sdpa_mask)

@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from .attention import DISPATCHED, expect
+from .guards import check_checkpointing, check_generate_step
 from .html import of_cache
 from .hybrid import plan_layers
 from .layer import PagedLayer
@@ -268,7 +269,12 @@ class PagedCache(Cache):
         Not with a method that evicts nothing (its store grows), with offloading, while anything is recorded; not for
         models that transformers cannot compile, and those with layers whose cache is not static (sliding windows).
         The model is the one that asks first, as its `generate` does before the cache has seen anything of it.
+
+        Raises:
+            ValueError: `generate` asks, and the step that it prepares cannot use the cache (`guards`).
         """
+        if not torch.compiler.is_compiling():
+            check_generate_step(self)
         is_noted = self._records_past or self._recording is not None
         if self.offloading or is_noted or not self.settings.policy.evicts:
             return False
@@ -348,6 +354,13 @@ class PagedCache(Cache):
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """-1: the cache never ends a generation."""
         return -1
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """(length, offset) of a layer's mask; a ValueError if the model is about to leave the cache out."""
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            check_checkpointing(_calling_module(PreTrainedModel))
+        sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
+        return sizes
 
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
         """See `Cache.has_previous_state`; a ValueError if the cache was not told of linear-attention layers."""
