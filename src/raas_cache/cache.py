@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from .attention import DISPATCHED, expect
+from .guards import check_checkpointing, check_generate_step
 from .html import of_cache
 from .hybrid import plan_layers
 from .layer import INTERRUPTED, PagedLayer
@@ -345,7 +346,13 @@ class PagedCache(Cache):
         )
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """(length, offset) of the mask, as `Cache.get_mask_sizes`; the offset tells the mask function of this cache."""
+        """(length, offset) of a layer's mask; the offset tells the mask function of this cache.
+
+        Raises:
+            ValueError: the model is about to leave the cache out, for it trains with gradient checkpointing.
+        """
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            check_checkpointing(calling_module(PreTrainedModel))
         length, offset = super().get_mask_sizes(query_length, layer_idx)
         if layer_idx < len(self.layers) and not isinstance(self.layers[layer_idx], PagedLayer):
             return length, offset
@@ -376,7 +383,12 @@ class PagedCache(Cache):
         models that transformers cannot compile, and those with layers whose cache is not static (sliding windows); not
         where `generate` compiles nothing: on a CPU, or with `disable_compile=True`. The model is the one that asks
         first, as its `generate` does before the cache has seen anything of it.
+
+        Raises:
+            ValueError: `generate` asks, and the step that it prepares cannot use the cache (`guards`).
         """
+        if not torch.compiler.is_compiling():
+            check_generate_step(self)
         is_noted = self._records_past or self._recording is not None
         if self.offloading or is_noted or self._reads_input or not self.settings.policy.evicts:
             return False

@@ -13,6 +13,8 @@ import torch
 
 import raas_kernels
 
+from .guards import check_mask_length
+
 
 if TYPE_CHECKING:
     from .cache import PagedCache
@@ -61,7 +63,7 @@ class PastMask:
         if mask is None or not layers:
             return
         if isinstance(seen, int):
-            check_length(mask, seen, new)
+            check_mask_length(mask, seen, new)
             if mask.device.type == "cpu":
                 layers = self._stale(mask, seen, new, layers)
         devices: dict[torch.device, list[PagedLayer]] = {}
@@ -84,13 +86,3 @@ class PastMask:
     def learn(self, mask: torch.Tensor | None, new: int) -> None:
         """Take note of the mask of the first forward, whose tokens go into the store as it says."""
         self._known = None if mask is None or mask.device.type != "cpu" else mask[:, :new].clone()
-
-
-def check_length(mask: torch.Tensor, seen: int, new: int) -> None:
-    """Raise a ValueError if a 2-d mask has fewer tokens than the sequence."""
-    if mask.shape[1] < seen + new:
-        raise ValueError(
-            f"attention_mask has {mask.shape[1]} tokens, and the sequence {seen + new}: {seen} that the cache has seen "
-            f"and {new} new ones. Pass a mask of all of them. If the new input replaces what the cache has seen, call "
-            "reset() on the cache and give it the whole input."
-        )
