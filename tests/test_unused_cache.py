@@ -17,7 +17,7 @@ from transformers import (
 
 import raas_cache
 from raas_cache import DenseCache, RaaSCache
-from raas_cache.guards import GUARDED_MASKS
+from raas_cache.attention import DISPATCHED
 
 from .helpers import generate, prompt, tiny_model
 
@@ -150,7 +150,7 @@ def test_masks_of_other_caches_are_as_before(model, unregistered):
     logits = []
     for register in (raas_cache.register, raas_cache.unregister):
         register()
-        guarded = [hasattr(AttentionMaskInterface()[name], "unguarded") for name in GUARDED_MASKS]
+        guarded = [hasattr(AttentionMaskInterface()[name], "original") for name in DISPATCHED]
         assert guarded == [register is raas_cache.register] * len(guarded)
         cache = DynamicCache()
         with torch.no_grad():

@@ -57,16 +57,20 @@ class _LayersToCome(list["AnyLayer"]):
         return super().__getitem__(index)
 
 
-class _OfAnInstance(property):
-    """A property that, asked of the class, says what is meant to be passed to transformers."""
+if TYPE_CHECKING:
+    _OfAnInstance = property
+else:
 
-    def __get__(self, instance: Any, owner: type | None = None) -> Any:
-        if instance is None and owner is not None:
-            raise AttributeError(
-                f"{owner.__name__} is a class, and a cache is an instance of it: pass {owner.__name__}(budget=1024), "
-                "with parentheses."
-            )
-        return super().__get__(instance, owner)
+    class _OfAnInstance(property):
+        """A property that, asked of the class, says what is meant to be passed to transformers."""
+
+        def __get__(self, instance: Any, owner: type | None = None) -> Any:
+            if instance is None and owner is not None:
+                raise AttributeError(
+                    f"{owner.__name__} is a class, and a cache is one of its instances: pass "
+                    f"{owner.__name__}(budget=1024), with parentheses."
+                )
+            return super().__get__(instance, owner)
 
 
 class PagedCache(Cache):

@@ -7,7 +7,7 @@ cache, and the registered mask functions give the whole mask to it (see `attenti
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 
@@ -17,19 +17,24 @@ from .guards import check_mask_length
 
 
 if TYPE_CHECKING:
-    from .cache import PagedCache
     from .layer import PagedLayer
 
 AnyOffset = TypeVar("AnyOffset", int, torch.Tensor)
 
 
+class TakesMasks(Protocol):
+    """A cache that brings a mask to the tokens that it holds; see `PagedCache.apply_mask`."""
+
+    def apply_mask(self, mask: torch.Tensor | None, seen: int, new: int) -> None: ...
+
+
 class MaskOffset(int):
     """Tokens seen, as the offset of a mask; it knows the cache that holds them."""
 
-    paged_cache: PagedCache
+    paged_cache: TakesMasks
 
 
-def tagged(offset: AnyOffset, cache: PagedCache) -> AnyOffset | MaskOffset:
+def tagged(offset: AnyOffset, cache: TakesMasks) -> AnyOffset | MaskOffset:
     """The offset of a mask, with `cache` as attribute `paged_cache`: an int, or a 0-d tensor inside `torch.compile`."""
     if torch.compiler.is_compiling() and not torch.is_tensor(offset):
         return offset  # of a first forward that is compiled: there is no past
