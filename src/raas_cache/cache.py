@@ -220,16 +220,19 @@ class PagedCache(Cache):
             return
         config = getattr(calling_module(torch.nn.Module), "config", None)
         implementation = "in use" if config is None else repr(config._attn_implementation)
-        unread = (
+        if layer_idx <= self._last_idx:  # a new forward has begun, so the last one may have been stopped there
+            raise RuntimeError(
+                "The last forward stopped between the cache and the attention of a layer. If an exception or Ctrl-C "
+                "stopped it, call reset() on the cache and give it the sequence from its beginning. If not, the "
+                f"attention implementation {implementation} does not read the paged cache: call "
+                'model.set_attn_implementation("raas").'
+            )
+        raise RuntimeError(
             f"The attention implementation {implementation} did not read the paged cache, so its output "
             'would be wrong. Call model.set_attn_implementation("raas") (or "sdpa") and generate again with a new '
             "cache. A model whose attention bypasses transformers' attention interface, or that changes its keys "
             "between cache and attention, needs a DynamicCache."
         )
-        if layer_idx > self._last_idx:
-            raise RuntimeError(unread)
-        # A new forward: the last one may as well have been stopped there.
-        raise RuntimeError(f"{INTERRUPTED} If nothing stopped it: {unread}")
 
     def _check_step(self, layer: PagedLayer, layer_idx: int) -> None:
         """Refuse a forward where a layer has not seen all that the layers before it have."""
