@@ -84,11 +84,15 @@ class Conversation:
 
 
 def refusal(function, *args):
-    """The message with which the cache refuses to go on, None if it does go on; any other error is a failure."""
+    """The message with which the cache refuses to go on, None if it does go on; any other error is a failure.
+
+    A forward that has reached every layer may only be found out by its mask, which is shorter than what was seen.
+    """
     try:
         function(*args)
-    except RuntimeError as error:
-        assert type(error) is RuntimeError and "reset()" in str(error), f"no refusal that helps: {error!r}"
+    except (RuntimeError, ValueError) as error:
+        is_refusal = type(error) is RuntimeError or (type(error) is ValueError and "attention_mask" in str(error))
+        assert is_refusal and "reset()" in str(error), f"no refusal that helps: {error!r}"
         assert "set_attn_implementation" not in str(error), f"blames the attention implementation: {error}"
         return str(error)
     return None
