@@ -71,7 +71,6 @@ FAMILIES = {
     "min/max representatives": [("raas", {"alpha": a, "scoring": "minmax"}) for a in (0.01, *HIGH)],
     "one table a layer": [("raas", {"alpha": a, "granularity": "layer"}) for a in (*HIGH, 0.7)],
     "decayed maximum": [("decayed", {"tau": t}) for t in (16, 32, 64, 128, 256, 1024)],
-    "alpha and probation": [("raas", {"alpha": a, "probation": p}) for a in HIGH[1:] for p in (8, 16, 24, 32)],
 }
 CONTROLS = {
     "alpha 1e-4 (the paper's value)": ("raas", {"alpha": 1e-4}),

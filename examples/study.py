@@ -32,7 +32,7 @@ from raas_cache.reporting import save
 
 COMMON = {"page_size": 4, "min_decode_pages": 1}
 METHODS = (
-    "dense,quest,raas,raas:probation=16,raas:alpha=1e-4,streaming_llm,streaming_llm:prompt=pin,h2o,h2o:prompt=pin,"
+    "dense,quest,raas,raas:alpha=1e-4,streaming_llm,streaming_llm:prompt=pin,h2o,h2o:prompt=pin,"
     "tova:prompt=pin,rkv:prompt=pin"
 )
 """What the paper measures itself against, as in their papers; these and others with the prompt pinned, as in RaaS."""
@@ -40,7 +40,6 @@ BUDGETS = (256, 320, 384, 448, 512, 576)
 ABLATIONS = {
     "alpha": (1e-4, 1e-3, 0.01, 0.03, 0.1, 0.3, 0.5, 0.7),
     "top_ratio": (0.02, 0.05, 0.1, 0.25, 0.5),
-    "probation": (8, 16, 32),
     "page_size": (2, 8, 16),
     "prompt": ("select", "evict"),
     "scoring": ("minmax",),

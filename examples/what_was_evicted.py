@@ -74,7 +74,6 @@ def main() -> None:
     caches = {
         f"alpha 1e-4 (paper), budget {budget}": (budget, {"alpha": 1e-4}),
         f"default, budget {budget}": (budget, {}),
-        f"probation 16, budget {budget}": (budget, {"probation": 16}),
         f"budgets learnt, {learnt}": (learnt, {}),
     }
     print(f"{args.problems} gold chains of {args.lines} lines, {total} tokens, pages of {args.page_size}.\n")

@@ -73,8 +73,13 @@ def metadata(variant: Path) -> dict:
 def _is_replaceable(target: Path) -> bool:
     if not target.is_dir():
         return False
-    described = target / VARIANT / "metadata.json"
-    return not any(target.iterdir()) or (described.exists() and json.loads(described.read_text()).get("name") == NAME)
+    if not any(target.iterdir()):
+        return True
+    try:
+        described = json.loads((target / VARIANT / "metadata.json").read_bytes())
+    except (OSError, ValueError, RecursionError):  # missing or damaged
+        return False
+    return isinstance(described, dict) and described.get("name") == NAME
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from raas_kernels import fused
+from raas_kernels import fused, visibility_triton
 from raas_kernels.configs import default_config
 
 
@@ -24,6 +24,7 @@ POINTERS = {
     "value_scale": "*fp32", "visible": "*i1",
 }  # fmt: skip
 STATES = ("keys", "values", "key", "value", "minima", "maxima", "query", "output", "sinks")
+CODES = {"i8": triton.language.int8, "fp8e4nv": triton.language.float8e4nv}
 GROUP, PAGE = 4, 16
 
 
@@ -39,7 +40,8 @@ def constants_of(kernel: str, head_size: int, dtype: str, code: str | None) -> l
         "append_kernel": [
             {
                 "PAGE": PAGE, "DK": head_size, "DV": head_size, "BOUNDS": is_other, "PADDED": is_other,
-                "QUANTIZED": code is not None, "BLOCK_PAGES": 64, "BLOCK_DK": block, "BLOCK_DV": block,
+                "MAY_CLOSE": is_other, "QUANTIZED": code is not None, "BLOCK_PAGES": 64, "BLOCK_DK": block,
+                "BLOCK_DV": block,
             }
             for is_other in (False, True)
         ],
@@ -63,6 +65,15 @@ def constants_of(kernel: str, head_size: int, dtype: str, code: str | None) -> l
             for is_capped in (False, True)
         ],
         "stamp_kernel": [{"TOP_RATIO": ratio, "BLOCK_PAGES": 64} for ratio in (None, 0.5)],
+        "show_kernel": [
+            {
+                "COLUMNS": visibility_triton.COLUMNS, "BIAS": triton.language.float32, "KEY": key, "BOUND": bound,
+                "BOUNDS": has_bounds, "QUANTIZED": code is not None, "DK": head_size, "BLOCK_DK": block,
+                "BLOCK": PAGE if has_bounds else visibility_triton.BLOCK_SLOTS,
+            }
+            for has_bounds in (False, True)
+            for key, bound in [(CODES[code], triton.language.float32) if code else (OPERANDS[dtype],) * 2]
+        ],
     }[kernel]  # fmt: skip
 
 
@@ -73,6 +84,8 @@ def type_of(name: str, dtype: str, code: str | None, kernel: str) -> str:
         return "*fp32"
     if name in STATES:
         return f"*{dtype}"
+    if kernel == "show_kernel":
+        return {"table": "*i64", "visible": "*u8"}.get(name, "i32")
     return POINTERS.get(name, "fp32" if name in ("scale", "softcap", "alpha") else "i32")
 
 
@@ -80,9 +93,16 @@ def main(architecture: int) -> None:
     target = GPUTarget("cuda", architecture, 32)
     # fp8 as codes needs a GPU of 8.9 or newer.
     codes = [None, "i8"] + (["fp8e4nv"] if architecture >= 89 else [])
-    for name in ("append_kernel", "attend_kernel", "reduce_kernel", "page_bounds_kernel", "stamp_kernel"):
-        kernel = getattr(fused, name)
-        reads_codes = name in ("append_kernel", "attend_kernel")
+    for name in (
+        "append_kernel",
+        "attend_kernel",
+        "reduce_kernel",
+        "page_bounds_kernel",
+        "stamp_kernel",
+        "show_kernel",
+    ):
+        kernel = getattr(visibility_triton if name == "show_kernel" else fused, name)
+        reads_codes = name in ("append_kernel", "attend_kernel", "show_kernel")
         for dtype, head_size, code in itertools.product(DTYPES, HEAD_SIZES, codes if reads_codes else [None]):
             if name == "stamp_kernel" and (dtype, head_size) != ("fp16", 64):  # knows neither
                 continue

@@ -165,6 +165,19 @@ architectures that `AutoModelForCausalLM` builds from a tiny random config are s
 |---|---|---|---|---|---|
 {rows}
 
+## Models with an encoder
+
+The decoder's self-attention is paged, and what the encoder gave has a cache of its own:
+`past_key_values=EncoderDecoderCache(RaaSCache(budget=256), DynamicCache())`. BART, Marian and Whisper are tested so,
+with evictions against the brute-force oracle. T5 and its relatives are refused, because a bias goes by where a token
+stands.
+
+## Phi-3 beyond its first context length
+
+Phi-3, PhiMoE and Phi-4-multimodal drop any cache when the text exceeds `original_max_position_embeddings`. The paged
+cache is kept where RoPE does not change there; where it changes, [an error says what to
+do](troubleshooting.md#drops-its-cache-and-goes-on-with-a-dynamiccache). No other model of transformers drops it.
+
 ## Refused
 
 | architecture | because it |

@@ -440,21 +440,23 @@ def oracle_attention(module, query, key, value, attention_mask, scaling=None, so
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     cache, layer, new = OracleCache.latest if latent else getattr(key, "oracle", (None, None, None))
     if cache is None:
-        output = dense_attention(query, key, value, attention_mask, scale, softcap, s_aux)
+        is_causal = getattr(module, "is_causal", True)
+        output = dense_attention(query, key, value, attention_mask, scale, softcap, s_aux, is_causal)
     else:
         output = cache.attend(layer, new, query, key, value, attention_mask, scale, latent, softcap, s_aux)
     return output.to(query).transpose(1, 2).contiguous(), None
 
 
-def dense_attention(query, key, value, mask, scale, softcap, sinks):
-    """What layers that RaaS leaves alone compute."""
+def dense_attention(query, key, value, mask, scale, softcap, sinks, is_causal=True):
+    """What layers that RaaS leaves alone compute, and attention in and to an encoder."""
     new, held = query.shape[2], key.shape[2]
     key, value = (t.repeat_interleave(query.shape[1] // key.shape[1], 1) for t in (key, value))
     logits = query @ key.mT * scale
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
     if mask is None:
-        mask = torch.ones(new, held, dtype=torch.bool, device=query.device).tril(held - new)
+        mask = torch.ones(new, held, dtype=torch.bool, device=query.device)
+        mask = mask.tril(held - new) if is_causal else mask
     logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
     if sinks is not None:
         logits = torch.cat([logits, sinks[:, None, None].expand(*logits.shape[:-1], 1)], -1)

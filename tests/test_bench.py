@@ -7,13 +7,11 @@ import statistics
 import subprocess
 import sys
 import time
-import types
-from contextlib import contextmanager
 from dataclasses import asdict
 
 import pytest
 import torch
-from transformers import DynamicCache, LlamaConfig
+from transformers import LlamaConfig
 
 import raas_kernels
 from raas_cache import list_methods
@@ -32,14 +30,6 @@ CONFIG = {
     "vocab_size": 32, "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": LAYERS,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 1 << 17,
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_kvpress():
-    """It would join every table."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "kvpress", None)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -325,37 +315,6 @@ def test_free_memory_of_this_machine():
         assert free < 1 << 50
 
 
-def test_kvpress_joins_where_it_can_be_imported(model, monkeypatch):
-    seen, made = [], []
-
-    class DecodingPress:
-        def __init__(self, base_press, target_size):
-            assert isinstance(base_press, stub.KnormPress)
-            made.append(target_size)
-
-        @contextmanager
-        def __call__(self, model):
-            def note(module, args, kwargs, output):
-                seen.append((kwargs[CACHE_ARGUMENT], kwargs["cache_position"].tolist(), module.q_proj.weight))
-
-            hook = model.model.layers[0].self_attn.register_forward_hook(note, with_kwargs=True)
-            yield
-            hook.remove()
-
-    stub = types.SimpleNamespace(DecodingPress=DecodingPress, KnormPress=type("KnormPress", (), {}))
-    monkeypatch.setitem(sys.modules, "kvpress", stub)
-    (rows,) = run(model, Plan(("raas",), (100,), budgets=(BUDGET,), page_size=PAGE, steps=2))
-    assert [row.case.method for row in rows] == [*BASELINES, "raas", "kvpress"]
-    assert made == [BUDGET, BUDGET], "a press counts the steps of one cache"
-    assert rows[-1].kv_bytes == BUDGET * TOKEN_BYTES and rows[-1].ran == "eager"
-    turns = steps.WARMUP * 2 + 2
-    assert len(seen) == turns and {type(cache) for cache, _, _ in seen} == {DynamicCache}
-    assert len({id(cache) for cache, _, _ in seen}) == 2
-    assert [position for _, position, _ in seen] == [[100 + turn // 2] for turn in range(turns)]
-    assert all(weight is model.model.layers[0].self_attn.q_proj.weight for _, _, weight in seen)
-    assert not model.model.layers[0].self_attn._forward_hooks, "the others run without hooks"
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_models_are_built_in_their_dtype(dtype, config_folder):
     built = build_model(load_config(str(config_folder)), CPU, dtype)
@@ -451,7 +410,7 @@ def test_command_times_kernels(config_folder, tmp_path):
     ("options", "message"),
     [
         (["--method", "rass"], "did you mean 'raas'?"),
-        (["--method", "raas,kvpress"], "pip install kvpress"),
+        (["--method", "raas,kvpress"], "an environment that has kvpress with --peer-python"),
         (["--mode", "fast"], "mode='fast' is unknown: use one of 'eager', 'compiled'"),
         (["--seen", "1k"], "'1k' must be numbers"),
         (["--seen", "0"], "seen=0 must be at least 1"),
@@ -494,7 +453,7 @@ def test_help_lists_the_options():
     output = command("--help").output
     for option in (
         "method", "seen", "batch", "budget", "mode", "model", "page-size", "steps", "copies", "device", "dtype", "seed",
-        "out", "kernels",
+        "out", "kernels", "peer-python",
     ):  # fmt: skip
         assert f"--{option} " in output
 

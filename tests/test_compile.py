@@ -17,6 +17,7 @@ SMALL = {"budget": 32, "page_size": 4, "min_decode_pages": 2}
 EVICTING = [name for name in list_methods() if name not in ("dense", "quest")]
 OPTIONS = [
     {"method": "raas", "top_ratio": 0.3},
+    {"method": "h2o", "recent_ratio": 0.25},
     {"method": "raas", "scoring": "minmax", "granularity": "layer"},
     {"method": "raas", "prompt": "select"},
     {"method": "raas", "prompt": "evict"},

@@ -27,6 +27,6 @@ def test_compiles_to_ptx_and_cubin(architecture):
     coded = 6 if architecture == 80 else 12  # int8, and fp8 where the GPU has it
     assert collections.Counter(line[0] for line in lines) == {
         "append_kernel": 30 + coded, "attend_kernel": 45 + coded * 3 // 2, "reduce_kernel": 30,
-        "page_bounds_kernel": 30, "stamp_kernel": 2,
+        "page_bounds_kernel": 30, "show_kernel": 30 + coded, "stamp_kernel": 2,
     }  # fmt: skip
     assert all(int(line[3]) <= SHARED_MEMORY[architecture] for line in lines)

@@ -33,6 +33,8 @@ from typer.testing import CliRunner
 
 from raas_cache.cli import app
 
+from . import kvpress_stand_in
+
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -207,6 +209,10 @@ def run_command(words):
         case ["python", "-m", "pytest", *arguments]:
             files = [argument for argument in arguments if "/" in argument]
             assert all((ROOT / file.partition("::")[0]).exists() for file in files), words
+        case ["python", "-m", "venv", folder]:
+            kvpress_stand_in.make(Path(folder))
+        case ["peer/bin/pip", "install", "kvpress"]:
+            assert Path("peer/bin/python").exists()
         case ["python", "-m", module]:
             assert importlib.util.find_spec(module), words
         case ["python", script, *arguments]:

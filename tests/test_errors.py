@@ -170,9 +170,8 @@ class TestLayersItCannotHold:
     def test_cross_attention(self):
         cache, module = RaaSCache(256), torch.nn.Module()
         key, value = cache.update(*torch.zeros(2, 1, 2, 9, 8), 0)
-        with pytest.raises(
-            ValueError, match="reads 9 new keys with 4 new queries: a paged cache serves self-attention"
-        ):
+        message = "reads 9 new keys with 4 new queries: a paged cache serves self-attention.*EncoderDecoderCache"
+        with pytest.raises(ValueError, match=message):
             AttentionInterface()["sdpa"](module, torch.zeros(1, 2, 4, 8), key, value, None)
 
     def test_training(self):
@@ -182,20 +181,31 @@ class TestLayersItCannotHold:
 
 
 class TestMasks:
-    def test_a_mask_over_the_past_is_refused(self):
+    @pytest.mark.parametrize("keys", [24, 26])
+    def test_a_mask_of_another_length_is_refused(self, keys):
         model, cache = tiny_model(), RaaSCache(256)
         generate(model, prompt(), cache, 5)
-        with pytest.raises(ValueError, match=r"attention_mask of shape \(1, 1, 1, 25\) spans 25 keys where 1 "):
+        message = rf"attention_mask of shape \(1, 1, 1, {keys}\) spans {keys} keys, and the sequence has 24 and 1 new"
+        with pytest.raises(ValueError, match=message):
             model(
                 torch.ones(1, 1, dtype=torch.long),
-                attention_mask=torch.ones(1, 1, 1, 25, dtype=torch.bool),
+                attention_mask=torch.ones(1, 1, 1, keys, dtype=torch.bool),
                 past_key_values=cache,
             )
 
-    def test_new_tokens_that_see_each_other_are_refused(self):
+    def test_a_past_that_differs_from_token_to_token_is_refused(self):
         model, cache = tiny_model(), RaaSCache(256)
         generate(model, prompt(), cache, 5)
-        with pytest.raises(ValueError, match="not causal among the new tokens"):
+        mask = torch.ones(1, 1, 3, 27, dtype=torch.bool).tril(24)
+        mask[..., 1, 10:15] = False
+        with pytest.raises(ValueError, match="hides some of the past from one new token and not from another"):
+            model(torch.ones(1, 3, dtype=torch.long), attention_mask=mask, past_key_values=cache)
+
+    def test_new_tokens_that_see_each_other_are_no_draft(self):
+        model, cache = tiny_model(), RaaSCache(256)
+        generate(model, prompt(), cache, 5)
+        cache.activate_past_recording()
+        with pytest.raises(ValueError, match=r"not causal among the new tokens.*deactivate_past_recording\(\)"):
             model(
                 torch.ones(1, 3, dtype=torch.long),
                 attention_mask=torch.ones(1, 1, 3, 3, dtype=torch.bool),

@@ -171,7 +171,7 @@ class TestArguments:
         assert lm().setting.budget == 1024
 
     def test_options_of_every_method_are_the_caches(self):
-        assert {"alpha", "top_ratio", "dense_layers", "recent_ratio", "page_size"} <= set(option_names())
+        assert {"alpha", "top_ratio", "importance_weight", "recent_ratio", "page_size"} <= set(option_names())
         assert not {"config", "policy", "budget"} & set(option_names())
 
     def test_no_option_hides_one_of_hf(self):

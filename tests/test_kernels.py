@@ -1,5 +1,6 @@
 """Each Triton kernel against the torch reference in float64: in the interpreter here, on the device under `-m gpu`."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -90,7 +91,9 @@ def check_page_bounds(group, page_size, dk, dtype, softcap=None, **shape):
     assert relative_error(bounds, reference.page_bounds(*exact, 0.3, page_size, softcap)) < TOLERANCE[dtype]
 
 
-def check_append(page_size, dk, dv, dtype, with_bounds, steps, code=None, padded=False, **shape):
+def check_append(
+    page_size, dk, dv, dtype, with_bounds, steps, code=None, padded=False, in_step=True, may_close=False, **shape
+):
     store, bounds = make_store(page_size=page_size, dk=dk, dv=dv, dtype=dtype, **shape)
     if code is not None:
         for name in ("keys", "values"):
@@ -98,6 +101,8 @@ def check_append(page_size, dk, dv, dtype, with_bounds, steps, code=None, padded
         bounds = [t.float() for t in bounds]
     batch, heads = store["keys"].shape[:2]
     store["clock"] = torch.tensor([999, -1], device=DEVICE).expand(batch, heads, 2).contiguous()
+    if not in_step:  # every row and head has tokens of its own behind it
+        store["clock"] += torch.arange(batch * heads, device=DEVICE).view(batch, heads, 1) * 3
     states = [
         {**{name: t.clone() for name, t in store.items()}, "bounds": [t.clone() for t in bounds]} for _ in range(2)
     ]
@@ -115,14 +120,14 @@ def check_append(page_size, dk, dv, dtype, with_bounds, steps, code=None, padded
             ]
             extremes = state["bounds"] if with_bounds else (None, None)
             scales = None if code is None else (state["keys_scale"], state["values_scale"])
-            engine.append(*tensors, key, value, page_size, *extremes, scales, visible)
+            engine.append(*tensors, key, value, page_size, *extremes, scales, visible, may_close)
     for name in store:
         assert torch.equal(states[0][name].view(torch.int8), states[1][name].view(torch.int8)), name
     for ours, theirs in zip(*(state["bounds"] for state in states), strict=True):
         assert torch.equal(ours, theirs)
 
 
-def check_stamp(alpha, top_ratio, decode_pages):
+def check_stamp(alpha, top_ratio, decode_pages, in_step=True):
     torch.manual_seed(1)
     # Scores on a coarse grid: ties are common, and must go to the older page.
     scores = (torch.rand(2, 2, decode_pages + 3, device=DEVICE) * 8).round()[..., 3:] / 8
@@ -131,11 +136,43 @@ def check_stamp(alpha, top_ratio, decode_pages):
     priority[..., -2:] = float("-inf")
     scores[..., -2:] = 0
     clock = torch.tensor([77, 5], device=DEVICE).expand(2, 2, 2).contiguous()
+    if not in_step:
+        clock += torch.arange(4, device=DEVICE).view(2, 2, 1)
     expected = priority.clone()
     reference.stamp(expected, scores, positions[..., ::4], clock, alpha, top_ratio)
     fused.stamp(priority, scores, positions[..., ::4], clock, alpha, top_ratio)
     assert torch.equal(priority, expected)
-    assert (expected == 77).any() and (expected != 77).any()
+    for row, head in itertools.product(range(2), range(2)):
+        now = clock[row, head, 0]
+        assert (expected[row, head] == now).any() and (expected[row, head] != now).any()
+
+
+@pytest.mark.parametrize("may_close", [False, True])
+@pytest.mark.parametrize("with_bounds", [False, True])
+def test_append_to_rows_that_are_not_in_step(with_bounds, may_close):
+    """Each row and head goes by its own clock: where it is in its page, when it opens one, and which it recycles."""
+    shape = {"batch": 2, "page_size": 4, "dk": 16, "dv": 8, "dtype": torch.float32}
+    check_append(**shape, with_bounds=with_bounds, may_close=may_close, steps=11, in_step=False, padded=True)
+
+
+@pytest.mark.parametrize("with_bounds", [False, True])
+def test_rows_that_are_not_in_step_get_what_each_gets_alone(with_bounds):
+    store, bounds = make_store(batch=3, page_size=4, dk=8, dv=8)
+    store["clock"] = torch.tensor([[[40, 0]] * 2, [[7, 2]] * 2, [[99, 5]] * 2], device=DEVICE)
+    names = ("keys", "values", "bias", "positions", "priority", "open_slot", "clock")
+    together = [store[name].clone() for name in names]
+    extremes = [bound.clone() for bound in bounds] if with_bounds else []
+    alone = [[store[name][row : row + 1].clone() for name in names] for row in range(3)]
+    own_extremes = [[bound[row : row + 1].clone() for bound in bounds] if with_bounds else [] for row in range(3)]
+    for _ in range(9):
+        key, value = torch.randn(2, 3, 2, 1, 8, device=DEVICE)
+        reference.append(*together, key, value, 4, *extremes)
+        for row in range(3):
+            one = slice(row, row + 1)
+            reference.append(*alone[row], key[one], value[one], 4, *own_extremes[row])
+    for row in range(3):
+        for ours, theirs in zip([*together, *extremes], [*alone[row], *own_extremes[row]], strict=True):
+            assert torch.equal(ours[row : row + 1], theirs)
 
 
 @pytest.mark.parametrize("options", [{}, {"softcap": 2.0, "has_sinks": True, "page_score": "sum"}], ids=["", "all"])
@@ -262,10 +299,11 @@ def test_append_codes(code, dtype):
     check_append(page_size=4, dk=80, dv=64, dtype=dtype, with_bounds=True, steps=30, code=code, padded=True)
 
 
+@pytest.mark.parametrize("in_step", [True, False])
 @pytest.mark.parametrize("decode_pages", [5, 70])
 @pytest.mark.parametrize(("alpha", "top_ratio"), [(0.5, None), (None, 0.5), (None, 0.07)])
-def test_stamp(alpha, top_ratio, decode_pages):
-    check_stamp(alpha, top_ratio, decode_pages)
+def test_stamp(alpha, top_ratio, decode_pages, in_step):
+    check_stamp(alpha, top_ratio, decode_pages, in_step)
 
 
 @pytest.mark.gpu

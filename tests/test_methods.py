@@ -370,7 +370,7 @@ def test_a_latent_a_cap_sinks_and_shared_kv(name, method, mode):
     [
         ("raas", "select", {"kv_dtype": "int8"}),
         ("raas", "evict", {"kv_dtype": "fp8", "scoring": "minmax"}),
-        ("raas", "pin", {}),
+        ("raas", "pin", {"alpha": None, "top_ratio": 0.3}),
         ("h2o", "evict", {}),
         ("tova", "evict", {"page_size": 1}),
         ("rkv", "evict", {}),

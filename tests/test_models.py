@@ -14,7 +14,7 @@ from .model_matrix import ERRORS, REFUSED, TRANSFORMERS, full_budget, small_budg
 OTHER_METHODS = {
     "h2o": {"prompt": "evict"},
     "quest": {"dense_layers": 0},
-    "raas": {"prompt": "select", "min_decode_pages": 2},
+    "raas": {"prompt": "select", "alpha": None, "top_ratio": 0.3, "min_decode_pages": 2},
     "rkv": {"prompt": "evict"},
     "tova": {"prompt": "pin"},
     "streaming_llm": {},

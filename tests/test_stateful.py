@@ -27,8 +27,8 @@ STEPS_A_RUN = 40  # of at most 50: resets and the like end some early
 HEAD_DIM = 4
 METHODS = [
     ("raas", {"alpha": 0.5}), ("raas", {"alpha": 0.1}), ("raas", {"alpha": 0.01}),
-    ("raas", {"alpha": None, "top_ratio": 0.4}), ("h2o", {}), ("tova", {}),
-    ("rkv", {}), ("streaming_llm", {}), ("quest", {"dense_layers": 0}), ("dense", {}),
+    ("raas", {"alpha": None, "top_ratio": 0.4}), ("h2o", {}), ("tova", {}), ("rkv", {}), ("streaming_llm", {}),
+    ("quest", {"dense_layers": 0}), ("dense", {}),
 ]  # fmt: skip
 MAX_ROWS = 4
 

@@ -61,5 +61,30 @@ def choose_config(capability: tuple[int, int] | None, rows: int, slots: int, hea
 
 @functools.cache
 def _tuned() -> dict[str, Any]:
-    measured: dict[str, Any] = json.loads(CONFIGS_FILE.read_text())
+    return read_configs(CONFIGS_FILE)
+
+
+def read_configs(path: Path) -> dict[str, Any]:
+    """What `tune` wrote: the `capability` of its GPU, and `shapes`, each with its `config`.
+
+    Raises:
+        ValueError: the file is missing, damaged, or something else; says what is wrong.
+    """
+    try:
+        measured: dict[str, Any] = json.loads(path.read_bytes())
+        counts, tiles, (_, _) = [], [], measured["capability"]
+        for shape in measured["shapes"]:
+            launch = Config(**shape["config"])
+            counts += [shape[name] for name in ("head_size", "itemsize", "rows", "slots")]
+            counts += [launch.tile, launch.warps, launch.stages, launch.programs]
+            tiles.append(launch.tile)
+        wrong = [f"{count!r} is no positive number" for count in counts if type(count) is not int or count < 1]
+        wrong += [f"tile {tile} is no power of two" for tile in tiles if tile & (tile - 1)]
+        if wrong:
+            raise ValueError(wrong[0])
+    except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
+        raise ValueError(
+            f"{str(path)!r} holds no launch configurations ({type(error).__name__}: {error}): install raas-cache "
+            "again, or run python -m raas_kernels.tune on this GPU."
+        ) from None
     return measured

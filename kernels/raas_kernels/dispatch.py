@@ -6,13 +6,15 @@ graph captures; but what the torch engine does in plain torch it sees through, a
 
 import functools
 import os
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from . import reference
+from . import reference, visibility
 from .reference import Reduction, Scales
+from .visibility import Held
 
 
 # The Hub loads a kernel as a module of another name, maybe beside this package installed: each has its own operators.
@@ -56,11 +58,11 @@ def _is_traceable(device: torch.device) -> bool:
 def _append(
     keys: Tensor, values: Tensor, bias: Tensor, positions: Tensor, priority: Tensor, open_slot: Tensor, clock: Tensor,
     key: Tensor, value: Tensor, page_size: int, minima: Tensor | None, maxima: Tensor | None,
-    key_scales: Tensor | None, value_scales: Tensor | None, visible: Tensor | None,
+    key_scales: Tensor | None, value_scales: Tensor | None, visible: Tensor | None, may_close: bool = False,
 ) -> None:  # fmt: skip
     scales = None if key_scales is None else (key_scales, value_scales)
     store = keys, values, bias, positions, priority, open_slot, clock
-    engine(keys.device).append(*store, key, value, page_size, minima, maxima, scales, visible)
+    engine(keys.device).append(*store, key, value, page_size, minima, maxima, scales, visible, may_close)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::attend", mutates_args=())
@@ -110,16 +112,16 @@ def _stamp(
 def append(
     keys: Tensor, values: Tensor, bias: Tensor, positions: Tensor, priority: Tensor, open_slot: Tensor, clock: Tensor,
     key: Tensor, value: Tensor, page_size: int, minima: Tensor | None = None, maxima: Tensor | None = None,
-    scales: Scales | None = None, visible: Tensor | None = None,
+    scales: Scales | None = None, visible: Tensor | None = None, may_close: bool = False,
 ) -> None:  # fmt: skip
     """See `raas_kernels.reference.append`."""
     inputs = keys, values, bias, positions, priority, open_slot, clock, key, value, page_size, minima, maxima
     if not torch.compiler.is_compiling():
-        engine(keys.device).append(*inputs, scales, visible)
+        engine(keys.device).append(*inputs, scales, visible, may_close)
     elif _is_traceable(keys.device):
-        reference.append_in_graph(*inputs, scales, visible)
+        reference.append_in_graph(*inputs, scales, visible, may_close)
     else:
-        _append(*inputs, *(scales or (None, None)), visible)
+        _append(*inputs, *(scales or (None, None)), visible, may_close)
 
 
 def attend(
@@ -159,3 +161,13 @@ def stamp(
         (reference.stamp if _is_traceable(priority.device) else _stamp)(*inputs)
     else:
         engine(priority.device).stamp(*inputs)
+
+
+def show(layers: Sequence[Held], visible: Tensor) -> None:
+    """See `raas_kernels.visibility.show`."""
+    if torch.compiler.is_compiling() or engine(visible.device) is reference:
+        visibility.show(layers, visible)
+        return
+    from . import visibility_triton
+
+    visibility_triton.show(layers, visible)

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import MIN_DOT, Config, choose_config
-from .reference import Reduction, Scales, quantize
+from .reference import Reduction, Scales, finite, quantize
 
 
 @triton.jit
@@ -31,7 +31,7 @@ def append_kernel(
     key_scales, value_scales, key_scale, value_scale, visible,
     heads, pages, decode_pages, stride_key, stride_value,
     PAGE: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
-    BOUNDS: tl.constexpr, QUANTIZED: tl.constexpr, PADDED: tl.constexpr,
+    BOUNDS: tl.constexpr, QUANTIZED: tl.constexpr, PADDED: tl.constexpr, MAY_CLOSE: tl.constexpr,
     BLOCK_PAGES: tl.constexpr, BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -57,7 +57,6 @@ def append_kernel(
         start = (first_decode_page + victim).to(tl.int64) * PAGE
         tl.store(open_slot + row, start)
         tl.store(positions + row * pages * PAGE + start + lane, (now + lane).to(tl.int32))
-    # A padding token's K and V may be anything, NaN too, and 0 * NaN is NaN: they are not even loaded.
     shown = tl.load(visible + row // heads).to(tl.int32) if PADDED else 1
     # An opening page (offset 0) is wiped in the same store: its mask is all lanes, otherwise one.
     tl.store(
@@ -66,20 +65,25 @@ def append_kernel(
         mask=(lane == offset) | (lane >= offset * PAGE),
     )
     page = start // PAGE
-    if opening | (offset == PAGE - 1):
+    if opening | (offset == PAGE - 1) | MAY_CLOSE:
         tl.store(priority + row * decode_pages + page - first_decode_page, now.to(tl.float64))
 
     slot = row * pages * PAGE + start + offset
     dk = tl.arange(0, BLOCK_DK)
-    new_key = tl.load(key + row * stride_key + dk, mask=dk < DK * shown, other=0.0)
+    new_key = tl.load(key + row * stride_key + dk, mask=dk < DK, other=0.0)
     dv = tl.arange(0, BLOCK_DV)
-    new_value = tl.load(value + row * stride_value + dv, mask=dv < DV * shown, other=0.0)
+    new_value = tl.load(value + row * stride_value + dv, mask=dv < DV, other=0.0)
     wide = new_key.to(tl.float32)
+    if PADDED and not QUANTIZED:
+        # K and V of a hidden token may be NaN, and its weight of 0 times NaN is NaN. Only x - x == 0 for finite x.
+        wide_value = new_value.to(tl.float32)
+        new_key = tl.where((shown > 0) | (wide - wide == 0.0), new_key, 0.0)
+        new_value = tl.where((shown > 0) | (wide_value - wide_value == 0.0), new_value, 0.0)
     if QUANTIZED:
-        new_scale = tl.load(key_scale + row, mask=shown > 0, other=1.0)
+        new_scale = tl.load(key_scale + row)
         wide *= new_scale
         tl.store(key_scales + slot, new_scale)
-        tl.store(value_scales + slot, tl.load(value_scale + row, mask=shown > 0, other=1.0))
+        tl.store(value_scales + slot, tl.load(value_scale + row))
     tl.store(keys + slot * DK + dk, new_key, mask=dk < DK)
     tl.store(values + slot * DV + dv, new_value, mask=dv < DV)
 
@@ -97,13 +101,15 @@ def append_kernel(
 def append(
     keys: Tensor, values: Tensor, bias: Tensor, positions: Tensor, priority: Tensor, open_slot: Tensor, clock: Tensor,
     key: Tensor, value: Tensor, page_size: int, minima: Tensor | None = None, maxima: Tensor | None = None,
-    scales: Scales | None = None, visible: Tensor | None = None,
+    scales: Scales | None = None, visible: Tensor | None = None, may_close: bool = False,
 ) -> None:  # fmt: skip
     """See `raas_kernels.reference.append`."""
     batch, heads, slots, dk = keys.shape
     dv = values.shape[-1]
     new_scales = (bias, bias)
     if scales is not None:
+        if visible is not None:
+            key, value = (finite(new, ~visible[:, None, None, None]) for new in (key, value))
         (key, key_scale), (value, value_scale) = quantize(key, keys.dtype), quantize(value, values.dtype)
         new_scales = (key_scale, value_scale)
     key, value = (t.reshape(batch * heads, -1) for t in (key, value))
@@ -115,7 +121,7 @@ def append(
         bias if visible is None else visible.contiguous(),
         heads, slots // page_size, priority.shape[-1], key.stride(0), value.stride(0),
         PAGE=page_size, DK=dk, DV=dv, BOUNDS=bounds, QUANTIZED=scales is not None, PADDED=visible is not None,
-        BLOCK_PAGES=triton.next_power_of_2(priority.shape[-1]),
+        MAY_CLOSE=may_close, BLOCK_PAGES=triton.next_power_of_2(priority.shape[-1]),
         BLOCK_DK=triton.next_power_of_2(dk), BLOCK_DV=triton.next_power_of_2(dv),
     )  # fmt: skip
 

@@ -4,11 +4,13 @@ A layer's store is a set of static buffers, written in place (shapes as in the p
 
     keys        [B, H, N, Dk]   one page = S consecutive slots; K has RoPE applied, so slots need no order
     values      [B, H, N, Dv]
-    bias        [B, H, N]       float32 (float64 for float64 keys): 0 where a token is resident, -inf where none is
-    positions   [B, H, N]       int32, sequence index of the token in a slot; meaningless where the bias is -inf
+    bias        [B, H, N]       float32 (float64 for float64 keys): 0 where a token is resident, -inf where none is, or
+                                where the attention mask hides it
+    positions   [B, H, N]       int32, sequence index of the token in a slot; -1, or past the clock, where none is
     priority    [B, H, E]       float64, page with the smallest value is evicted first; -inf = holds nothing
     open_slot   [B, H]          int64, first slot of the decode page that takes the next token
-    clock       [B, H, 2]       int64, (sequence index, decode-token index) of the newest token, the same for all
+    clock       [B, H, 2]       int64, (sequence index, decode-token index) of the newest token; each (row, KV head) has
+                                a clock of its own
     minima, maxima [B, H, P, Dk]  element-wise bounds of each page's keys (only to score by them or to select pages);
                               of an 8-bit store in float32
     scales      two [B, H, N]   float32, what a slot's key and value codes are multiplied by (only for 8-bit stores)
@@ -54,6 +56,17 @@ def victim(positions: torch.Tensor, priority: torch.Tensor, page_size: int) -> t
     return first.masked_fill(~oldest, torch.iinfo(first.dtype).max).argmin(-1)
 
 
+def finite(states: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """`states` with 0 for every NaN and infinity of a hidden token: its weight is 0, and 0 * NaN is NaN.
+
+    Finite values stay, for a later attention mask may show the token.
+
+    Args:
+        hidden: bool, broadcasts against `states`.
+    """
+    return torch.where(hidden & ~states.isfinite(), 0, states)
+
+
 def append(
     keys: torch.Tensor,
     values: torch.Tensor,
@@ -69,21 +82,31 @@ def append(
     maxima: torch.Tensor | None = None,
     scales: Scales | None = None,
     visible: torch.Tensor | None = None,
+    may_close: bool = False,
 ) -> None:
     """Advance the clock and write one decode token a row into the open page; when that is full, recycle the victim.
 
-    A page's priority becomes the present sequence index when the page opens and when its last slot is filled: until
-    then it cannot be a victim, so this is "the open page's timestamp becomes t" at every token (RaaS, section 3).
+    "The open page's timestamp becomes t" at every token (RaaS, section 3). A page that stays open until it is full
+    cannot be a victim before, so its priority is written only at its first and its last token. `may_close` writes it
+    at every token, for stores in which input may close a page early.
 
     Args:
         key, value: `[B, H, 1, Dk]` and `[B, H, 1, Dv]`, dtype of `keys` / `values`, or what becomes 8-bit codes.
         page_size: S, tokens a page.
         minima, maxima: bounds to keep up to date, or None.
         scales: of an 8-bit store's keys and values; None for any other.
-        visible: `[B]` bool, False where the token is padding; None if no row's is.
+        visible: `[B]` bool, False where the attention mask hides the token; None if it hides no row's.
+        may_close: whether a page may be closed before it is full.
     """
+    clocks = clock.flatten(0, 1).tolist()  # quicker than to index first
+    if clocks.count(clocks[0]) < len(clocks):  # rows that are not in step need what is computed row by row
+        append_in_graph(
+            keys, values, bias, positions, priority, open_slot, clock, key, value, page_size, minima, maxima, scales,
+            visible, may_close,
+        )  # fmt: skip
+        return
     clock += 1
-    now, decoded = clock.tolist()[0][0]  # quicker than to index first
+    now, decoded = (count + 1 for count in clocks[0])
     offset = decoded % page_size
     first_decode_slot = keys.shape[2] - priority.shape[-1] * page_size
     if offset == 0:
@@ -94,8 +117,8 @@ def append(
         positions.scatter_(2, page, (now + lane).int().expand_as(page))
     slot = (open_slot + offset).unsqueeze(-1)
     hidden = None if visible is None or visible.all() else ~visible[:, None, None]
-    if hidden is not None:  # a padding token's K and V may be anything, NaN too, and 0 * NaN is NaN
-        key, value = (new.masked_fill(hidden[..., None], 0) for new in (key, value))
+    if hidden is not None:
+        key, value = (finite(new, hidden[..., None]) for new in (key, value))
     writes, key = _writes(keys, values, key, value, scales)
     for held, new in writes:
         held.scatter_(2, (slot if new.ndim == 3 else slot.unsqueeze(-1)).expand_as(new), new)
@@ -103,7 +126,7 @@ def append(
         bias.scatter_(2, slot, 0)
     else:
         bias.scatter_(2, slot, torch.zeros_like(slot, dtype=bias.dtype).masked_fill_(hidden, float("-inf")))
-    if offset in (0, page_size - 1):
+    if may_close or offset in (0, page_size - 1):
         priority.scatter_(2, (open_slot[..., None] - first_decode_slot) // page_size, now)
     if minima is not None and maxima is not None:
         page = (open_slot // page_size)[..., None, None].expand_as(key)
@@ -140,6 +163,7 @@ def append_in_graph(
     maxima: torch.Tensor | None = None,
     scales: Scales | None = None,
     visible: torch.Tensor | None = None,
+    may_close: bool = False,
 ) -> None:
     """`append` without a look at the clock: what is to be done is computed, for `torch.compile` to trace and fuse."""
     clock += 1
@@ -163,11 +187,11 @@ def append_in_graph(
     put(bias, slots, torch.where(lane == offset[..., None], visibly[..., None], unwritten))
     put(positions, slots, torch.where(opening[..., None], now[..., None] + lane, positions.gather(2, slots)))
     evictable = page - first_decode_slot // page_size
-    stamped = opening | (offset == page_size - 1)
+    stamped = torch.ones_like(opening) if may_close else opening | (offset == page_size - 1)
     put(priority, evictable, torch.where(stamped, now.to(priority.dtype), priority[row, head, evictable]))
 
     slot = open_slot + offset
-    key, value = (torch.where(shown[..., None], new[:, :, 0], 0) for new in (key, value))
+    key, value = (new[:, :, 0] if visible is None else finite(new[:, :, 0], ~shown[..., None]) for new in (key, value))
     writes, key = _writes(keys, values, key, value, scales)
     for held, new in writes:
         put(held, slot, new)
@@ -218,8 +242,8 @@ def attend(
     batch, heads, slots, _ = keys.shape
     grouped = query.reshape(batch * heads, -1, query.shape[-1])
     transposed, contents = keys.flatten(0, 1).mT, values.flatten(0, 1)
-    if keys.element_size() < 4:
-        accumulate = torch.promote_types(query.dtype, torch.float32)
+    accumulate = bias.dtype
+    if not grouped.dtype == transposed.dtype == contents.dtype == accumulate:
         grouped, transposed, contents = (t.to(accumulate) for t in (grouped, transposed, contents))
     # baddbmm and bmm, not @: on the CPU matmul copies the strided K and V, at twice the time of the whole attention.
     if softcap is None and scales is None:
@@ -292,17 +316,20 @@ def extend(
     group_score: Reduction = "max",
     observed: int | None = None,
     max_logits: int = 1 << 26,
+    among: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of T new tokens a row over the residents and, causally, over each other; scores as in `attend`.
 
-    The new tokens are resident already: a query sees the slots whose position is not past its own. Rare (a new user
-    turn, a prefill chunk), so torch serves every device, in blocks of queries that bound the logits in memory.
+    The new tokens are resident already: a query sees the slots whose position is not past its own, or of the new tokens
+    those that `among` says. Rare (a new user turn, a prefill chunk), so torch serves every device, in blocks of queries
+    that bound the logits in memory.
 
     Args:
         query: `[B, H * G, T, Dk]`.
         query_positions: `[T]` int, sequence index of each query.
         observed: how many of the last queries the scores come from; None for all. Padding gives none.
         max_logits: bound on the logits held at once, in elements.
+        among: `[B, T, new]` bool, which new tokens, T or more, each query sees; None for causal.
 
     Returns:
         output `[B, H * G, T, Dv]`, scores `[B, H, P]`, over the queries the max if `page_score` is, or the sum.
@@ -321,7 +348,14 @@ def extend(
     for start in range(0, length, block):
         window = slice(start, min(start + block, length))
         logits = _capped(grouped[:, :, :, window].to(accumulate) * scale @ transposed, softcap)
-        visible = (bias == 0)[:, :, None] & (positions[:, :, None] <= query_positions[window, None])
+        if among is None:
+            allowed = positions[:, :, None] <= query_positions[window, None]
+        else:
+            place = (positions - query_positions[-1] - 1)[:, :, None] + among.shape[-1]
+            # An empty slot may have any position.
+            index = place.clamp(0, among.shape[-1] - 1).long().expand(-1, -1, window.stop - start, -1)
+            allowed = (place < 0) | among[:, None, window].expand(-1, heads, -1, -1).gather(3, index)
+        visible = (bias == 0)[:, :, None] & allowed
         # A padding query sees nothing: its row of the softmax is 0 / 0, and its output is never used.
         weights = _softmax(logits.masked_fill_(~visible[:, :, None], float("-inf")), sinks).nan_to_num_(0.0)
         output[:, :, :, window] = (weights @ contents).to(query.dtype)
@@ -391,6 +425,7 @@ def stamp(
     Args:
         priority: `[B, H, E]`, updated in place.
         scores: `[B, H, E]`, any float dtype; 0 for empty pages.
+        clock: `[B, H, 2]`, each (row, KV head)'s own.
         first: `[B, H, E]` int32, sequence index of each page's first token.
         alpha: stamp the pages with `score >= alpha`; None for `top_ratio`.
         top_ratio: stamp the `ceil(top_ratio * held)` highest scores, ties to the older page; None for `alpha`.
@@ -405,5 +440,9 @@ def stamp(
         wanted = (held.sum(-1, keepdim=True).double() * top_ratio).ceil()  # type: ignore[operator]  # one is given
         in_top = torch.arange(scores.shape[-1], device=scores.device) < wanted
         milestone = torch.zeros_like(held).scatter_(-1, ranked, in_top)
-    # A number where there is one to be had: a tensor costs the CPU engine three more operators.
-    priority.masked_fill_(milestone, clock[0, 0, 0] if torch.compiler.is_compiling() else clock.tolist()[0][0][0])
+    clocks = [] if torch.compiler.is_compiling() else clock[..., 0].flatten().tolist()
+    if clocks and clocks.count(clocks[0]) == len(clocks):
+        # A number costs the CPU engine three operators less than a tensor.
+        priority.masked_fill_(milestone, clocks[0])
+    else:
+        priority.copy_(torch.where(milestone, clock[..., :1].to(priority.dtype), priority))

@@ -18,6 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from .layer import PagedLayer
+from .model_code import OWN_CACHE_FOR_ENCODER
 
 
 DISPATCHED = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4")
@@ -88,23 +89,60 @@ def dispatcher(dense: AttentionFunction) -> AttentionFunction:
                 # Other layers may share this key.
                 key.paged_layer = value.paged_layer = None  # type: ignore[attr-defined]
                 return dense(module, query, key, value, attention_mask, *args, **kwargs)
+        is_new, layer.awaits_attention = layer.awaits_attention, False
         _refuse_unsupported(module, kwargs, is_input=layer.new > 1 or layer.is_first_forward)
-        if layer.awaits_attention:  # not where a layer that shares the KV of another reads it once more
+        visible = among = None
+        if is_new:  # not where a layer that shares the KV of another reads it once more
             _require_self_attention(module, query, key, layer)
-            layer.admit(_visible_new_tokens(attention_mask, query.shape[2], is_first=layer.is_first_forward))
+            visible, among = _seen_by_new_tokens(attention_mask, query.shape[2], layer)
         scaling = kwargs.get("scaling")
         scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
         softcap, sinks = (kwargs.get(name) if name in extras else None for name in ("softcap", "s_aux"))
+        attended = None
         if layer.is_first_forward:
             _expected.reference = None
             attended = dense(module, query, key, value, attention_mask, *args, **kwargs)
+
+        def read_pages() -> torch.Tensor | None:
+            if is_new:
+                layer.admit(visible, among)
+            if attended is None:
+                return layer.attend(query, scale, softcap, sinks, expanded=(key, value) if layer.is_latent else None)
             layer.attend_first(query, (key, value), scale=scale, softcap=softcap, sinks=sinks)
+            return None
+
+        # The pages hold what the model gave them, in its dtypes, and no gradients.
+        has_gradients, device = torch.is_grad_enabled(), query.device.type
+        read = torch.no_grad()(read_pages) if has_gradients else read_pages
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                output = read()
+        else:
+            output = read()
+        if attended is not None:
             return attended
-        output = layer.attend(query, scale, softcap, sinks, expanded=(key, value) if layer.is_latent else None)
+        assert output is not None
+        if has_gradients and not torch.compiler.is_compiling():
+            output = _NoGradient.apply(output, query, key, value)  # type: ignore[no-untyped-call]
         return output.transpose(1, 2).contiguous(), None
 
     paged_attention_forward.dense = dense  # type: ignore[attr-defined]
     return paged_attention_forward
+
+
+class _NoGradient(torch.autograd.Function):
+    """Passes the attention of a step on, and refuses to be differentiated: the keys in the cache have no graph."""
+
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        raise RuntimeError(
+            "A paged cache holds keys and values without their gradients, so this step has none. Generate under "
+            "torch.no_grad(); to train, call the model with use_cache=False on the whole sequence."
+        )
 
 
 def _refuse_unsupported(module: torch.nn.Module, kwargs: dict[str, Any], is_input: bool) -> None:
@@ -130,41 +168,64 @@ def _require_self_attention(module: torch.nn.Module, query: torch.Tensor, key: t
     if query.shape[2] != key.shape[2] and not layer.is_latent:
         raise ValueError(
             f"{type(module).__name__} reads {key.shape[2]} new keys with {query.shape[2]} new queries: a paged cache "
-            "serves self-attention, not attention to an image or an encoder. Use a DynamicCache for this model."
+            "serves self-attention, not attention to an image or an encoder. If the model has an encoder, pass "
+            f"past_key_values={OWN_CACHE_FOR_ENCODER}; otherwise use a DynamicCache for this model."
         )
 
 
-def _visible_new_tokens(mask: torch.Tensor | None, new: int, is_first: bool) -> torch.Tensor | None:
-    """`[batch, new]` bool, False for padding, from the mask of the new tokens (4-d bool or additive, or 2-d)."""
+def _seen_by_new_tokens(
+    mask: torch.Tensor | None, new: int, layer: PagedLayer
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Which new tokens are visible, and which of them each one sees, from the mask of a forward.
+
+    Args:
+        mask: 2-d, or 4-d and bool or additive. If it spans the past as well, that part is applied to `layer`.
+
+    Returns:
+        `[batch, new]` bool, False for a hidden token; `[batch, new, new]` bool, None where it is causal, or where the
+        model attends by itself.
+    """
     if mask is None:
-        return None
+        return None, None
+    is_first = layer.is_first_forward
     if mask.ndim == 2:
-        return mask[:, -new:].bool()
+        return mask[:, -new:].bool(), None
     if mask.shape[-1] != new:
-        raise ValueError(
-            f"attention_mask of shape {tuple(mask.shape)} spans {mask.shape[-1]} keys where {new} tokens are new: what "
-            "is visible of the past is the cache's own affair. Pass a 2-d mask of ones and zeros, or none."
-        )
+        mask = _split_past(mask, new, layer)
     if new == 1 and not is_first:
-        return _visible_generated(mask)
+        return _visible_generated(mask), None
     allowed = _allowed(mask)
     if mask.dtype != torch.bool and not bool((allowed | (mask < -1e4)).all()):
         raise ValueError(
             "attention_mask adds more than visible (0) and hidden (a large negative number) to the attention: such a "
             "bias goes by where a token stands, which a paged cache changes. Use a DynamicCache for this model."
         )
-    visible = allowed[:, 0, -1]
+    # The last token need not see all others (packed or branching prompts, images). A padding token does not see itself,
+    # or sees everything, the last token too, which some masks do to keep its softmax finite.
+    visible = allowed[:, 0, -1] | (allowed[:, 0].diagonal(dim1=1, dim2=2) & ~allowed[:, 0, :, -1])
     if is_first:
-        # The last token need not see all others (packed or branching prompts). A padding token does not see itself, or
-        # sees everything, the last token too, which some masks do to keep its softmax finite.
-        visible = visible | (allowed[:, 0].diagonal(dim1=1, dim2=2) & ~allowed[:, 0, :, -1])
+        return visible, None
     causal = visible[:, None, None] & allowed.new_ones(new, new).tril()
-    if not is_first and not torch.equal(allowed, causal.expand_as(allowed)):
+    return visible, None if torch.equal(allowed, causal.expand_as(allowed)) else allowed[:, 0].expand(-1, new, new)
+
+
+def _split_past(mask: torch.Tensor, new: int, layer: PagedLayer) -> torch.Tensor:
+    """The part of a 4-d mask that is about the new tokens; what it says of the past goes to `layer`."""
+    seen = None if torch.compiler.is_compiling() else layer.seen_before
+    if seen is None or mask.shape[-1] != seen + new or mask.shape[1] != 1:
         raise ValueError(
-            "attention_mask is not causal among the new tokens: after the first forward the paged attention is causal. "
-            "Pass a 2-d mask of ones and zeros, or put such tokens into the first forward."
+            f"attention_mask of shape {tuple(mask.shape)} spans {mask.shape[-1]} keys, and the sequence has {seen} and "
+            f"{new} new tokens: pass a 2-d mask of ones and zeros for all of them, or none."
         )
-    return visible
+    past, rest = _allowed(mask[:, 0, :, :seen]), mask[..., seen:]
+    if new > 1 and not bool((past == past[:, -1:]).all(-1).logical_or(~_allowed(rest)[:, 0].any(-1)).all()):
+        raise ValueError(
+            "attention_mask hides some of the past from one new token and not from another: a paged cache shows all of "
+            "them the same. Pass a 2-d mask of ones and zeros, or give the tokens one forward each."
+        )
+    if seen:
+        layer.show(past[:, -1].expand(layer.batch_size, -1))
+    return rest
 
 
 def _allowed(mask: torch.Tensor) -> torch.Tensor:
@@ -184,6 +245,23 @@ def _visible_generated(mask: torch.Tensor) -> torch.Tensor | None:
         known = version, None if visible.all() else visible
         mask.visible_generated = known  # type: ignore[attr-defined]
     return known[1]
+
+
+def mask_dispatcher(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A mask function that first tells a paged cache what the whole 2-d mask says of the tokens that it holds.
+
+    `original` makes the mask of the new tokens: of the past, only the cache knows which slots hold which tokens.
+    """
+
+    @functools.wraps(original)
+    def paged_mask(*args: Any, **kwargs: Any) -> Any:
+        cache = getattr(kwargs.get("kv_offset"), "paged_cache", None)
+        if cache is not None:
+            cache.apply_mask(kwargs.get("attention_mask"), kwargs["kv_offset"], kwargs["q_length"])
+        return original(*args, **kwargs)
+
+    paged_mask.original = original  # type: ignore[attr-defined]
+    return paged_mask
 
 
 _EAGER: dict[type[torch.nn.Module], AttentionFunction] = {}
@@ -241,12 +319,17 @@ def register() -> None:
     """Make the default attention implementations serve paged caches; done once on import, harmless to repeat.
 
     Registers `"raas"`, and wraps `"eager"`, `"sdpa"` and the flash entries in a dispatcher that looks for a paged
-    cache's key and otherwise calls the original. All through transformers' public registries.
+    cache's key and otherwise calls the original; their mask functions likewise. All through transformers' public
+    registries.
     """
     interface = AttentionInterface()
     AttentionInterface.register("raas", dispatcher(raas_attention_forward))
-    AttentionMaskInterface.register("raas", sdpa_mask)
+    masks = AttentionMaskInterface()
+    AttentionMaskInterface.register("raas", mask_dispatcher(sdpa_mask))
     for name in DISPATCHED:
+        mask = masks.get(name)
+        if mask is not None and not hasattr(mask, "original"):
+            AttentionMaskInterface.register(name, mask_dispatcher(mask))
         dense = interface.get(name, eager_attention_forward if name == "eager" else None)
         if dense is not None and not hasattr(dense, "dense"):
             AttentionInterface.register(name, dispatcher(dense))
@@ -254,8 +337,11 @@ def register() -> None:
 
 def unregister() -> None:
     """Put the original functions back; `attn_implementation="raas"` stays available."""
-    interface = AttentionInterface()
+    interface, masks = AttentionInterface(), AttentionMaskInterface()
     for name in DISPATCHED:
+        mask = getattr(masks.get(name), "original", None)
+        if mask is not None:
+            AttentionMaskInterface.register(name, mask)
         dense = getattr(interface.get(name), "dense", None)
         if dense is eager_attention_forward:
             # The registry has no public way to take an entry out, and by default has none for eager.

@@ -7,9 +7,11 @@ upstream's; a new option is checked here and goes into `LayerSettings`, what it 
 
 import inspect
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -18,17 +20,27 @@ from transformers.cache_utils import Cache
 from .attention import DISPATCHED, expect
 from .html import of_cache
 from .hybrid import plan_layers
-from .layer import PagedLayer
-from .paged_attention import LayerSettings
+from .layer import INTERRUPTED, PagedLayer
+from .model_code import check_caller, length_to_tell
+from .model_probe import calling_module, generate_compiles, is_asked_by_generate
+from .past_mask import PastMask, tagged
 from .policies import Policy
+from .settings import (
+    Budget,
+    LayerSettings,
+    check_choice,
+    check_offloading,
+    checked_budget,
+    checked_config,
+    checked_page_size,
+    whole_number,
+)
 
 
 if TYPE_CHECKING:
     from .hybrid import AnyLayer
     from .recording import Recording
 
-AnyModule = TypeVar("AnyModule", bound=torch.nn.Module)
-Budget = int | list[int] | tuple[int, ...]
 NEEDS_CONFIG = (
     "This model has linear-attention layers, which the cache must know beforehand: use "
     "RaaSCache(budget, config=model.config)."
@@ -44,17 +56,16 @@ class _LayersToCome(list["AnyLayer"]):
         return super().__getitem__(index)
 
 
-class CacheOptions(TypedDict, total=False):
-    """The options that every paged cache takes; see `PagedCache`."""
+class _OfAnInstance(property):
+    """A property that, asked of the class, says what is meant to be passed to transformers."""
 
-    page_size: int
-    scoring: Literal["exact", "minmax"]
-    granularity: Literal["head", "layer"] | None
-    min_decode_pages: int
-    prompt: Literal["pin", "select", "evict"] | None
-    kv_dtype: Literal["int8", "fp8"] | None
-    config: PreTrainedConfig | None
-    offloading: bool
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        if instance is None and owner is not None:
+            raise AttributeError(
+                f"{owner.__name__} is a class, and a cache is an instance of it: pass {owner.__name__}(budget=1024), "
+                "with parentheses."
+            )
+        return super().__get__(instance, owner)
 
 
 class PagedCache(Cache):
@@ -116,36 +127,39 @@ class PagedCache(Cache):
             raise TypeError(f"policy={policy!r} must be a raas_cache.Policy, such as RaaSPolicy().")
         granularity = policy.granularity if granularity is None else granularity
         prompt = policy.prompt if prompt is None else prompt
-        self.budget = tuple(budget) if isinstance(budget, list) else budget
-        if self.budget == ():
-            raise ValueError(f"budget={budget} must be an int, or have an int for each layer of the model.")
-        for of_layer in self.budget if isinstance(self.budget, tuple) else (self.budget,):
-            _check_size(budget=of_layer, page_size=page_size, min_decode_pages=min_decode_pages)
-        for name, value, options in (
-            ("scoring", scoring, ("exact", "minmax")),
-            ("granularity", granularity, ("head", "layer")),
-            ("prompt", prompt, ("pin", "select", "evict")),
-            ("kv_dtype", kv_dtype, (None, "int8", "fp8")),
-        ):
-            if value not in options:
-                raise ValueError(f"{name}={value!r} is unknown: use one of {', '.join(map(repr, options))}.")
+        page_size = checked_page_size(page_size)
+        self.budget = checked_budget(budget, page_size)
+        min_decode_pages = whole_number("min_decode_pages", min_decode_pages)
+        check_choice("scoring", scoring, ("exact", "minmax"))
+        check_choice("granularity", granularity, ("head", "layer"))
+        check_choice("prompt", prompt, ("pin", "select", "evict"))
+        check_choice("kv_dtype", kv_dtype, (None, "int8", "fp8"))
+        config = checked_config(config)
+        check_offloading(offloading)
         if prompt not in policy.prompts:
             able = ", ".join(map(repr, policy.prompts))
             raise ValueError(f"prompt={prompt!r} is not what {type(policy).__name__} can do: use one of {able}.")
-        if offloading and not torch.cuda.is_available():
-            raise ValueError("offloading=True moves layers between GPU and CPU memory, and there is no CUDA GPU here.")
         # The budget is filled in for each layer.
         self.settings = LayerSettings(policy, 0, page_size, min_decode_pages, scoring, granularity, prompt, kv_dtype)
         layers = _LayersToCome() if config is None else plan_layers(config, self._settings_of)
         super().__init__(layers=layers, offloading=offloading)
-        self._records_past = False
+        self._config = config
         self._recording: Recording | None = None
+        self._preallocates = self._reads_input = False
+        self._forget()
+        if config is not None:
+            self._warn_if_nothing_is_paged(config)
+
+    def _forget(self) -> None:
+        """What has been learnt of a model and its sequence; another may come after `reset`."""
+        self._records_past = False
         self._handed_out: PagedLayer | None = None
+        self._last_idx, self._seen_before = -1, 0  # of the layer that updated last, and of the forward that it is in
+        self._is_torn = False  # whether only some of the layers have had their rows changed
+        self._past_mask = PastMask()
         self._not_offloaded: int | None = None
         self._warned = False
         self._suits_model: bool | None = None  # whether the model's decode step can be compiled; None: not yet asked
-        if config is not None:
-            self._warn_if_nothing_is_paged(config)
 
     def _settings_of(self, layer_idx: int) -> LayerSettings:
         budget = self.budget
@@ -161,27 +175,30 @@ class PagedCache(Cache):
         """Store the new tokens of a layer, and hand the layer to the attention function (see `PagedLayer.update`).
 
         Raises:
-            RuntimeError: the attention implementation did not take what the last update handed out.
-            ValueError: batch size, dtype or device differ from those of the tokens held.
+            RuntimeError: the attention implementation did not take what the last update handed out, or the last
+                forward did not end.
+            ValueError: batch size, dtypes or device differ from those of the tokens held, or the model would misuse or
+                drop the cache (see `check_caller`).
         """
-        if self._handed_out is not None and self._handed_out.awaits_attention:
-            config = getattr(_calling_module(torch.nn.Module), "config", None)
-            implementation = "in use" if config is None else repr(config._attn_implementation)
-            raise RuntimeError(
-                f"The attention implementation {implementation} did not read the paged cache, so its output "
-                'would be wrong. Call model.set_attn_implementation("raas") (or "sdpa") and generate again with a new '
-                "cache. A model whose attention bypasses transformers' attention interface, or that changes its keys "
-                "between cache and attention, needs a DynamicCache."
-            )
+        self._check_last_forward(layer_idx)
+        if layer_idx == 0 and not torch.compiler.is_compiling():
+            is_empty = not (self.layers and self.layers[0].is_initialized)  # type: ignore[union-attr]  # has attention
+            if is_empty or key_states.shape[2] > 1:
+                seen = 0 if is_empty else self.get_seq_length()
+                check_caller(self, seen, key_states.shape[2], inspect.currentframe())
         while len(self.layers) <= layer_idx:
             self._add(PagedLayer(self._settings_of(len(self.layers))))
         layer = self.layers[layer_idx]
         if self.offloading:
             layer.prefetch()
-        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if isinstance(layer, PagedLayer):
+            if not torch.compiler.is_compiling():
+                self._check_step(layer, layer_idx)
+            layer.reads_input, layer.preallocates = self._reads_input, self._preallocates
             if self._recording is not None and layer.recorder is None:
                 layer.recorder = self._recording.recorder_of(layer_idx)
+        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if isinstance(layer, PagedLayer):
             self._handed_out = layer
             if not self._warned and (layer.is_first_forward or key_states.shape[2] > 1):
                 self._warn_if_prompt_fills_budget(layer)
@@ -190,9 +207,70 @@ class PagedCache(Cache):
             expect(layer)
         return keys, values
 
+    def _check_last_forward(self, layer_idx: int) -> None:
+        """Refuse to go on where what was handed out last was not read, or rows were changed in some layers only."""
+        if self._is_torn:
+            raise RuntimeError(INTERRUPTED)
+        if self._handed_out is None or not self._handed_out.awaits_attention:
+            return
+        config = getattr(calling_module(torch.nn.Module), "config", None)
+        implementation = "in use" if config is None else repr(config._attn_implementation)
+        unread = (
+            f"The attention implementation {implementation} did not read the paged cache, so its output "
+            'would be wrong. Call model.set_attn_implementation("raas") (or "sdpa") and generate again with a new '
+            "cache. A model whose attention bypasses transformers' attention interface, or that changes its keys "
+            "between cache and attention, needs a DynamicCache."
+        )
+        if layer_idx > self._last_idx:
+            raise RuntimeError(unread)
+        # A new forward: the last one may as well have been stopped there.
+        raise RuntimeError(f"{INTERRUPTED} If nothing stopped it: {unread}")
+
+    def _check_step(self, layer: PagedLayer, layer_idx: int) -> None:
+        """Refuse a forward where a layer has not seen all that the layers before it have."""
+        if layer_idx <= self._last_idx or self._last_idx < 0:  # a forward begins
+            self._seen_before = layer.seen
+        elif layer.seen != self._seen_before:
+            raise RuntimeError(INTERRUPTED)
+        self._last_idx = layer_idx
+
     @property
     def _knows_layers(self) -> bool:
         return not isinstance(self.layers, _LayersToCome)
+
+    @contextmanager
+    def prefilling(self) -> Iterator[None]:
+        """While the context lasts, every token is input, also those that come one by one.
+
+        A cache sees tokens, not their roles. Without this, the first forward is input, later forwards of several
+        tokens are input (a turn, a chunk of the prompt), and later forwards of one token are generated tokens, which
+        may be evicted. A prompt that is fed token by token needs this. With `prompt="evict"` it changes nothing,
+        for there input competes as generated tokens do. Steps inside the context are not compiled.
+
+        Example:
+
+        ```python
+        >>> with cache.prefilling():
+        ...     for token in prompt_ids.split(1, dim=1):
+        ...         logits = model(token, past_key_values=cache).logits
+        ```
+        """
+        before, self._reads_input = self._reads_input, self.settings.prompt != "evict"
+        try:
+            yield
+        finally:
+            self._reads_input = before
+            for layer in self.layers:
+                if isinstance(layer, PagedLayer):
+                    layer.reads_input = before
+
+    def preallocate(self) -> None:
+        """Allocate the whole budget with the next forward, instead of pages as they come.
+
+        A step that is compiled, or captured in a CUDA graph, needs buffers that stay in place. `generate` asks for it
+        by itself where it compiles; call this before the first forward if you compile the model yourself.
+        """
+        self._preallocates = True
 
     def _add(self, layer: "AnyLayer") -> None:
         if self._records_past and hasattr(layer, "activate_past_recording"):
@@ -216,10 +294,12 @@ class PagedCache(Cache):
         if not isinstance(config, PreTrainedConfig):
             self.layers = list(self.layers)
             return held
+        present = list(self.layers)
         planned, self.layers = plan_layers(config, self._settings_of), []
         for index, layer in enumerate(planned):
-            if index == layer_idx and isinstance(layer, PagedLayer):
-                self.layers.append(held)
+            if isinstance(layer, PagedLayer) and index < len(present) and type(layer) is type(present[index]):
+                # The layer that called, and those of before a reset, which compiled steps may know.
+                self.layers.append(present[index])
                 continue
             self._add(layer)
             if index == layer_idx:
@@ -250,42 +330,74 @@ class PagedCache(Cache):
             super().offload(due, only_non_sliding)
 
     def _warn_if_prompt_fills_budget(self, layer: PagedLayer) -> None:
-        if not layer.is_over_budget:
+        prompt_pages, least = layer.pages_with_input, layer.min_decode_pages
+        room = layer.room_beside(prompt_pages)
+        if layer.grows or room >= least:
             return
         self._warned = True
-        total = (layer.pinned_pages + layer.decode_pages) * layer.page_size
+        # A turn comes when the number of decode pages is settled.
+        decode_pages = layer.limit if layer.is_decoding else least
         warnings.warn(
-            f"budget={layer.budget} leaves {max(layer.room_for_decode, 0)} pages of {layer.page_size} tokens beside "
-            f"the {layer.pinned_pages} pages of the prompt; the cache holds {layer.decode_pages} decode pages all the "
-            f"same (min_decode_pages={layer.min_decode_pages}), {total} tokens in all.",
+            f"budget={layer.budget} leaves {max(room, 0)} pages of {layer.page_size} tokens beside the {prompt_pages} "
+            f"pages of the prompt; the cache holds {decode_pages} decode pages all the same "
+            f"(min_decode_pages={least}), {(prompt_pages + decode_pages) * layer.page_size} tokens in all.",
             stacklevel=2,
         )
 
-    @property
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """(length, offset) of the mask, as `Cache.get_mask_sizes`; the offset tells the mask function of this cache."""
+        length, offset = super().get_mask_sizes(query_length, layer_idx)
+        if layer_idx < len(self.layers) and not isinstance(self.layers[layer_idx], PagedLayer):
+            return length, offset
+        return length, tagged(offset, self)
+
+    def apply_mask(self, mask: torch.Tensor | None, seen: int, new: int) -> None:
+        """Show and hide the tokens held as a 2-d attention mask says. The registered mask functions call this.
+
+        Args:
+            mask (`torch.Tensor`, *optional*): `[batch, tokens]` bool, False for a hidden token; None changes nothing.
+            seen (`int`): tokens before this forward.
+            new (`int`): tokens of this forward.
+
+        Raises:
+            ValueError: the mask has fewer tokens than the sequence.
+        """
+        layers = self._paged_layers
+        if layers:
+            self._past_mask.apply(mask, seen, new, layers)
+        else:
+            self._past_mask.learn(mask, new)
+
+    @_OfAnInstance
     def is_compileable(self) -> bool:
         """Whether a decode step can be compiled, or captured in a CUDA graph, once and for all.
 
         Not with a method that evicts nothing (its store grows), with offloading, while anything is recorded; not for
-        models that transformers cannot compile, and those with layers whose cache is not static (sliding windows).
-        The model is the one that asks first, as its `generate` does before the cache has seen anything of it.
+        models that transformers cannot compile, and those with layers whose cache is not static (sliding windows); not
+        where `generate` compiles nothing: on a CPU, or with `disable_compile=True`. The model is the one that asks
+        first, as its `generate` does before the cache has seen anything of it.
         """
         is_noted = self._records_past or self._recording is not None
-        if self.offloading or is_noted or not self.settings.policy.evicts:
+        if self.offloading or is_noted or self._reads_input or not self.settings.policy.evicts:
             return False
-        if self._suits_model is None and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and (self._suits_model is None or is_asked_by_generate()):
             self._ask_model()
         return self._suits_model is not False and all(layer.is_compileable for layer in self.layers)
 
     def _ask_model(self) -> None:
-        model = _calling_module(PreTrainedModel)
+        model = calling_module(PreTrainedModel)
         if model is None:
             return
         layers = self.layers if self._knows_layers else plan_layers(model.config, self._settings_of)
-        self._suits_model = (
+        suits = (
             model._can_compile_fullgraph
             and model.config._attn_implementation in (*DISPATCHED, "raas")
             and all(layer.is_compileable for layer in layers)
         )
+        compiles = generate_compiles(model.device)
+        self._suits_model = suits and compiles is not False
+        if suits and compiles:
+            self.preallocate()
 
     @property
     def nbytes(self) -> int:
@@ -345,6 +457,18 @@ class PagedCache(Cache):
             if isinstance(layer, PagedLayer):
                 layer.recorder = None  # `update` gives each its own
 
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens that a layer has seen, evicted ones included.
+
+        Raises:
+            ValueError: a model whose RoPE changes at this length is about to drop the cache (see `length_to_tell`).
+        """
+        seen = super().get_seq_length(layer_idx)
+        if torch.compiler.is_compiling():
+            return seen
+        caller = inspect.currentframe().f_back  # type: ignore[union-attr]  # CPython has both
+        return length_to_tell(seen, caller)  # type: ignore[arg-type]
+
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """-1: the cache never ends a generation."""
         return -1
@@ -363,10 +487,38 @@ class PagedCache(Cache):
         )
 
     def reset(self) -> None:
-        """Forget all tokens, and stop recording the past; the next prompt may be of another size and batch."""
+        """Forget all tokens and what the model is, and stop recording the past.
+
+        The next prompt may be of another size and batch, and of another model, if the cache was made without `config`.
+        """
         super().reset()
-        self._records_past = False
-        self._suits_model = None
+        self._forget()
+        if self._config is None:
+            # Layers that are not paged were chosen for the model: the next attention call tells anew.
+            is_paged = all(isinstance(layer, PagedLayer) for layer in self.layers)
+            self.layers = _LayersToCome(self.layers if is_paged else [])
+
+    @contextmanager
+    def _all_or_none(self) -> Iterator[None]:
+        """What is done to one layer after the other leaves the cache unusable if it stops in between."""
+        self._is_torn = True
+        yield
+        self._is_torn = False
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Row i becomes a copy of row `beam_idx[i]`, for beam search."""
+        with self._all_or_none():
+            super().reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row `repeats` times, side by side."""
+        with self._all_or_none():
+            super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep only the rows `indices`."""
+        with self._all_or_none():
+            super().batch_select_indices(indices)
 
     def activate_past_recording(self) -> None:
         """From now on, note what each forward overwrites, so that `crop` can take its tokens back.
@@ -408,8 +560,9 @@ class PagedCache(Cache):
                     "cannot go back. Leave out assistant_model / prompt_lookup_num_tokens for this model."
                 )
         # The others first: a window that was not recorded raises.
-        for layer in sorted(self.layers, key=lambda layer: isinstance(layer, PagedLayer)):
-            layer.crop(tokens_to_remove)  # type: ignore[union-attr]  # transformers calls it so, too
+        with self._all_or_none():
+            for layer in sorted(self.layers, key=lambda layer: isinstance(layer, PagedLayer)):
+                layer.crop(tokens_to_remove)  # type: ignore[union-attr]  # transformers calls it so, too
 
     def __repr__(self) -> str:
         paged = self._paged_layers
@@ -427,27 +580,3 @@ class PagedCache(Cache):
         settings = self.settings
         about = f"{settings.policy}, budget={self.budget}, page_size={settings.page_size}, prompt={settings.prompt!r}"
         return of_cache(type(self).__name__, f"{about}, {self.nbytes:,} bytes", self.layers, self.is_over_budget)
-
-
-def _check_size(**sizes: int) -> None:
-    for name, value in sizes.items():
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name}={value!r} must be an int, not {type(value).__name__}.")
-        if value < 1:
-            raise ValueError(f"{name}={value} must be positive.")
-    budget, page_size = sizes["budget"], sizes["page_size"]
-    if page_size & (page_size - 1):
-        raise ValueError(f"page_size={page_size} must be a power of two: try 16.")
-    if budget < page_size:
-        raise ValueError(f"budget={budget} is less than one page: make it at least page_size={page_size} tokens.")
-
-
-def _calling_module(kind: type[AnyModule]) -> AnyModule | None:
-    """The innermost module of a transformers model, of class `kind`, that is calling the cache."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, kind) and isinstance(getattr(caller, "config", None), PreTrainedConfig):
-            return caller
-        frame = frame.f_back
-    return None

@@ -4,6 +4,7 @@
 import math
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -26,6 +27,7 @@ from . import RaaSCache, arguments, embedded_model, planning
 from .bench import kernels as kernel_bench
 from .bench import report
 from .bench.filling import build_model, load_config, read_config
+from .bench.peer import Peer
 from .bench.steps import Plan, Row, run
 from .eval import chains, plots
 from .eval.chains import ChainProblem, completion_length
@@ -70,8 +72,14 @@ def demo(
     # The model is too small to share among cores: it gains little, and on a busy machine the waiting costs 20 times.
     torch.set_num_threads(1)
     disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(embedded_model())
-    model = AutoModelForCausalLM.from_pretrained(embedded_model(), dtype=torch.float32).eval()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(embedded_model())
+        model = AutoModelForCausalLM.from_pretrained(embedded_model(), dtype=torch.float32).eval()
+    except Exception as error:  # whatever the readers of JSON and safetensors raise
+        raise typer.BadParameter(
+            f"the embedded model in {embedded_model()!r} cannot be loaded ({type(error).__name__}: {error}): install "
+            "raas-cache again."
+        ) from None
 
     prompt, chain = len(tokenizer(sample[0].prompt)["input_ids"]), completion_length(sample)
     # The prompt and the one decode page that a cache must have: a smaller budget would not be kept to.
@@ -186,6 +194,10 @@ def bench(
         Path | None, typer.Option(help="Folder to write JSON and plots to.", show_default="prints the table only")
     ] = None,
     kernels: Annotated[bool, typer.Option("--kernels", help="Time the attention kernel alone.")] = False,
+    peer_python: Annotated[
+        Path | None,
+        typer.Option(help="Python of an environment that has kvpress, to time its DecodingPress beside the others."),
+    ] = None,
 ) -> None:
     """Time decode steps of every method after many tokens, beside DynamicCache and StaticCache."""
     place = arguments.device(device)
@@ -223,12 +235,17 @@ def bench(
         if out:
             require_matplotlib()
     rows: list[Row] = []
-    for cell in run(build_model(config, place, precision, seed), plan):
-        rows += cell
-        case = cell[0].case
-        print(f"timed: batch {case.batch}, budget {case.budget}, seen {case.seen}, {case.mode}", file=sys.stderr)
-        if out:  # after every cell: a run may be cut off
-            report.write_json(out / "bench.json", {**about, "plan": asdict(plan)}, rows)
+    with ExitStack() as stack, arguments.refusing():
+        peer = None if peer_python is None else stack.enter_context(Peer(peer_python))
+        if peer is not None:
+            about["peer"] = peer.about
+            print("peer: " + ", ".join(f"{name} {value}" for name, value in peer.about.items()))
+        for cell in run(build_model(config, place, precision, seed), plan, peer):
+            rows += cell
+            case = cell[0].case
+            print(f"timed: batch {case.batch}, budget {case.budget}, seen {case.seen}, {case.mode}", file=sys.stderr)
+            if out:  # after every cell: a run may be cut off
+                report.write_json(out / "bench.json", {**about, "plan": asdict(plan)}, rows)
     print(report.table(rows))
     if out:
         report.plot(rows, out)

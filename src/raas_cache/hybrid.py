@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicCache, LinearAttentionLayer
 
 from .layer import PagedLayer
-from .paged_attention import LayerSettings
+from .settings import LayerSettings
 
 
 if TYPE_CHECKING:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
@@ -9,7 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from .paged_attention import LayerSettings, PagedAttention
+import raas_kernels
+
+from .paged_attention import PagedAttention
+from .settings import LayerSettings
 from .store import uncompiled
 from .undo import Past
 
@@ -20,6 +24,14 @@ if TYPE_CHECKING:
     from .paged_attention import Expanded, Softmax
     from .store import RowFunction
 
+INTERRUPTED = (
+    "The last forward on this cache did not end: an exception or Ctrl-C stopped it after some layers had stored its "
+    "tokens. Call reset() on the cache and give it the sequence from its beginning."
+)
+NOT_PREALLOCATED = (
+    "This cache takes memory as its chain grows, which a compiled step cannot do: call cache.preallocate() before the "
+    "first forward. (generate does so by itself where it compiles.)"
+)
 Draft = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 """Keys, values and what of them is visible, see `PagedLayer.admit`."""
 
@@ -37,6 +49,7 @@ class PagedLayer(PagedAttention, CacheLayerMixin):
     awaits_attention: bool
     is_first_forward: bool
     record_past: bool
+    reads_input: bool
 
     def __init__(self, settings: LayerSettings):
         CacheLayerMixin.__init__(self)
@@ -48,13 +61,21 @@ class PagedLayer(PagedAttention, CacheLayerMixin):
         self.release()
         if self.recorder is not None:
             self.recorder.entries.clear()
-        self.awaits_attention = self.is_initialized = False
+        self.is_initialized = False
+        # Between `update` and `attend`: whether the attention function has yet to come, and whether it is at work.
+        self.awaits_attention = self.is_busy = False
+        # Whether single tokens are input, too, see `PagedCache.prefilling`.
+        self.reads_input = False
+        # The mask whose view of the past the bias has, see `PastMask`; None where something else has written to it.
+        self.obeys: object = None
         # Called by the first attention with its module, key and value, while the cache does not know the model.
         self.on_module: Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], object] | None = None
         self.record_past = self._expects_turn = False
         # Whether all tokens held came with the last `update`: plain causal attention over them is then exact.
         self.is_first_forward = False
-        self._generated: tuple[torch.Tensor, torch.Tensor] | None = None
+        # What `update` took and `admit` stores: nothing of it is in the store if its attention never comes.
+        self._taken: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._was_input = False
         # While recording, enough to take back a budget of tokens, so that recording left on stays O(budget) too.
         self._past = Past(self.budget)
         self._draft: Draft | None = None
@@ -62,7 +83,7 @@ class PagedLayer(PagedAttention, CacheLayerMixin):
     @property
     def is_compileable(self) -> bool:  # type: ignore[override]  # transformers only reads it
         """Whether a decode step has the shapes, and its buffers the places, of the one before it."""
-        return not (self.grows or self.record_past or self.recorder is not None)
+        return not (self.grows or self.record_past or self.reads_input or self.recorder is not None)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Take batch, heads, sizes, dtype and device from the first key and value; `update` sizes the buffers."""
@@ -72,12 +93,12 @@ class PagedLayer(PagedAttention, CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take the new tokens; `admit` completes their storing and `attend` then reads the store.
+        """Take the new tokens; `admit` stores them and `attend` then reads the store.
 
-        A single token after the first forward is a generated one; several are input. While the past is recorded,
-        several are a draft: generated tokens, stored one by one in `attend`. Only the first forward after
-        `activate_past_recording` is input then, for generation starts with it (not so a latent's, which would have to
-        be expanded again to give its stamps again).
+        A single token after the first forward is a generated one, unless `reads_input` says otherwise; several are
+        input. While the past is recorded, several are a draft: generated tokens, stored one by one in `attend`. Only
+        the first forward after `activate_past_recording` is input then, for generation starts with it (not so a
+        latent's, which would have to be expanded again to give its stamps again).
 
         Args:
             key_states, value_states: `[batch, kv_heads, new, head_dim]`; RoPE applied to the keys.
@@ -87,41 +108,81 @@ class PagedLayer(PagedAttention, CacheLayerMixin):
             model expands what it caches (`is_latent`), the whole buffers instead, a draft behind them.
 
         Raises:
-            ValueError: batch, heads, head size, dtype or device are not those the cache was filled with.
+            RuntimeError: an exception stopped this layer while it stored tokens.
+            ValueError: batch, heads, head sizes, dtypes or device are not those the cache was filled with.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.check_same_use(key_states)
+        self.check_same_use(key_states, value_states)
+        if self.is_busy:
+            raise RuntimeError(INTERRUPTED)
         key, value = key_states, value_states
-        if key.requires_grad:
+        if key.requires_grad or value.requires_grad:
             key, value = key.detach(), value.detach()
         self.is_first_forward, self.new = not self.is_filled, key.shape[2]
-        is_turn, self._expects_turn = self._expects_turn and not self.is_latent, False
         self.awaits_attention = True
-        if self.is_first_forward or key.shape[2] > 1:
-            self._take_input(key, value, is_turn)
-        elif self.is_latent:  # the model expands it before `admit` is called
-            self._store_generated(key, value)
-        else:
-            self._generated = key, value
-        if self.is_latent and not self.is_first_forward:
-            keys, values = self.states()
-            if self._draft is None:
-                return keys, values
-            return torch.cat([keys, key], 2), torch.cat([values, value], 2)
+        self._taken = key, value
+        if self.is_latent:  # the model expands the store before `admit` is called
+            self.is_busy = True
+            self._store(None)
+            if not self.is_first_forward:
+                keys, values = self.states()
+                if self._draft is None:
+                    return keys, values
+                return torch.cat([keys, key], 2), torch.cat([values, value], 2)
         key_states.paged_layer = value_states.paged_layer = self  # type: ignore[attr-defined]
         return key_states, value_states
 
+    def admit(self, visible: torch.Tensor | None, among: torch.Tensor | None = None) -> None:
+        """The attention of the last `update` has come, and says what it may see: store the tokens for good.
+
+        Args:
+            visible: `[batch, new]` bool, False where the attention mask hides a token; None if it hides none.
+            among: `[batch, new, new]` bool, whether a new token sees another; None for causal.
+
+        Raises:
+            ValueError: the tokens are not causal among themselves, and are a draft or may be taken back.
+        """
+        if among is not None and self.record_past:
+            raise ValueError(
+                "attention_mask is not causal among the new tokens, and they may be taken back: leave out "
+                "assistant_model and prompt_lookup_num_tokens, or call cache.deactivate_past_recording() first."
+            )
+        self.is_busy, self.among = True, among
+        if self._taken is not None:
+            self._store(visible)
+        elif visible is None:
+            return
+        elif self._draft is not None:
+            self._draft = *self._draft[:2], visible
+        elif self._was_input:
+            self.hide(visible)
+        else:
+            self.hide_generated(visible[:, 0].expand(self.batch_size))
+
+    def _store(self, visible: torch.Tensor | None) -> None:
+        assert self._taken is not None
+        (key, value), self._taken = self._taken, None
+        self._was_input = self.is_first_forward or self.new > 1 or self.reads_input
+        if self._was_input:
+            self._store_input(key, value, visible)
+        else:
+            self._store_generated(key, value, None if visible is None else visible[:, 0].expand(self.batch_size))
+
     @uncompiled
-    def _take_input(self, key: torch.Tensor, value: torch.Tensor, is_turn: bool) -> None:
+    def _store_input(self, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor | None) -> None:
+        is_turn, self._expects_turn = (self._expects_turn and not self.is_latent) or self.reads_input, False
         if self.record_past and self.is_filled and not is_turn:
-            self._draft = key, value, None
+            self._draft = key, value, visible
             return
         self._note(key.shape[2], pin=True)
-        self.pin(key, value)
+        self.pin(key, value, visible)
 
     def _store_generated(self, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor | None = None) -> None:
-        if self.grows:
+        self._expects_turn = False
+        if self.decode_pages < self.limit:
+            if torch.compiler.is_compiling():
+                raise RuntimeError(NOT_PREALLOCATED)
             self.make_room()
         self._note(1, pin=False)
         self.append(key, value, visible)
@@ -132,23 +193,6 @@ class PagedLayer(PagedAttention, CacheLayerMixin):
             self._past.note(self, length, pin)
         elif self._past.entries:
             self._past.entries.clear()  # what was noted before would be undone in the wrong place
-
-    def admit(self, visible: torch.Tensor | None) -> None:
-        """The attention of the last `update` has come, and says which of its tokens are padding: store them for good.
-
-        Args:
-            visible: `[batch, new]` bool, False for padding; None if there is none.
-        """
-        self.awaits_attention = False
-        if self._generated is not None:
-            (key, value), self._generated = self._generated, None
-            self._store_generated(key, value, None if visible is None else visible[:, 0].expand(self.batch_size))
-        elif self._draft is not None:
-            self._draft = *self._draft[:2], visible
-        elif self.is_first_forward or self.new > 1:
-            self.hide(visible)
-        elif visible is not None:  # a latent's token, which had to be stored before
-            self.hide_generated(visible[:, 0].expand(self.batch_size))
 
     def attend(
         self,
@@ -176,16 +220,25 @@ class PagedLayer(PagedAttention, CacheLayerMixin):
             ValueError: a draft is read a second time (KV sharing between layers), when it is decoded already.
         """
         softmax: Softmax = {"scale": scale, "softcap": softcap, "sinks": sinks}
-        if self._draft is None:
-            if query.shape[2] > self.new:
-                raise ValueError(
-                    "This model shares the KV of a layer with another layer: RaaSCache serves that for one token at a "
-                    "time, not for drafts. Leave out assistant_model / prompt_lookup_num_tokens."
-                )
+        self.is_busy = True
+        if self._draft is not None:
+            output = self._attend_draft(self._draft, query, expanded, **softmax)
+        elif query.shape[2] > self.new:
+            raise ValueError(
+                "This model shares the KV of a layer with another layer: RaaSCache serves that for one token at a "
+                "time, not for drafts. Leave out assistant_model / prompt_lookup_num_tokens."
+            )
+        else:
             if self._past.entries:
                 self._past.note_read(query, softmax)
-            return self.attend_stored(query, expanded, **softmax)
-        return self._attend_draft(self._draft, query, expanded, **softmax)
+            output = self.attend_stored(query, expanded, **softmax)
+        self.is_busy = False
+        return output
+
+    def attend_first(self, query: torch.Tensor, expanded: Expanded, **softmax: Unpack[Softmax]) -> None:
+        """After the first forward, whose attention is the model's own; see `PagedAttention.attend_first`."""
+        super().attend_first(query, expanded, **softmax)
+        self.is_busy = False
 
     @uncompiled
     def _attend_draft(
@@ -208,6 +261,22 @@ class PagedLayer(PagedAttention, CacheLayerMixin):
                     whole.scatter_(2, slot[:, :, None, None].expand_as(new[:, :, token]), new[:, :, token])
             outputs.append(self.attend_stored(query[:, :, token], expanded, **softmax))
         return torch.cat(outputs, 2)
+
+    @property
+    def pages_with_input(self) -> int:
+        """Pinned pages once the tokens of the last `update` are stored, if they are input."""
+        taken = 0 if self._taken is None else self.new
+        return math.ceil((self.pinned + taken) / self.page_size)
+
+    @property
+    def seen_before(self) -> int:
+        """Tokens of the sequence before the last `update`, whose tokens have yet to be stored (a latent's have not)."""
+        return self.seen - (self.new if self._taken is None and self._draft is None else 0)
+
+    def show(self, visible: torch.Tensor) -> None:
+        """Let attention read the held tokens that `visible` `[batch, tokens]` names, by position, and no others."""
+        self.obeys = None
+        raas_kernels.show([self.held()], visible)
 
     def get_seq_length(self) -> int:
         """Tokens seen, evicted ones included: positions go on from here. A 0-d tensor while `torch.compile` traces."""
@@ -261,12 +330,14 @@ class PagedLayer(PagedAttention, CacheLayerMixin):
         self.check_crop(tokens_to_remove)
         if self.recorder is not None:
             self.recorder.forget(self.seen + tokens_to_remove)
+        self.obeys = None
         self._past.undo(self, -tokens_to_remove, partial(self._attend_input, observed=None, expanded=None))
 
     def apply_to_rows(self, function: RowFunction) -> None:
         """Make every tensor that has rows what `function` makes of it."""
         if self.recorder is not None and self.is_initialized:
             self.recorder.apply_to_rows(function, torch.arange(self.batch_size, device=self.device))
+        self.obeys = None
         super().apply_to_rows(function)
         self._past.apply_to_rows(function)
 

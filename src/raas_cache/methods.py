@@ -6,7 +6,7 @@ import difflib
 import inspect
 from typing import TYPE_CHECKING, Any
 
-from .cache import CacheOptions, PagedCache
+from .cache import PagedCache
 from .policies import (
     POLICIES,
     DensePolicy,
@@ -17,12 +17,13 @@ from .policies import (
     StreamingLLMPolicy,
     TOVAPolicy,
 )
+from .settings import CacheOptions
 
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .cache import Budget
+    from .settings import Budget
 
 
 class RaaSCache(PagedCache):
@@ -47,8 +48,6 @@ class RaaSCache(PagedCache):
             The default is chosen in docs/stamping-study.md; the paper's is 1e-4.
         top_ratio (`float`, *optional*): instead of `alpha`, stamp this share of the held decode pages, the ones with
             the highest scores. In (0, 1].
-        probation (`int`): beyond the paper: tokens after which being stamped proves that a page is needed again; until
-            then it counts as four times as many tokens older. 0 is the paper's rule.
         options: as `PagedCache`.
 
     Raises:
@@ -61,10 +60,9 @@ class RaaSCache(PagedCache):
         *,
         alpha: float | None = None,
         top_ratio: float | None = None,
-        probation: int = 0,
         **options: Unpack[CacheOptions],
     ):
-        super().__init__(budget, policy=RaaSPolicy(alpha, top_ratio, probation), **options)
+        super().__init__(budget, policy=RaaSPolicy(alpha, top_ratio), **options)
 
 
 class RaaSOptions(CacheOptions, total=False):
@@ -72,7 +70,6 @@ class RaaSOptions(CacheOptions, total=False):
 
     alpha: float | None
     top_ratio: float | None
-    probation: int
 
 
 class QuestCache(PagedCache):

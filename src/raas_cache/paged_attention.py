@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from torch.nn.functional import pad
@@ -12,6 +11,7 @@ from torch.nn.functional import pad
 import raas_kernels
 
 from .policies import Pages, Policy
+from .settings import LayerSettings
 from .store import BOUNDS, PageStore, uncompiled
 
 
@@ -30,24 +30,6 @@ class Softmax(TypedDict):
     scale: float
     softcap: float | None
     sinks: torch.Tensor | None
-
-
-@dataclass(frozen=True)
-class LayerSettings:
-    """What a paged layer is told; see `PagedCache` for the meanings.
-
-    Args:
-        policy: orders the evictable pages.
-    """
-
-    policy: Policy
-    budget: int
-    page_size: int = 16
-    min_decode_pages: int = 8
-    scoring: Literal["exact", "minmax"] = "exact"
-    granularity: Literal["head", "layer"] = "head"
-    prompt: Literal["pin", "select", "evict"] = "pin"
-    kv_dtype: Literal["int8", "fp8"] | None = None
 
 
 class PagedAttention(PageStore):
@@ -81,6 +63,7 @@ class PagedAttention(PageStore):
         """Hold nothing, and no memory."""
         super().release()
         self.is_latent = False
+        self.among: torch.Tensor | None = None
 
     def expect_latent(self) -> None:
         """From now on the store holds a latent, which comes to attention expanded."""
@@ -162,6 +145,7 @@ class PagedAttention(PageStore):
             page_score=self.policy.page_score,
             group_score=self.policy.group_score,
             observed=queries,
+            among=self.among if self.among is None else self.among[:, -length:],
             **softmax,
         )
         if queries and self.scoring == "minmax" and (self.is_decoding or self.holds_input):

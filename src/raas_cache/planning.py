@@ -31,7 +31,7 @@ from .upstream import CACHE_ARGUMENT
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .cache import Budget
+    from .settings import Budget
 
 
 DEFAULT_PROMPT = 256
@@ -182,7 +182,9 @@ class _Model:
             if not isinstance(layer, PagedLayer):
                 _fill(layer, of_a_token, batch_size, tokens)
                 continue
+            layer.preallocates = True
             _fill(layer, of_a_token, batch_size, prompt_tokens)
+            layer.admit(None)
             if layer.holds_input:  # prompt="evict": a prompt that is all stored is cut to the budget
                 layer.keep(*layer.candidates())
             paged.append(layer)

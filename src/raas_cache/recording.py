@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from . import recording_file
 from .extras import require
+from .recording_file import PAGED
 from .store import uncompiled
 
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from .store import PageStore
 
-FORMAT = 1  # of a saved recording
 INPUT = -1  # in place of the page that a generated token went to
 GONE = -2  # in place of a page that was evicted before the recording began
 
@@ -45,9 +44,6 @@ class Forward:
     score: np.ndarray
     stamp: np.ndarray
     resident: np.ndarray
-
-
-PAGED = ("first", "score", "stamp")
 
 
 @dataclass
@@ -302,10 +298,10 @@ class Recording:
         return pandas.concat(tables, ignore_index=True) if tables else pandas.DataFrame(columns=columns)
 
     def save(self, path: str | Path) -> None:
-        """Write the recording to one file, which `load` reads."""
-        about: dict[str, Any] = {"format": FORMAT, "method": self.method, "budget": self.budget}
+        """Write the recording to one file with a checksum, which `load` reads."""
+        about: dict[str, Any] = {"method": self.method, "budget": self.budget}
         about |= {"page_size": self.page_size, "prompt": self.prompt, "heads": {}}
-        arrays: dict[str, Any] = {}
+        arrays: dict[str, np.ndarray] = {}
         for layer in self.recorded:
             forwards, about["heads"][layer] = self.layers[layer].forwards(), self.heads(layer)
             arrays[f"{layer}/step"] = np.array([(forward.step, forward.page) for forward in forwards])
@@ -313,24 +309,17 @@ class Recording:
             arrays[f"{layer}/resident"] = np.stack([forward.resident for forward in forwards])
             for name in PAGED:
                 arrays[f"{layer}/{name}"] = np.concatenate([getattr(forward, name) for forward in forwards], axis=2)
-        with Path(path).open("wb") as file:  # numpy would add an ending to a path
-            np.savez_compressed(file, about=np.array(json.dumps(about)), **arrays)
+        recording_file.write(path, about, arrays)
 
     @classmethod
     def load(cls, path: str | Path) -> Recording:
-        """Read what `save` wrote.
+        """Read what `save` wrote, of this version or the last. What is loaded is whole and consistent.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the file is no recording.
+            OSError: the file cannot be read; a FileNotFoundError if there is none.
+            ValueError: the file is damaged, or is no recording; says what is wrong.
         """
-        try:
-            with np.load(path) as file:
-                about, arrays = json.loads(str(file["about"])), dict(file)
-        except (ValueError, TypeError, LookupError, AttributeError, EOFError, zipfile.BadZipFile):
-            raise ValueError(f"path={str(path)!r} is no recording: give a file that Recording.save wrote.") from None
-        if about["format"] != FORMAT:
-            raise ValueError(f"path={str(path)!r} has format {about['format']}, and this version reads {FORMAT}.")
+        about, arrays = recording_file.read(path)
         budget = tuple(about["budget"]) if isinstance(about["budget"], list) else about["budget"]
         recording = cls(about["method"], budget, about["page_size"], about["prompt"])
         for layer, heads in about["heads"].items():

@@ -1,6 +1,8 @@
 """The pages of one attention layer: static buffers, in-place writes. It knows pages, neither attention nor policies."""
 
+import functools
 import math
+import sys
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
@@ -17,7 +19,9 @@ CODES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 SLOTS = ("keys", "values", "bias", "positions", "key_scales", "value_scales")
 BOUNDS = ("minima", "maxima")
 EVICTABLE = ("priority", "page_state")
-EMPTY = {"bias": float("-inf"), "priority": float("-inf")}
+EMPTY = {"bias": float("-inf"), "priority": float("-inf"), "positions": -1}
+FIRST_TOKENS = 128  # that a store begins with evictable pages for; it takes more as they are needed
+UNLIMITED = sys.maxsize
 ROWS = (*SLOTS, *BOUNDS, *EVICTABLE, "open_slot", "clock")
 """Tensors of a store that have rows: `[batch, kv_heads, ...]`, an element a slot, a page, an evictable page, or few."""
 
@@ -28,21 +32,35 @@ def uncompiled(function: AnyFunction) -> AnyFunction:
     return left
 
 
+def allocating(function: AnyFunction) -> AnyFunction:
+    """Decorator for what makes buffers: they can be written to in every mode, also if made under inference mode."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        # An inference tensor takes no in-place write outside inference mode, for as long as it lives.
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args, **kwargs)
+
+    return run  # type: ignore[return-value]
+
+
 class PageStore:
     """One layer's KV in pages of `page_size` tokens.
 
     Pages `0 .. pinned_pages-1` are never evicted: the prompt and later turns, with `prompt="evict"` the sink. Behind
-    them lie `decode_pages` evictable ones, recycled in place, or with `grows` more and more. All rows and KV heads fill
-    pages in step, so sizes are host integers; what a page holds differs from head to head. Tensors are described in
-    `raas_kernels.reference`. `seen` counts the tokens of the sequence, which positions depend on; the number of
-    resident tokens is another.
+    them lie `decode_pages` evictable ones. More are allocated as they are needed, up to `limit`; then pages are
+    recycled in place. With `grows` there is no limit. All rows and KV heads fill pages in step, so sizes are host
+    integers; what a page holds differs from head to head. Tensors are described in `raas_kernels.reference`. `seen`
+    counts the tokens of the sequence, which positions depend on; the number of resident tokens is another.
 
     A decode step moves the `clock` alone, and writes into buffers that stay where they are: a compiled step or a CUDA
     graph can repeat it without the host. The host's own counts follow when somebody asks. So `append`,
     `hide_generated` and `mean_keys` may neither move a buffer nor look at a value; what runs between steps may.
 
+    What changes sizes builds all of the new buffers before it assigns any: if memory runs out, the store is as before.
+
     In order: sizes and counts, writing (`append`, `pin`) and taking back (`retract`, `unpin`), buffers of another size,
-    cutting input down to the budget (`candidates`, `keep`), padding (`hide`, `hide_generated`), rows.
+    cutting input down to the budget (`candidates`, `keep`), what is hidden (`hide`, `hide_generated`, `held`), rows.
 
     Args:
         budget: tokens to hold, the prompt counted in.
@@ -62,14 +80,16 @@ class PageStore:
     has_bounds: bool
     grows: bool
     num_states: int
+    preallocates: bool  # whether `limit` pages are allocated at once, as a compiled step needs them
     # Of the keys and values given, once there were any.
-    dtype: torch.dtype
+    dtypes: tuple[torch.dtype, torch.dtype]
     device: torch.device
     batch_size: int
     num_heads: int
     # Sizes and counts, see `release`.
     pinned_pages: int
     decode_pages: int
+    limit: int
     released_pages: int
     pinned: int
     new: int
@@ -105,13 +125,14 @@ class PageStore:
         self.budget, self.page_size, self.min_decode_pages = budget, page_size, min_decode_pages
         self.prompt, self.code = prompt, None if kv_dtype is None else CODES[kv_dtype]
         self.has_bounds, self.grows, self.num_states = has_bounds, grows, num_states
+        self.preallocates = False
         self.release()
 
     def release(self) -> None:
         """Hold nothing, and no memory."""
         for name in ROWS:
             setattr(self, name, None)
-        self.pinned_pages = self.decode_pages = 0
+        self.pinned_pages = self.decode_pages = self.limit = 0
         self.pinned = self.new = 0
         self._seen = self._decoded = 0
         self._lags = False  # whether compiled steps have moved the clock on without the host's counts
@@ -119,13 +140,14 @@ class PageStore:
         self.released_pages = 0  # input pages that became evictable
         self.holds_input = False  # whether the last input is pinned only until `keep` has been called
 
+    @allocating
     def allocate(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Take batch, heads, sizes, dtype and device from the first key and value; the first `store` sizes the rest.
+        """Take batch, heads, sizes, dtypes and device from the first key and value; the first `pin` sizes the rest.
 
         Raises:
             ValueError: the device cannot compute in the store's 8-bit dtype.
         """
-        self.dtype, self.device = key.dtype, key.device
+        self.dtypes, self.device = (key.dtype, value.dtype), key.device
         if self.code == CODES["fp8"] and self.device.type == "cuda":
             capability = torch.cuda.get_device_capability(self.device)
             if capability < (8, 9):
@@ -133,13 +155,14 @@ class PageStore:
                     f"kv_dtype='fp8' needs a GPU of capability 8.9 or newer, not {capability}: use 'int8'."
                 )
         self.batch_size, self.num_heads = key.shape[:2]
-        accumulate = torch.promote_types(self.dtype, torch.float32)
+        accumulate = torch.promote_types(torch.promote_types(*self.dtypes), torch.float32)
 
         def empty(*size: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.empty(self.batch_size, self.num_heads, *size, dtype=dtype, device=self.device)
 
-        self.keys = empty(0, key.shape[-1], dtype=self.dtype if self.code is None else torch.int8)
-        self.values = empty(0, value.shape[-1], dtype=self.keys.dtype)
+        key_dtype, value_dtype = self.dtypes if self.code is None else (torch.int8, torch.int8)
+        self.keys = empty(0, key.shape[-1], dtype=key_dtype)
+        self.values = empty(0, value.shape[-1], dtype=value_dtype)
         self.bias, self.positions = empty(0, dtype=accumulate), empty(0, dtype=torch.int32)
         self.priority = empty(0, dtype=torch.float64)
         self.open_slot = empty(dtype=torch.int64).zero_()
@@ -147,7 +170,7 @@ class PageStore:
         if self.code is not None:
             self.key_scales, self.value_scales = empty(0, dtype=torch.float32), empty(0, dtype=torch.float32)
         if self.has_bounds:
-            bounds_dtype = self.dtype if self.code is None else accumulate
+            bounds_dtype = key.dtype if self.code is None else accumulate
             self.minima, self.maxima = (empty(0, key.shape[-1], dtype=bounds_dtype) for _ in BOUNDS)
         if self.num_states:
             self.page_state = empty(0, self.num_states, dtype=torch.float64)
@@ -174,8 +197,8 @@ class PageStore:
         keys, values = (tensor[:, :, slots] for tensor in self.contents)
         if self.scales is not None:
             key_scales, value_scales = (tensor[:, :, slots] for tensor in self.scales)
-            keys = raas_kernels.dequantize(keys, key_scales, self.dtype)
-            values = raas_kernels.dequantize(values, value_scales, self.dtype)
+            keys = raas_kernels.dequantize(keys, key_scales, self.dtypes[0])
+            values = raas_kernels.dequantize(values, value_scales, self.dtypes[1])
         return keys, values
 
     @property
@@ -214,20 +237,14 @@ class PageStore:
         """Pinned pages that a decode step reads: all, or with `prompt="select"` at most half of the budget."""
         return self._budget_for_input(self.pinned_pages)
 
-    @property
-    def room_for_decode(self) -> int:
-        """Decode pages that the budget leaves beside input; may be less than `decode_pages`."""
-        return self.budget // self.page_size - self.input_pages_read
+    def room_beside(self, pinned_pages: int) -> int:
+        """Decode pages that the budget leaves beside `pinned_pages` pages of input; may be negative."""
+        return self.budget // self.page_size - self._budget_for_input(pinned_pages)
 
     @property
     def is_over_budget(self) -> bool:
         """Whether input left less room than `min_decode_pages`, so that more is held than the budget."""
-        return not self.grows and self.room_for_decode < self.min_decode_pages
-
-    @property
-    def limit(self) -> int:
-        """Evictable pages that may be held: settled when decoding begins, but for where input is evictable too."""
-        return max(self.room_for_decode, self.min_decode_pages) if self.prompt == "evict" else self.decode_pages
+        return not self.grows and self.room_beside(self.pinned_pages) < self.min_decode_pages
 
     @property
     def opened(self) -> int:
@@ -237,26 +254,38 @@ class PageStore:
     @property
     def evicted(self) -> int:
         """Pages evicted so far, the same for every row and head."""
-        return max(0, self.opened - self.decode_pages)
+        return max(0, self.opened - self.decode_pages) if self.decode_pages == self.limit else 0
 
-    def check_same_use(self, key: torch.Tensor) -> None:
-        """Raise a ValueError if a new key's batch, heads, head size, dtype or device are not those held."""
-        held = (self.batch_size, self.num_heads, self.keys.shape[-1], self.dtype, self.device)
+    def check_same_use(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Raise a ValueError if batch, heads, head sizes, dtypes or device are not those of the tokens held."""
+        held = (self.batch_size, self.num_heads, self.keys.shape[-1], self.values.shape[-1], *self.dtypes, self.device)
         batch, heads, _, head_size = key.shape
-        given = (batch, heads, head_size, key.dtype, key.device)
+        given = (batch, heads, head_size, value.shape[-1], key.dtype, value.dtype, key.device)
         if held == given:
             return
-        for name, old, new in zip(("batch size", "KV heads", "head size", "dtype", "device"), held, given, strict=True):
+        names = ("batch size", "KV heads", "head size", "head size of values", "dtype", "dtype of values", "device")
+        for name, old, new in zip(names, held, given, strict=True):
             if old != new:
                 raise ValueError(
                     f"This cache holds {self.seen} tokens with {name} {old}, and was given keys with {name} {new}: "
                     "use a new cache for another input, or call reset() on this one first."
                 )
 
+    def _pages_to_allocate(self, needed: int, limit: int) -> int:
+        """Evictable pages to have where `needed` are needed now: half as many again, and at most `limit`."""
+        if self.preallocates and not self.grows:
+            return limit
+        return min(limit, max(needed + needed // 2, FIRST_TOKENS // self.page_size, 1))
+
+    def _limit_for(self, pinned_pages: int) -> int:
+        """Evictable pages that may be held beside `pinned_pages` pinned ones."""
+        return UNLIMITED if self.grows else max(self.room_beside(pinned_pages), self.min_decode_pages)
+
     def make_room(self) -> None:
-        """Called before a decode step: a store that grows takes more pages when all are held."""
-        if self.grows and self.decoded % self.page_size == 0 and self.opened == self.decode_pages:
-            self._resize(self.pinned_pages, self.decode_pages + max(self.decode_pages // 4, 8))
+        """Called before a decode step: take more pages when all are held and more may be."""
+        if self.preallocates or (self.decoded % self.page_size == 0 and self.opened >= self.decode_pages):
+            pages = self._pages_to_allocate(self.decode_pages + 1, self.limit)
+            self._resize(self.pinned_pages, pages, self.limit)
 
     def append(self, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor | None = None) -> None:
         """Write one generated token into the open decode page.
@@ -285,6 +314,7 @@ class PageStore:
             self.maxima,
             self.scales,
             visible,
+            self.prompt == "evict",
         )
         if self.page_state is not None and may_open:  # a page begins with the present token if it opens now
             self.page_state.masked_fill_((self.first == self.clock[..., :1])[..., None], 0)
@@ -298,16 +328,25 @@ class PageStore:
         """Sequence index of the first token of each evictable page, `[batch, kv_heads, decode_pages]`."""
         return self.positions[..., self.pinned_pages * self.page_size :: self.page_size]
 
-    def pin(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Write input tokens `[batch, kv_heads, new, head_dim]` into pinned pages."""
-        self.new = key.shape[2]
-        start, end = self.pinned, self.pinned + self.new
-        pinned_pages = math.ceil(end / self.page_size)
+    @allocating
+    def pin(self, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor | None = None) -> None:
+        """Write input tokens into pinned pages.
+
+        Args:
+            key, value: `[batch, kv_heads, new, head_dim]`.
+            visible: `[batch, new]` bool, False where the attention mask hides a token; None if it hides none.
+        """
+        new = key.shape[2]
+        start, end = self.pinned, self.pinned + new
+        hidden = None if visible is None else ~visible[:, None]
+        positions = torch.arange(self.seen, self.seen + new, device=self.device)
+        if hidden is not None:
+            key, value = (raas_kernels.finite(states, hidden[..., None]) for states in (key, value))
         if self.prompt == "evict":
+            self._resize(math.ceil(end / self.page_size), self.decode_pages, self._limit_for(1))
             self.holds_input = True
-            self._resize(pinned_pages, self.decode_pages)
         else:
-            self._reserve(pinned_pages)
+            self._reserve(math.ceil(end / self.page_size))
         for name, states in (("key", key), ("value", value)):
             if self.code is not None:
                 states, scale = raas_kernels.quantize(states, self.code)
@@ -315,16 +354,21 @@ class PageStore:
                 getattr(self, f"{name}_scales")[:, :, start:end] = scale
             getattr(self, f"{name}s")[:, :, start:end] = states
         self.bias[:, :, start:end] = 0
-        self.positions[:, :, start:end] = torch.arange(self.seen, self.seen + self.new, device=self.device)
-        self._move_open_page(self.new)
-        self.move_clock(self.new, 0)
-        self.pinned = end
+        if hidden is not None:
+            self.bias[:, :, start:end].masked_fill_(hidden, float("-inf"))
+        self.positions[:, :, start:end] = positions
+        self._move_open_page(new)
+        self.move_clock(new, 0)
+        self.new, self.pinned = new, end
+        if self.minima is not None:
+            self._summarise(slice(start // self.page_size, self.pinned_pages))
 
     def unpin(self, length: int) -> None:
         """Take back the last `length` tokens, all of them pinned; the stamps they gave are the caller's affair."""
         self.pinned -= length
         self.move_clock(-length, 0)
-        self.bias[:, :, self.pinned : self.pinned + length] = float("-inf")
+        freed = slice(self.pinned, self.pinned + length)
+        self.bias[:, :, freed], self.positions[:, :, freed] = float("-inf"), -1
         self._move_open_page(-length)
         self._reserve(math.ceil(self.pinned / self.page_size))
         if self.minima is not None:
@@ -340,13 +384,15 @@ class PageStore:
 
     def _reserve(self, pinned_pages: int) -> None:
         """Have `pinned_pages` pinned pages; what they leave of the budget is for decoding, settled when that begins."""
-        room = self.budget // self.page_size - self._budget_for_input(pinned_pages)
-        self._resize(pinned_pages, self.decode_pages if self.decoded else max(room, self.min_decode_pages))
+        limit = self.limit if self.decoded else self._limit_for(pinned_pages)
+        is_settled = self.decoded and not self.preallocates
+        decode_pages = self.decode_pages if is_settled else self._pages_to_allocate(0, limit)
+        self._resize(pinned_pages, decode_pages, limit)
 
-    def _resize(self, pinned_pages: int, decode_pages: int) -> None:
+    @allocating
+    def _resize(self, pinned_pages: int, decode_pages: int, limit: int) -> None:
         """Move to buffers of another size; pages that no longer fit are dropped, those that are new hold nothing."""
         old_pinned, old_decode = self.pinned_pages, self.decode_pages
-        self.pinned_pages, self.decode_pages = pinned_pages, decode_pages
         pinned, decode = min(old_pinned, pinned_pages), min(old_decode, decode_pages)
 
         def moved(name: str, old: torch.Tensor, unit: int, has_pinned: bool) -> torch.Tensor:
@@ -357,10 +403,24 @@ class PageStore:
             new[:, :, after : after + decode * unit] = old[:, :, before : before + decode * unit]
             return new
 
-        for names, unit, has_pinned in ((SLOTS, self.page_size, True), (BOUNDS, 1, True), (EVICTABLE, 1, False)):
-            for name, old in self.held_tensors(*names).items():
-                setattr(self, name, moved(name, old, unit, has_pinned))
-        self.open_slot += (pinned_pages - old_pinned) * self.page_size
+        if (pinned_pages, decode_pages) != (old_pinned, old_decode):
+            tensors = {
+                name: moved(name, old, unit, has_pinned)
+                for names, unit, has_pinned in (
+                    (SLOTS, self.page_size, True),
+                    (BOUNDS, 1, True),
+                    (EVICTABLE, 1, False),
+                )
+                for name, old in self.held_tensors(*names).items()
+            }
+            tensors["open_slot"] = self.open_slot + (pinned_pages - old_pinned) * self.page_size
+            self._replace(tensors)
+        self.pinned_pages, self.decode_pages, self.limit = pinned_pages, decode_pages, limit
+
+    def _replace(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Take `tensors` as buffers, by name."""
+        for name, tensor in tensors.items():
+            setattr(self, name, tensor)
         self._fix_addresses()
 
     def _fix_addresses(self) -> None:
@@ -394,56 +454,73 @@ class PageStore:
         first = self.positions[..., :: self.page_size].gather(-1, others)
         return sink, others, {"priority": priority, "page_state": state, "first": first}
 
+    @allocating
     def keep(self, sink: torch.Tensor, others: torch.Tensor, ranked: dict[str, torch.Tensor]) -> None:
         """Hold the sink and, of what `candidates` returned, the pages of highest (priority, first token index)."""
-        self.released_pages += self.pinned_pages - 1
-        # Whatever is open is closed: generated tokens open a page of their own.
-        closing = -self.decoded % self.page_size
-        self.move_clock(0, closing)
+        # 1. How many of the candidates stay: those of highest (priority, first token index), in their order.
         limit = self.limit
         by_age = ranked["first"].argsort(-1)
         order = by_age.gather(-1, ranked["priority"].gather(-1, by_age).argsort(dim=-1, stable=True))
         kept = order[..., -limit:].sort(-1).values
-        self.priority = ranked["priority"].gather(-1, kept)
-        if self.page_state is not None:
-            self.page_state = torch.take_along_dim(ranked["page_state"], kept[..., None], 2)
         index = torch.cat([sink, others.gather(-1, kept)], -1)
+        decode_pages, pages = kept.shape[-1], self.pinned_pages + self.decode_pages
+        # 2. Their contents, in new buffers.
+        tensors = {"priority": ranked["priority"].gather(-1, kept)}
+        if self.page_state is not None:
+            tensors["page_state"] = torch.take_along_dim(ranked["page_state"], kept[..., None], 2)
         for names, unit in ((SLOTS, self.page_size), (BOUNDS, 1)):
             for name, old in self.held_tensors(*names).items():
-                pages = old.reshape(*old.shape[:2], self.pinned_pages + self.decode_pages, -1)
-                chosen = torch.take_along_dim(pages, index[..., None], 2)
-                setattr(self, name, chosen.view(*old.shape[:2], index.shape[-1] * unit, *old.shape[3:]))
-        self.pinned_pages, self.decode_pages = 1, kept.shape[-1]
-        self._resize(1, limit)
+                chosen = torch.take_along_dim(old.reshape(*old.shape[:2], pages, -1), index[..., None], 2)
+                tensors[name] = chosen.view(*old.shape[:2], index.shape[-1] * unit, *old.shape[3:])
+        # 3. Whatever is open is closed, for generated tokens open a page of their own: its free slots stay free.
+        positions = tensors["positions"]
+        tensors["positions"] = positions.masked_fill(positions > self.clock[..., :1], -1)
+        closing = -self.decoded % self.page_size
+        self._replace(tensors)
+        self.released_pages += self.pinned_pages - 1
+        self.move_clock(0, closing)
+        self.pinned_pages, self.decode_pages, self.limit = 1, decode_pages, limit
         self.pinned, self.holds_input = self.page_size, False
+        self._resize(1, self._pages_to_allocate(decode_pages, limit), limit)
+
+    def held(self) -> raas_kernels.Held:
+        """What `raas_kernels.show` needs, to apply a mask to the tokens held."""
+        keys, scales = self.contents[0], None if self.code is None else self.key_scales
+        return raas_kernels.Held(
+            self.bias, self.positions, self.clock, keys, scales, self.minima, self.maxima, self.page_size
+        )
 
     @uncompiled
-    def hide(self, visible: torch.Tensor | None) -> None:
-        """Take note of padding among the input stored last, and finish its pages.
+    def hide(self, visible: torch.Tensor) -> None:
+        """Take note that the attention mask hides some of the input stored last.
 
         Args:
-            visible: `[batch, new]` bool, False for padding; None if there is none.
+            visible: `[batch, new]` bool, False where it hides a token.
         """
-        if visible is not None:
-            first = self.seen - self.new
-            index = (self.positions - first).clamp(min=0, max=self.new - 1)
-            shown = visible[:, None].expand(-1, self.num_heads, -1).gather(-1, index.long())
-            hidden = (self.positions >= first) & (self.bias == 0) & ~shown
-            self.bias.masked_fill_(hidden, float("-inf"))
-            # A padding token's K and V may be anything, NaN too, and 0 * NaN is NaN.
-            for tensor in self.held_tensors("keys", "values", "key_scales", "value_scales").values():
-                tensor.masked_fill_(hidden if tensor.ndim == 3 else hidden[..., None], 0)
-        if self.minima is not None:
-            self._summarise(slice((self.pinned - self.new) // self.page_size, self.pinned_pages))
+        first = self.seen - self.new
+        index = (self.positions - first).clamp(min=0, max=self.new - 1)
+        shown = visible[:, None].expand(-1, self.num_heads, -1).gather(-1, index.long())
+        hidden = (self.positions >= first) & (self.bias == 0) & ~shown
+        self.bias.masked_fill_(hidden, float("-inf"))
+        self._make_finite(hidden)
 
     def hide_generated(self, visible: torch.Tensor) -> None:
-        """Take note that the token appended last is padding where `visible` `[batch]` is False."""
+        """Take note that the attention mask hides the token appended last where `visible` `[batch]` is False."""
         slot = (self.open_slot + self.clock[..., 1] % self.page_size)[..., None]
-        for name, tensor in self.held_tensors("bias", "keys", "values", "key_scales", "value_scales").items():
-            index, hidden = slot, ~visible[:, None, None]
-            if tensor.ndim == 4:
-                index, hidden = slot[..., None].expand(-1, -1, -1, tensor.shape[-1]), hidden[..., None]
-            tensor.scatter_(2, index, tensor.gather(2, index).masked_fill(hidden, EMPTY.get(name, 0)))
+        lane = torch.arange(self.bias.shape[2], device=self.device)
+        hidden = (lane == slot) & ~visible[:, None, None]
+        self.bias.copy_(torch.where(hidden, float("-inf"), self.bias))
+        self._make_finite(hidden)
+
+    def _make_finite(self, hidden: torch.Tensor) -> None:
+        """Clear the NaNs and infinities of `hidden` slots `[batch, kv_heads, slots]`, see `raas_kernels.finite`."""
+        for states, scales in ((self.keys, self.key_scales), (self.values, self.value_scales)):
+            if self.code is None:
+                states.copy_(raas_kernels.finite(states, hidden[..., None]))
+            else:  # a token that is not finite has a scale that is not
+                bad = hidden & ~scales.isfinite()
+                states.copy_(torch.where(bad[..., None], 0, states))
+                scales.copy_(torch.where(bad, 0, scales))
 
     def _summarise(self, pages: slice) -> None:
         """Min/max representatives of pinned pages, over their resident tokens."""
@@ -457,12 +534,15 @@ class PageStore:
         is_resident: torch.Tensor = (self.bias == 0).unflatten(2, (-1, self.page_size))[..., None]
         return keys.masked_fill(~is_resident, 0).sum(3) / is_resident.sum(3).clamp(min=1)
 
+    @allocating
     def apply_to_rows(self, function: RowFunction) -> None:
         """Make every tensor that has rows what `function` makes of it."""
-        for name, old in self.held_tensors(*ROWS).items():
-            new = function(old).contiguous()
-            if new.shape == old.shape and old.is_cuda:  # beams change places at every step, and a CUDA graph may be on
-                old.copy_(new)
+        olds = self.held_tensors(*ROWS)
+        news = {name: function(old).contiguous() for name, old in olds.items()}
+        for name, new in news.items():
+            if new.shape == olds[name].shape and new.is_cuda:
+                # Beams change places at every step, and a CUDA graph may read the buffer.
+                olds[name].copy_(new)
             else:
                 setattr(self, name, new)
         if self.keys is not None:

@@ -37,7 +37,7 @@ inputs: dict[str, torch.Tensor] = {"input_ids": torch.tensor([[1, 2, 3]])}
 def generate() -> None:
     # What transformers 5.23 says of `generate` fits none of its models.
     model: Any = AutoModelForCausalLM.from_pretrained(embedded_model())
-    cache = RaaSCache(budget=1024, top_ratio=0.5, kv_dtype="int8", config=model.config)
+    cache = RaaSCache(budget=1024, alpha=0.1, kv_dtype="int8", config=model.config)
     model.generate(**inputs, past_key_values=cache, max_new_tokens=32_000)
     assert_type(cache.nbytes, int)
     assert_type(cache.budget, int | tuple[int, ...])

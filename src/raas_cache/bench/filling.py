@@ -25,6 +25,9 @@ MODELS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Llama shapes by name."""
 
+SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
+"""What is counted in a config, if it has it at all."""
+
 PROMPT = 64
 """Tokens of the prompt that a cache which evicts has seen, if the budget has room for them."""
 
@@ -32,18 +35,28 @@ PROMPT = 64
 def read_config(name: str) -> PreTrainedConfig:
     """The config of one of `MODELS`, or that `AutoConfig.from_pretrained(name)` finds: in a folder, or on the Hub.
 
+    No code of the model's own is run.
+
     Raises:
-        ValueError: there is none, or transformers cannot read it.
+        ValueError: there is none, transformers cannot read it, or no model can have its sizes.
     """
     if name in MODELS:
         return LlamaConfig(**MODELS[name], max_position_embeddings=1 << 18)
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        of_text = config.get_text_config(decoder=True)
+        counts = {size: value for size in SIZES if isinstance(value := getattr(of_text, size, None), int)}
+        wrong = [f"{size} is {value}" for size, value in counts.items() if value < 1]
+        heads, kv_heads = (counts.get(size, 1) for size in ("num_attention_heads", "num_key_value_heads"))
+        if not wrong and heads % kv_heads:
+            wrong.append(f"{heads} query heads cannot share {kv_heads} KV heads")
+        if wrong:
+            raise ValueError(wrong[0])
+    except Exception as error:  # whatever the Hub client, the JSON and the config's own checks raise
         raise ValueError(
             f"model={name!r} must be one of {', '.join(MODELS)}, a folder with the config.json of a model that "
-            "transformers knows, or a name on the Hub."
-        ) from error
+            f"transformers knows, or a name on the Hub ({type(error).__name__}: {' '.join(str(error).split())})."
+        ) from None
     return config
 
 
@@ -140,6 +153,7 @@ class Filler:
             # From here on as the registered attention function.
             layer.admit(None)
             if not layer.policy.evicts:
+                layer.is_busy = False
                 continue
             query, scale = self._draw(self.heads, tokens), self.head_dim**-0.5
             if is_first:
@@ -165,6 +179,7 @@ class Filler:
             room = max(1, pages - -(-prompt // self.page_size))
             options = {"page_size": self.page_size, "min_decode_pages": min(8, room), "config": self.config}
             cache = from_name(method, self.budget, **options)
+            cache.preallocate()
             if not cache.settings.policy.evicts:
                 self._feed_alike(cache, [seen])
                 return cache

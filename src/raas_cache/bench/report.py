@@ -1,6 +1,7 @@
 """Tables, JSON and plots of what was timed."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -54,11 +55,48 @@ def write_json(path: Path, of: dict[str, Any], rows: Sequence[Row | KernelRow]) 
 
 
 def read_json(path: Path) -> list[Row]:
-    """The rows of a `bench.json`."""
-    return [
-        Row(Case(**row["case"]), row["ran"], row["kv_bytes"], row["timing"] and Timing(**row["timing"]), row["ratios"])
-        for row in json.loads(path.read_text())["rows"]
-    ]
+    """The rows of a `bench.json`.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is damaged, or is something else; names the file, and the row if there is one.
+    """
+    place = ""
+    try:
+        found = json.loads(path.read_bytes())
+        _check(isinstance(found, dict) and isinstance(found.get("rows"), list), "it has no list of rows")
+        rows = []
+        for index, of in enumerate(found["rows"]):
+            place = f"row {index}: "
+            rows.append(_row(of))
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        raise ValueError(
+            f"{str(path)!r} is not what bench writes ({place}{type(error).__name__}: {error}): run bench --out again, "
+            "or delete it."
+        ) from None
+    return rows
+
+
+def _row(of: Any) -> Row:
+    case, timing = Case(**of["case"]), None if of["timing"] is None else Timing(**of["timing"])
+    row = Row(case, of["ran"], of["kv_bytes"], timing, of["ratios"])
+    _check(all(isinstance(text, str) for text in (case.method, case.mode, row.ran)), "a name is no text")
+    counts = case.batch, case.budget, case.seen, row.kv_bytes
+    _check(all(type(count) is int and count > 0 for count in counts), "a count is no positive number")
+    if timing:
+        _check(isinstance(timing.steps, list), "steps is no list")
+        times = timing.median, timing.p10, timing.p90, *timing.steps
+        _check(
+            all(type(time) in (int, float) and 0 < time < math.inf for time in times), "a time is no positive number"
+        )
+    ratios = row.ratios.values() if isinstance(row.ratios, dict) else ["none"]
+    _check(all(ratio is None or type(ratio) in (int, float) for ratio in ratios), "a ratio is no number")
+    return row
+
+
+def _check(holds: bool, wrong: str) -> None:
+    if not holds:
+        raise ValueError(wrong)
 
 
 def figures(rows: list[Row]) -> dict[str, "Figure"]:

@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, product
@@ -22,6 +21,7 @@ from ..methods import from_name
 from ..policies import POLICIES
 from ..upstream import CACHE_ARGUMENT
 from .filling import Filler
+from .peer import Peer
 
 
 DENSE, STATIC_SEEN, STATIC_BUDGET = BASELINES = "DynamicCache", "StaticCache(seen)", "StaticCache(budget)"
@@ -38,8 +38,7 @@ class Plan:
     """What to time: every combination of `seen`, `batches`, `budgets` and `modes` is a cell.
 
     Args:
-        methods: names that `from_name` takes, and `"kvpress"` (its `DecodingPress`, keys by their norm; it compresses
-            every 512 steps), which joins by itself where it can be imported. `BASELINES` are always timed.
+        methods: names that `from_name` takes. `BASELINES` are always timed.
         seen: tokens that the caches have seen before their first step.
         batches: rows.
         budgets: tokens to hold for each row, layer and KV head.
@@ -52,7 +51,6 @@ class Plan:
 
     Raises:
         ValueError: a method or mode is unknown, or a number cannot be.
-        ImportError: kvpress is asked for and cannot be imported.
     """
 
     methods: tuple[str, ...]
@@ -66,9 +64,13 @@ class Plan:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if KVPRESS in self.methods:
+            raise ValueError(
+                "method='kvpress' runs on an older transformers than this package: leave it out, and name the Python "
+                "of an environment that has kvpress with --peer-python, or as peer=Peer(python) of run."
+            )
         for method in self.methods:
-            if method != KVPRESS:
-                from_name(method, max(self.budgets), page_size=self.page_size)
+            from_name(method, max(self.budgets), page_size=self.page_size)
         for mode in self.modes:
             if mode not in MODES:
                 raise ValueError(f"mode={mode!r} is unknown: use one of {', '.join(map(repr, MODES))}.")
@@ -83,11 +85,7 @@ class Plan:
                 if value < least:
                     why = " (two pages, and more than the steps of one cache)" if name == "budget" else ""
                     raise ValueError(f"{name}={value} must be at least {least}{why}.")
-        kvpress = _import_kvpress()
-        if KVPRESS in self.methods and kvpress is None:
-            raise ImportError("method='kvpress' cannot be imported: pip install kvpress, or leave it out.")
-        joined = (*self.methods, KVPRESS) if kvpress else self.methods
-        object.__setattr__(self, "methods", tuple(dict.fromkeys(joined)))
+        object.__setattr__(self, "methods", tuple(dict.fromkeys(self.methods)))
 
     @property
     def turns(self) -> int:
@@ -97,7 +95,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Case:
-    """What a row is about: a method of the plan or one of `BASELINES`, in one cell."""
+    """What a row is about: a method of the plan, one of `BASELINES` or `"kvpress"`, in one cell."""
 
     method: str
     batch: int
@@ -141,14 +139,16 @@ class Row:
 
 
 Forward = Callable[..., object]
+Step = Callable[[int, int], float]
+"""Takes which of the copies of a cache is to step, and the token's position; gives milliseconds."""
 
 
 @dataclass
 class _Contestant:
-    """A method in a cell: copies of its cache, each with the forward that takes it, and the times so far."""
+    """A method in a cell: how many copies of its cache there are, how they step, and the times so far."""
 
-    caches: list[Cache]
-    forwards: list[Forward]
+    copies: int
+    step: Step
     ran: str
     steps: list[float] = field(default_factory=list)
 
@@ -162,12 +162,20 @@ def free_bytes(device: torch.device) -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), sys.maxsize)
 
 
-def run(model: PreTrainedModel, plan: Plan) -> Iterator[list[Row]]:
+def run(model: PreTrainedModel, plan: Plan, peer: Peer | None = None) -> Iterator[list[Row]]:
     """Time every cell of the plan.
+
+    Args:
+        peer: joins every cell as the method `"kvpress"`.
 
     Yields:
         A cell's rows, as soon as they are there: `BASELINES`, then the methods.
+
+    Raises:
+        ValueError: the process of `peer` has ended.
     """
+    if peer is not None:
+        peer.build(model, plan.seed)
     for batch, budget in product(plan.batches, plan.budgets):
         filler = Filler(
             model.config,
@@ -179,18 +187,19 @@ def run(model: PreTrainedModel, plan: Plan) -> Iterator[list[Row]]:
             seed=plan.seed,
         )
         for seen, mode in product(plan.seen, plan.modes):
-            yield _run_cell(model, plan, filler, seen, mode)
+            yield _run_cell(model, plan, filler, seen, mode, peer)
             torch._dynamo.reset()
             gc.collect()
             if model.device.type == "cuda":
                 torch.cuda.empty_cache()
 
 
-def _run_cell(model: PreTrainedModel, plan: Plan, filler: Filler, seen: int, mode: str) -> list[Row]:
-    needed = {DENSE: seen, STATIC_SEEN: seen, STATIC_BUDGET: filler.budget}
-    for method in plan.methods:
-        needed[method] = filler.budget if method == KVPRESS or POLICIES[method].evicts else seen
-    needed = {name: filler.nbytes(tokens) for name, tokens in needed.items()}
+def _run_cell(model: PreTrainedModel, plan: Plan, filler: Filler, seen: int, mode: str, peer: Peer | None) -> list[Row]:
+    tokens = {DENSE: seen, STATIC_SEEN: seen, STATIC_BUDGET: filler.budget}
+    tokens |= {method: filler.budget if POLICIES[method].evicts else seen for method in plan.methods}
+    if peer is not None:
+        tokens[KVPRESS] = filler.budget
+    needed = {name: filler.nbytes(held) for name, held in tokens.items()}
     copies = {name: 1 if size >= ONE_COPY else plan.copies for name, size in needed.items()}
     fitting = _that_fit(model, {name: copies[name] * size for name, size in needed.items()})
 
@@ -198,16 +207,17 @@ def _run_cell(model: PreTrainedModel, plan: Plan, filler: Filler, seen: int, mod
     with ExitStack() as stack:
         compiled = _compiled(model, stack) if mode == "compiled" else None
         for name in fitting:
+            if name == KVPRESS and peer is not None:
+                needed[name] = peer.fill(batch=filler.batch, budget=filler.budget, seen=seen, copies=copies[name])
+                contestants[name] = _Contestant(copies[name], peer.step, "eager")
+                continue
             caches = [_new_cache(filler, name, seen, -(-plan.turns // copies[name])) for _ in range(copies[name])]
-            if name == KVPRESS:
-                forwards, ran = [_pressed(model, filler.budget, stack) for _ in caches], "eager"
-            elif compiled is not None and caches[0].is_compileable:
-                forwards, ran = [compiled] * len(caches), "compiled"
-            else:
-                forwards, ran = [model] * len(caches), "eager"
+            forward, ran = (compiled, "compiled") if compiled and caches[0].is_compileable else (model, "eager")
             needed[name] = kv_nbytes(caches[0])
-            contestants[name] = _Contestant(caches, forwards, ran)
-        _take_turns(list(contestants.values()), plan, filler, seen)
+            contestants[name] = _Contestant(len(caches), partial(_step, filler, caches, forward), ran)
+        # The process of a peer has weights of its own: what runs next finds those here as if there had been none.
+        between = partial(_read_weights, model, filler) if KVPRESS in contestants else None
+        _take_turns(list(contestants.values()), plan, seen, between)
 
     rows = []
     for name, size in needed.items():
@@ -238,8 +248,8 @@ def _new_cache(filler: Filler, name: str, seen: int, steps: int) -> Cache:
         cache = StaticCache(config=filler.config, max_cache_len=seen + steps)
     elif name == STATIC_BUDGET:
         cache, seen = StaticCache(config=filler.config, max_cache_len=filler.budget), min(seen, filler.budget - steps)
-    elif name in (DENSE, KVPRESS):
-        cache, seen = DynamicCache(config=filler.config), seen if name == DENSE else min(seen, filler.budget)
+    elif name == DENSE:
+        cache = DynamicCache(config=filler.config)
     else:
         return filler.paged(name, seen)
     filler.feed(cache, seen)
@@ -259,46 +269,38 @@ def _compiled(model: PreTrainedModel, stack: ExitStack) -> Forward:
     return step
 
 
-def _import_kvpress() -> Any:
-    """The module, None if it cannot be imported."""
-    try:
-        import kvpress
-    except ImportError:
-        return None
-    return kvpress
-
-
-def _pressed(model: PreTrainedModel, budget: int, stack: ExitStack) -> Forward:
-    """A twin of the model, of the same weights, with kvpress hooked in: a press counts the steps of one cache."""
-    kvpress = _import_kvpress()
-    twin = deepcopy(model, {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())})
-    stack.enter_context(kvpress.DecodingPress(kvpress.KnormPress(), target_size=budget)(twin))
-
-    def step(position_ids: torch.Tensor, **inputs: Any) -> object:
-        # Its hooks ask for `cache_position`, which transformers no longer gives them.
-        return twin(position_ids=position_ids, cache_position=position_ids[0], **inputs)
-
-    return step
+@torch.no_grad()
+def _step(filler: Filler, caches: list[Cache], forward: Forward, copy: int, position: int) -> float:
+    """A decode step with one of the caches: milliseconds from an idle device to an idle device."""
+    device = filler.device
+    synchronize: Callable[[], None] = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
+    token = torch.ones(filler.batch, 1, dtype=torch.int64, device=device)
+    inputs = {"input_ids": token, "position_ids": torch.full_like(token, position), CACHE_ARGUMENT: caches[copy]}
+    synchronize()
+    started = time.perf_counter()
+    forward(**inputs)
+    synchronize()
+    return 1e3 * (time.perf_counter() - started)
 
 
 @torch.no_grad()
-def _take_turns(contestants: list[_Contestant], plan: Plan, filler: Filler, seen: int) -> None:
-    """One step of each contestant after the other, so that a busy machine slows all alike."""
-    device = filler.device
-    on_gpu = device.type == "cuda"
-    synchronize: Callable[[], None] = partial(torch.cuda.synchronize, device) if on_gpu else lambda: None
-    token = torch.ones(filler.batch, 1, dtype=torch.int64, device=device)
+def _read_weights(model: PreTrainedModel, filler: Filler) -> None:
+    """A forward of one token without a cache."""
+    model(input_ids=torch.ones(filler.batch, 1, dtype=torch.int64, device=filler.device), use_cache=False)
+
+
+def _take_turns(
+    contestants: list[_Contestant], plan: Plan, seen: int, between: Callable[[], None] | None = None
+) -> None:
+    """One step of each contestant after the other, so that a busy machine slows all alike; `between` runs untimed."""
     for turn in range(plan.turns):
+        if between is not None:
+            between()
         for contestant in contestants:
-            step, copy = divmod(turn, len(contestant.caches))
-            position = torch.full_like(token, seen + step)
-            inputs = {"input_ids": token, "position_ids": position, CACHE_ARGUMENT: contestant.caches[copy]}
-            synchronize()
-            started = time.perf_counter()
-            contestant.forwards[copy](**inputs)
-            synchronize()
+            step, copy = divmod(turn, contestant.copies)
+            elapsed = contestant.step(copy, seen + step)
             if turn >= WARMUP * plan.copies:
-                contestant.steps.append(1e3 * (time.perf_counter() - started))
+                contestant.steps.append(elapsed)
 
 
 def _ratio(ours: _Contestant | None, base: _Contestant | None) -> float | None:

@@ -32,7 +32,7 @@ def evaluate(
         ),
     ] = "chains",
     method: Annotated[
-        str, typer.Option(help="Methods, comma-separated; options after colons: raas:alpha=1e-4:probation=16.")
+        str, typer.Option(help="Methods, comma-separated; options after colons: raas:alpha=1e-4:page_size=8.")
     ] = "dense,raas,quest,h2o,streaming_llm",
     budget: Annotated[str, typer.Option(help="Tokens to hold for each row, prompt included, comma-separated.")] = (
         "128,256,512,1024"

@@ -23,9 +23,9 @@ try:
 except ImportError as error:
     raise ImportError("The model type 'raas' needs lm_eval: pip install raas-cache[harness]") from error
 
-from ..cache import Budget, CacheOptions
 from ..measure import evictions
 from ..policies import POLICIES
+from ..settings import Budget, CacheOptions
 from ..upstream import CACHE_ARGUMENT
 from .decoding import SHORT
 from .runner import span_of

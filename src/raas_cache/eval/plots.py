@@ -30,7 +30,7 @@ STYLES: list[dict[str, Any]] = [
 COLUMNS = 3
 HOLLOW: dict[str, Any] = {"markerfacecolor": "white"}
 UNITS = {
-    "alpha": "attention weight", "top_ratio": "share of the pages", "probation": "tokens", "page_size": "tokens",
+    "alpha": "attention weight", "top_ratio": "share of the pages", "page_size": "tokens",
     "min_decode_pages": "pages", "recent_ratio": "share of the pages", "dense_layers": "layers",
 }  # fmt: skip
 

@@ -64,7 +64,7 @@ class Setting:
 
 
 def parse_methods(text: str, **common: Any) -> list[tuple[str, dict[str, Any]]]:
-    """Methods and their options from a line such as `"dense,raas,raas:alpha=1e-4:probation=16"`.
+    """Methods and their options from a line such as `"dense,raas,raas:alpha=1e-4:page_size=8"`.
 
     Args:
         text: methods, comma-separated; options after colons.

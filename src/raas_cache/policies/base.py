@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import ClassVar, Literal, TypeVar
 
 import torch
@@ -87,10 +88,17 @@ class Policy(ABC):
         return self
 
 
-def check_number(name: str, value: float | None, is_inside: Callable[[float], bool], must: str) -> None:
-    """Raise a TypeError if a policy's argument is no number, a ValueError if it is out of range. None passes."""
-    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-        raise TypeError(f"{name}={value!r} must be a number, not {type(value).__name__}.")
+def check_number(
+    name: str, value: float | None, is_inside: Callable[[float], bool], must: str, kind: type = Real
+) -> None:
+    """Raise a TypeError if a policy's argument is no number, a ValueError if it is out of range. None passes.
+
+    Args:
+        kind: `numbers.Real`, or `numbers.Integral` for a count.
+    """
+    if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
+        must_be = "an int" if kind is Integral else "a number"
+        raise TypeError(f"{name}={value!r} must be {must_be}, not {type(value).__name__}.")
     if value is not None and not is_inside(value):
         raise ValueError(f"{name}={value} must {must}.")
 

@@ -1,6 +1,7 @@
 """Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference (Tang et al., ICML 2024, arXiv 2406.10774)."""
 
 from dataclasses import dataclass
+from numbers import Integral
 
 from .base import Pages, Policy, check_number, register_policy
 from .dense import DensePolicy
@@ -29,7 +30,9 @@ class QuestPolicy(Policy):
     reads = "top"
 
     def __post_init__(self) -> None:
-        check_number("dense_layers", self.dense_layers, lambda count: count >= 0, "be 0 or more layers: try 2")
+        check_number(
+            "dense_layers", self.dense_layers, lambda count: count >= 0, "be 0 or more layers: try 2", Integral
+        )
 
     def for_layer(self, layer_idx: int) -> Policy:
         return DensePolicy() if layer_idx < self.dense_layers else self

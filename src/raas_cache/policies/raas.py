@@ -18,8 +18,6 @@ class RaaSPolicy(Policy):
     Args:
         alpha: a page that scores at least this is a milestone now, and gets the present timestamp. In (0, 1).
         top_ratio: instead, stamp this share of the held pages, the highest scores (paper's variant: 0.5). In (0, 1].
-        probation: beyond the paper: tokens after which being a milestone proves that a page is needed again; until
-            then it counts as four times as many tokens older. 0 is the paper's rule.
 
     Raises:
         TypeError, ValueError: an argument is no number or out of range, or both `alpha` and `top_ratio` are given.
@@ -27,7 +25,6 @@ class RaaSPolicy(Policy):
 
     alpha: float | None = None
     top_ratio: float | None = None
-    probation: int = 0
 
     def __post_init__(self) -> None:
         if self.alpha is not None and self.top_ratio is not None:
@@ -38,21 +35,6 @@ class RaaSPolicy(Policy):
             "alpha", self.alpha, lambda share: 0 < share < 1, "lie in (0, 1): a share of the attention; try 0.2"
         )
         check_number("top_ratio", self.top_ratio, lambda share: 0 < share <= 1, "lie in (0, 1]: a share of the pages")
-        check_number("probation", self.probation, lambda tokens: tokens >= 0, "be 0 or more tokens: try 16")
-
-    @property
-    def state(self) -> tuple[str, ...]:  # type: ignore[override]  # of a policy that is frozen
-        return ("timestamp", "proven") if self.probation else ()
 
     def on_scores(self, pages: Pages) -> None:
-        if not self.probation:
-            raas_kernels.stamp(pages.priority, pages.scores, pages.first, pages.clock, self.alpha, self.top_ratio)
-            return
-        now, timestamp, proven = pages.clock[..., :1], pages.state["timestamp"], pages.state["proven"]
-        newest = (pages.first + pages.page_size - 1).double()
-        timestamp.clamp_(min=newest.clamp(max=now))
-        stamped = timestamp.masked_fill(~pages.held, float("-inf")).contiguous()
-        raas_kernels.stamp(stamped, pages.scores, pages.first, pages.clock, self.alpha, self.top_ratio)
-        proven.masked_fill_((stamped == now) & (newest <= now - self.probation), 1)
-        timestamp.clamp_(min=stamped)
-        pages.priority.copy_(stamped - 4 * self.probation * (1 - proven))
+        raas_kernels.stamp(pages.priority, pages.scores, pages.first, pages.clock, self.alpha, self.top_ratio)
