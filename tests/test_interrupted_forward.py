@@ -6,7 +6,6 @@ import functools
 from contextlib import contextmanager
 
 import pytest
-import torch
 from transformers import AttentionInterface
 
 from .faults import AT_PROMPT, AT_TURN, LENGTHS, METHODS, Conversation, assert_right_or_refused

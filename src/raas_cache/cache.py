@@ -219,14 +219,11 @@ class PagedCache(Cache):
         if self._handed_out is None or not self._handed_out.awaits_attention:
             return
         config = getattr(calling_module(torch.nn.Module), "config", None)
+        # The next layer finds out, unless the model has no other: that the same layer comes again is a new forward.
+        is_only_layer = not self._paged_layers[0].is_filled and getattr(config, "num_hidden_layers", None) == 1
+        if layer_idx <= self._last_idx and not is_only_layer:
+            raise RuntimeError(INTERRUPTED)
         implementation = "in use" if config is None else repr(config._attn_implementation)
-        if layer_idx <= self._last_idx:  # a new forward has begun, so the last one may have been stopped there
-            raise RuntimeError(
-                "The last forward stopped between the cache and the attention of a layer. If an exception or Ctrl-C "
-                "stopped it, call reset() on the cache and give it the sequence from its beginning. If not, the "
-                f"attention implementation {implementation} does not read the paged cache: call "
-                'model.set_attn_implementation("raas").'
-            )
         raise RuntimeError(
             f"The attention implementation {implementation} did not read the paged cache, so its output "
             'would be wrong. Call model.set_attn_implementation("raas") (or "sdpa") and generate again with a new '
