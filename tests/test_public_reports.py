@@ -130,7 +130,7 @@ class TestMasksOfThePast:
         cache = RaaSCache(256)
         with torch.no_grad():
             model(ids(20), past_key_values=cache)
-            with pytest.raises(ValueError, match=r"attention_mask has 5 tokens, and the sequence 25: 20 that"):
+            with pytest.raises(ValueError, match=r"the cache has seen 20 tokens and 5 are new, so the mask needs 25"):
                 model(ids(5), attention_mask=torch.ones(1, 5), past_key_values=cache)
             model(ids(5), attention_mask=torch.ones(1, 25), past_key_values=cache)
         assert cache.get_seq_length() == 25

@@ -328,13 +328,15 @@ class TestInputs:
     def test_prepare_inputs_for_generation_decoder_llm(self, model):
         """A filled cache takes nothing away from the ids, and no embeddings after the prompt.
 
-        The mask comes in four dimensions, as for `StaticCache`, but of the new tokens only.
+        The mask comes in four dimensions, as for `StaticCache`, but of the new tokens only. Upstream gives a mask
+        without the tokens in the cache, which is refused here.
         """
         inputs, cache = embedded(model, INPUTS), full_budget()
         with torch.no_grad():
             model(INPUTS["input_ids"][:, :3], past_key_values=cache)
         first = model.prepare_inputs_for_generation(**inputs, is_first_iteration=True)
         assert first["input_ids"] is None and first["inputs_embeds"] is not None
+        inputs["attention_mask"] = torch.cat([torch.ones(2, 3), inputs["attention_mask"]], 1)
         then = model.prepare_inputs_for_generation(**inputs, past_key_values=cache)
         assert then[CACHE_ARGUMENT] is cache and "inputs_embeds" not in then
         assert torch.equal(then["input_ids"], INPUTS["input_ids"])

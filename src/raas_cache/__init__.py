@@ -6,9 +6,10 @@
 from importlib.resources import files
 
 from . import viz
-from .attention import register, unregister
 from .budgets import learn_budgets
 from .cache import PagedCache
+from .chat import rewind
+from .doors import register, unregister
 from .methods import (
     DenseCache,
     H2OCache,
@@ -50,6 +51,7 @@ __all__ = [
     "record",
     "register",
     "register_policy",
+    "rewind",
     "unregister",
     "viz",
 ]

@@ -316,12 +316,7 @@ def raas_attention_forward(
 
 
 def register() -> None:
-    """Make the default attention implementations serve paged caches; done once on import, harmless to repeat.
-
-    Registers `"raas"`, and wraps `"eager"`, `"sdpa"` and the flash entries in a dispatcher that looks for a paged
-    cache's key and otherwise calls the original; their mask functions likewise. All through transformers' public
-    registries.
-    """
+    """Register `"raas"` and wrap the default attention and mask functions, see `raas_cache.register`."""
     interface = AttentionInterface()
     AttentionInterface.register("raas", dispatcher(raas_attention_forward))
     masks = AttentionMaskInterface()

@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from .attention import DISPATCHED, expect
+from .guards import check_checkpointing, check_generate_step
 from .html import of_cache
 from .hybrid import plan_layers
 from .layer import INTERRUPTED, PagedLayer
@@ -56,16 +57,20 @@ class _LayersToCome(list["AnyLayer"]):
         return super().__getitem__(index)
 
 
-class _OfAnInstance(property):
-    """A property that, asked of the class, says what is meant to be passed to transformers."""
+if TYPE_CHECKING:
+    _OfAnInstance = property
+else:
 
-    def __get__(self, instance: Any, owner: type | None = None) -> Any:
-        if instance is None and owner is not None:
-            raise AttributeError(
-                f"{owner.__name__} is a class, and a cache is an instance of it: pass {owner.__name__}(budget=1024), "
-                "with parentheses."
-            )
-        return super().__get__(instance, owner)
+    class _OfAnInstance(property):
+        """A property that, asked of the class, says what is meant to be passed to transformers."""
+
+        def __get__(self, instance: Any, owner: type | None = None) -> Any:
+            if instance is None and owner is not None:
+                raise AttributeError(
+                    f"{owner.__name__} is a class, and a cache is one of its instances: pass "
+                    f"{owner.__name__}(budget=1024), with parentheses."
+                )
+            return super().__get__(instance, owner)
 
 
 class PagedCache(Cache):
@@ -215,16 +220,19 @@ class PagedCache(Cache):
             return
         config = getattr(calling_module(torch.nn.Module), "config", None)
         implementation = "in use" if config is None else repr(config._attn_implementation)
-        unread = (
+        if layer_idx <= self._last_idx:  # a new forward has begun, so the last one may have been stopped there
+            raise RuntimeError(
+                "The last forward stopped between the cache and the attention of a layer. If an exception or Ctrl-C "
+                "stopped it, call reset() on the cache and give it the sequence from its beginning. If not, the "
+                f"attention implementation {implementation} does not read the paged cache: call "
+                'model.set_attn_implementation("raas").'
+            )
+        raise RuntimeError(
             f"The attention implementation {implementation} did not read the paged cache, so its output "
             'would be wrong. Call model.set_attn_implementation("raas") (or "sdpa") and generate again with a new '
             "cache. A model whose attention bypasses transformers' attention interface, or that changes its keys "
             "between cache and attention, needs a DynamicCache."
         )
-        if layer_idx > self._last_idx:
-            raise RuntimeError(unread)
-        # A new forward: the last one may as well have been stopped there.
-        raise RuntimeError(f"{INTERRUPTED} If nothing stopped it: {unread}")
 
     def _check_step(self, layer: PagedLayer, layer_idx: int) -> None:
         """Refuse a forward where a layer has not seen all that the layers before it have."""
@@ -345,7 +353,13 @@ class PagedCache(Cache):
         )
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """(length, offset) of the mask, as `Cache.get_mask_sizes`; the offset tells the mask function of this cache."""
+        """(length, offset) of a layer's mask; the offset tells the mask function of this cache.
+
+        Raises:
+            ValueError: the model is about to leave the cache out, for it trains with gradient checkpointing.
+        """
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            check_checkpointing(calling_module(PreTrainedModel))
         length, offset = super().get_mask_sizes(query_length, layer_idx)
         if layer_idx < len(self.layers) and not isinstance(self.layers[layer_idx], PagedLayer):
             return length, offset
@@ -376,7 +390,12 @@ class PagedCache(Cache):
         models that transformers cannot compile, and those with layers whose cache is not static (sliding windows); not
         where `generate` compiles nothing: on a CPU, or with `disable_compile=True`. The model is the one that asks
         first, as its `generate` does before the cache has seen anything of it.
+
+        Raises:
+            ValueError: `generate` asks, and the step that it prepares cannot use the cache (`guards`).
         """
+        if not torch.compiler.is_compiling():
+            check_generate_step(self)
         is_noted = self._records_past or self._recording is not None
         if self.offloading or is_noted or self._reads_input or not self.settings.policy.evicts:
             return False

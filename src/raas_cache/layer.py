@@ -148,7 +148,7 @@ class PagedLayer(PagedAttention, CacheLayerMixin):
                 "attention_mask is not causal among the new tokens, and they may be taken back: leave out "
                 "assistant_model and prompt_lookup_num_tokens, or call cache.deactivate_past_recording() first."
             )
-        self.is_busy, self.among = True, among
+        self.awaits_attention, self.is_busy, self.among = False, True, among
         if self._taken is not None:
             self._store(visible)
         elif visible is None:

@@ -37,8 +37,12 @@ def calling_module(kind: type[AnyModule]) -> AnyModule | None:
 
 def is_asked_by_generate() -> bool:
     """Whether `generate` is asking, at its beginning, if it may compile: the one place where it looks for that."""
-    frame = sys._getframe(2)
-    return frame.f_code.co_name == "_valid_auto_compile_criteria"
+    frame: FrameType | None = sys._getframe(2)
+    for _ in range(3):  # a property of the cache, or of one around it, may stand between
+        if frame is not None and frame.f_code.co_name == "_valid_auto_compile_criteria":
+            return True
+        frame = frame.f_back if frame is not None else None
+    return False
 
 
 def generate_compiles(device: torch.device) -> bool | None:

@@ -7,27 +7,34 @@ cache, and the registered mask functions give the whole mask to it (see `attenti
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 
 import raas_kernels
 
+from .guards import check_mask_length
+
 
 if TYPE_CHECKING:
-    from .cache import PagedCache
     from .layer import PagedLayer
 
 AnyOffset = TypeVar("AnyOffset", int, torch.Tensor)
 
 
+class TakesMasks(Protocol):
+    """A cache that brings a mask to the tokens that it holds; see `PagedCache.apply_mask`."""
+
+    def apply_mask(self, mask: torch.Tensor | None, seen: int, new: int) -> None: ...
+
+
 class MaskOffset(int):
     """Tokens seen, as the offset of a mask; it knows the cache that holds them."""
 
-    paged_cache: PagedCache
+    paged_cache: TakesMasks
 
 
-def tagged(offset: AnyOffset, cache: PagedCache) -> AnyOffset | MaskOffset:
+def tagged(offset: AnyOffset, cache: TakesMasks) -> AnyOffset | MaskOffset:
     """The offset of a mask, with `cache` as attribute `paged_cache`: an int, or a 0-d tensor inside `torch.compile`."""
     if torch.compiler.is_compiling() and not torch.is_tensor(offset):
         return offset  # of a first forward that is compiled: there is no past
@@ -61,7 +68,7 @@ class PastMask:
         if mask is None or not layers:
             return
         if isinstance(seen, int):
-            check_length(mask, seen, new)
+            check_mask_length(mask, seen, new)
             if mask.device.type == "cpu":
                 layers = self._stale(mask, seen, new, layers)
         devices: dict[torch.device, list[PagedLayer]] = {}
@@ -84,13 +91,3 @@ class PastMask:
     def learn(self, mask: torch.Tensor | None, new: int) -> None:
         """Take note of the mask of the first forward, whose tokens go into the store as it says."""
         self._known = None if mask is None or mask.device.type != "cpu" else mask[:, :new].clone()
-
-
-def check_length(mask: torch.Tensor, seen: int, new: int) -> None:
-    """Raise a ValueError if a 2-d mask has fewer tokens than the sequence."""
-    if mask.shape[1] < seen + new:
-        raise ValueError(
-            f"attention_mask has {mask.shape[1]} tokens, and the sequence {seen + new}: {seen} that the cache has seen "
-            f"and {new} new ones. Pass a mask of all of them. If the new input replaces what the cache has seen, call "
-            "reset() on the cache and give it the whole input."
-        )

@@ -97,8 +97,9 @@ def check_number(
         kind: `numbers.Real`, or `numbers.Integral` for a count.
     """
     if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
-        must_be = "an int" if kind is Integral else "a number"
-        raise TypeError(f"{name}={value!r} must be {must_be}, not {type(value).__name__}.")
+        if kind is Integral:
+            raise TypeError(f"{name}={value!r} must be an int, not {type(value).__name__}.")
+        raise TypeError(f"{name}={value!r} must be a number, not {type(value).__name__}.")
     if value is not None and not is_inside(value):
         raise ValueError(f"{name}={value} must {must}.")
 
