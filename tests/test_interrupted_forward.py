@@ -3,6 +3,7 @@ gets the right answer, or is told to call `reset()`; never a wrong answer.
 """
 
 import functools
+import itertools
 from contextlib import contextmanager
 
 import pytest
@@ -92,3 +93,47 @@ def test_trying_again(method, mode, what):
             with pytest.raises(KeyboardInterrupt), interruption(conversation.model, place, layer, error):
                 conversation.forward(cache, number)
             assert_right_or_refused(conversation, cache, number)
+
+
+def with_attentions(conversation, cache, number):
+    conversation.forward(cache, number, output_attentions=True)
+
+
+def while_training(conversation, cache, number):
+    for layer in conversation.model.model.layers:
+        layer.self_attn.attention_dropout = 0.1
+    conversation.model.train()
+    try:
+        conversation.forward(cache, number)
+    finally:
+        conversation.model.eval()
+
+
+def with_a_bias(conversation, cache, number):
+    """A mask that adds to the attention of tokens that are visible."""
+    length = LENGTHS[number]
+    bias = torch.linspace(-1, 0, length, dtype=torch.float64).expand(2, 1, length, length)
+    conversation.forward(cache, number, attention_mask=bias)
+
+
+def with_a_short_mask(conversation, cache, number):
+    mask = conversation.mask[:, : sum(LENGTHS[: number + 1]) - 1]
+    conversation.forward(cache, number, attention_mask=mask)
+
+
+@pytest.mark.parametrize(
+    ("what", "refused"),
+    [
+        *itertools.product(FORWARDS, [with_attentions, while_training]),
+        *itertools.product(["prompt", "turn"], [with_a_bias]),
+        *itertools.product(["turn", "generated token"], [with_a_short_mask]),
+    ],
+)
+@pytest.mark.parametrize(("method", "mode"), METHODS)
+def test_the_corrected_call_after_a_refusal(method, mode, what, refused):
+    conversation, number = conversation_of(method, mode), FORWARDS[what]
+    cache = conversation.cache_before(number)
+    with pytest.raises(ValueError):
+        refused(conversation, cache, number)
+    message = assert_right_or_refused(conversation, cache, number) or ""
+    assert "set_attn_implementation" not in message, f"blames the attention implementation: {message}"

@@ -14,7 +14,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import raas_cache
 import raas_kernels
 
-from .faults import AT_PROMPT, AT_TURN, METHODS, TURN, Conversation, assert_right_or_refused, refusal
+from .faults import (
+    AT_OPENING,
+    AT_PROMPT,
+    AT_TURN,
+    METHODS,
+    PROMPT,
+    TURN,
+    Conversation,
+    assert_right_or_refused,
+    refusal,
+)
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:budget=")
@@ -78,11 +88,17 @@ def at_every_allocation(prepare, call):
         yield cache
 
 
-@pytest.mark.parametrize("when", ["prompt", "eviction", "turn"])
+@pytest.mark.parametrize("when", ["prompt", "new page", "turn", "growth"])
 @pytest.mark.parametrize(("method", "mode"), METHODS)
 def test_a_forward(method, mode, when):
     conversation = conversation_of(method, mode)
-    number = {"prompt": AT_PROMPT, "eviction": conversation.at_eviction, "turn": AT_TURN}[when]
+    if when == "growth":
+        conversation = Conversation(method, mode, layers=2, budget=256, lengths=[PROMPT, *[1] * 140])
+        number = conversation.at_growth
+    else:
+        number = {"prompt": AT_PROMPT, "new page": AT_OPENING, "turn": AT_TURN}[when]
+        evictions = [conversation.before[AT_OPENING + after].evictions for after in (0, 1)]
+        assert (evictions[0] < evictions[1]) == (method not in ("quest", "dense"))
     prepare = functools.partial(conversation.cache_before, number)
     for cache in at_every_allocation(prepare, lambda cache: conversation.forward(cache, number)):
         assert_right_or_refused(conversation, cache, number)
@@ -114,7 +130,7 @@ def drafted(conversation, start):
 @pytest.mark.parametrize(("method", "mode"), DRAFTED)
 def test_a_draft(method, mode):
     conversation = conversation_of(method, mode)
-    start = conversation.at_eviction - 2
+    start = AT_OPENING - 2
     numbers = range(start, start + 3)
 
     def call(cache):
@@ -127,6 +143,7 @@ def test_a_draft(method, mode):
 
     for cache in at_every_allocation(functools.partial(copy.deepcopy, drafted(conversation, start)), call):
         if refusal(retry, cache) is None:
+            cache.deactivate_past_recording()
             conversation.assert_goes_on(cache, numbers.stop, forwards=2)
 
 
@@ -141,7 +158,7 @@ def test_a_crop(method, mode, what):
         before.activate_past_recording()
         conversation.forward(before, first)
     else:
-        first, last, length = conversation.at_eviction - 1, conversation.at_eviction, 2
+        first, last, length = AT_OPENING - 1, AT_OPENING, 2
         before = drafted(conversation, first - 1)
         conversation.draft(before, range(first - 1, last + 1))
     before.deactivate_past_recording()

@@ -12,7 +12,7 @@ from collections import Counter
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, note, seed, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
@@ -155,14 +155,15 @@ def compare(kv_heads, method, options, lengths, mask, tokens_seed):
     seen, decoded = 0, 0
     for chunk in tokens.split(lengths, 1):
         length, seen = chunk.shape[1], seen + chunk.shape[1]
-        note(f"tokens {seen - length} to {seen - 1}")
         logits = [
             logits_of(kv_heads, implementation, held, chunk, mask[:, :seen])
             for implementation, held in (("sdpa", cache), ("oracle", oracle))
         ]
         visible = mask[:, seen - length : seen].bool()
         # The norms of a Llama compute in float32: the last bit of float64 may tip a rounding there.
-        torch.testing.assert_close(logits[0][visible], logits[1][visible], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            logits[0][visible], logits[1][visible], rtol=1e-6, atol=1e-6, msg=f"tokens {seen - length} to {seen - 1}"
+        )
         assert_same_residents(cache, oracle)
         assert cache.get_seq_length() == seen
         is_input = length > 1 or seen == 1
