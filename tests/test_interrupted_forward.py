@@ -7,6 +7,7 @@ import itertools
 from contextlib import contextmanager
 
 import pytest
+import torch
 from transformers import AttentionInterface
 
 from .faults import AT_PROMPT, AT_TURN, LENGTHS, METHODS, Conversation, assert_right_or_refused
@@ -15,6 +16,12 @@ from .faults import AT_PROMPT, AT_TURN, LENGTHS, METHODS, Conversation, assert_r
 pytestmark = pytest.mark.filterwarnings("ignore:budget=")
 LAYERS = 3
 FORWARDS = {"prompt": AT_PROMPT, "turn": AT_TURN, "generated token": AT_TURN + 1}
+
+
+@pytest.fixture(autouse=True)
+def grows_early(monkeypatch):
+    """A store begins with two evictable pages and not with 128 tokens, so that these short conversations outgrow it."""
+    monkeypatch.setattr("raas_cache.store.FIRST_TOKENS", 8)
 
 
 @functools.cache

@@ -298,15 +298,15 @@ def test_bytes_grow_only_where_nothing_is_evicted(method, mode):
     cache = from_name(method, **options(method, mode))
     with torch.no_grad():
         model(**prompt(2, 33), past_key_values=cache)
-        for step in range(130):
+        for step in range(210):
             model(torch.full((2, 1), 1 + step % 90), past_key_values=cache)
             sizes.append(cache.nbytes)
-    assert cache.get_seq_length() == 163
+    assert cache.get_seq_length() == 243
     if method in EVICTING:
         assert len(set(sizes[40:])) == 1 and cache.evicted_pages(1).min() > 20
     else:
-        assert sizes[129] > 1.5 * sizes[40] and cache.evicted_pages(1).max() == 0
-        assert cache.resident_tokens(1).tolist() == [[163, 163]] * 2
+        assert sizes[209] > 1.5 * sizes[40] and cache.evicted_pages(1).max() == 0
+        assert cache.resident_tokens(1).tolist() == [[243, 243]] * 2
 
 
 @pytest.mark.parametrize(("method", "mode"), DRAFTED)

@@ -39,6 +39,12 @@ ROW_CALLS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def grows_early(monkeypatch):
+    """A store begins with two evictable pages and not with 128 tokens, so that these short conversations outgrow it."""
+    monkeypatch.setattr("raas_cache.store.FIRST_TOKENS", 8)
+
+
 class OutOfMemory(TorchDispatchMode):
     """Raises at allocation number `at` of those that the package makes; `count` of them were asked for."""
 

@@ -353,6 +353,7 @@ class TestCompilation:
         compiled = torch.compile(model.forward, fullgraph=True, backend="eager")
         for inputs in (INPUTS, prompt(2, LENGTH, (0, 3), seed=5)):
             whole, cache, ids = run(model, inputs, DynamicCache(), sample=False), full_budget(), []
+            cache.preallocate()
             with torch.no_grad():
                 places = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
                 out = model(**inputs, past_key_values=cache, position_ids=places)
@@ -427,6 +428,7 @@ class TestCache:
     def test_past_key_values_format(self, model):
         """The layers that `DynamicCache` has, with its heads; tokens lie in pages, one behind the other if read so."""
         cache, expected, config = full_budget(), DynamicCache(), model.config
+        cache.preallocate()
         with torch.no_grad():
             output = model(**INPUTS, past_key_values=cache)
             model(**INPUTS, past_key_values=expected)

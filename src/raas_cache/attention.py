@@ -114,7 +114,7 @@ def dispatcher(dense: AttentionFunction) -> AttentionFunction:
         # The pages hold what the model gave them, in its dtypes, and no gradients.
         has_gradients, device = torch.is_grad_enabled(), query.device.type
         read = torch.no_grad()(read_pages) if has_gradients else read_pages
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        if not query.is_meta and torch.is_autocast_enabled(device):  # of the meta device torch cannot tell
             with torch.autocast(device, enabled=False):
                 output = read()
         else:

@@ -371,8 +371,11 @@ class PagedCache(Cache):
             new (`int`): tokens of this forward.
 
         Raises:
+            RuntimeError: the last forward did not end.
             ValueError: the mask has fewer tokens than the sequence.
         """
+        if self._is_torn:
+            raise RuntimeError(INTERRUPTED)
         layers = self._paged_layers
         if layers:
             self._past_mask.apply(mask, seen, new, layers)
@@ -517,6 +520,8 @@ class PagedCache(Cache):
     @contextmanager
     def _all_or_none(self) -> Iterator[None]:
         """What is done to one layer after the other leaves the cache unusable if it stops in between."""
+        if self._is_torn:
+            raise RuntimeError(INTERRUPTED)
         self._is_torn = True
         yield
         self._is_torn = False
@@ -566,6 +571,8 @@ class PagedCache(Cache):
             RuntimeError: the past of these tokens was not recorded (`activate_past_recording`), or a layer holds a
                 recurrent state, which cannot go back. Nothing is changed then.
         """
+        if self._is_torn:
+            raise RuntimeError(INTERRUPTED)
         tokens_to_remove = int(tokens_to_remove)  # assisted decoding counts in tensors
         for index, layer in enumerate(self.layers):
             if isinstance(layer, PagedLayer):

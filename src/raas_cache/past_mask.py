@@ -65,7 +65,7 @@ class PastMask:
         Raises:
             ValueError: the mask has fewer tokens than the sequence.
         """
-        if mask is None or not layers:
+        if mask is None or mask.shape[0] not in (1, layers[0].batch_size):  # `update` refuses another batch
             return
         if isinstance(seen, int):
             check_mask_length(mask, seen, new)
