@@ -317,6 +317,7 @@ def extend(
     observed: int | None = None,
     max_logits: int = 1 << 26,
     among: torch.Tensor | None = None,
+    heads_share: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of T new tokens a row over the residents and, causally, over each other; scores as in `attend`.
 
@@ -329,6 +330,7 @@ def extend(
         query_positions: `[T]` int, sequence index of each query.
         observed: how many of the last queries the scores come from; None for all. Padding gives none.
         max_logits: bound on the logits held at once, in elements.
+        heads_share: reduce the scores of a query over all KV heads, by `group_score`, before those of several queries.
         among: `[B, T, new]` bool, which new tokens, T or more, each query sees; None for causal.
 
     Returns:
@@ -365,6 +367,9 @@ def extend(
             weights = weights * resident(positions, bias, query_positions[counted])[:, :, None, :, None]
             by_query = weights.permute(0, 1, 3, 2, 4).flatten(0, 2)
             by_query = _page_scores(by_query, page_size, page_score, group_score).unflatten(0, (batch, heads, -1))
+            if heads_share:
+                over_heads = torch.amax if group_score == "max" else torch.mean
+                by_query = over_heads(by_query, 1, keepdim=True).expand_as(by_query)
             if page_score == "max":
                 torch.maximum(scores, by_query.amax(2), out=scores)
             else:

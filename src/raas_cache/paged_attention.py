@@ -145,6 +145,7 @@ class PagedAttention(PageStore):
             page_score=self.policy.page_score,
             group_score=self.policy.group_score,
             observed=queries,
+            heads_share=self.granularity == "layer" or self.is_latent,
             among=self.among if self.among is None else self.among[:, -length:],
             **softmax,
         )
