@@ -50,15 +50,30 @@ def write_json(path: Path, of: dict[str, Any], rows: Sequence[Row | KernelRow]) 
         of: what the numbers depend on, such as `about` and the plan.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**of, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+    # In one piece: a run that is cut off meanwhile leaves the old file or the new one.
+    whole = path.with_name(f"{path.name}.new")
+    whole.write_text(json.dumps({**of, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+    whole.replace(path)
 
 
 def read_json(path: Path) -> list[Row]:
-    """The rows of a `bench.json`."""
-    return [
-        Row(Case(**row["case"]), row["ran"], row["kv_bytes"], row["timing"] and Timing(**row["timing"]), row["ratios"])
-        for row in json.loads(path.read_text())["rows"]
-    ]
+    """The rows of a `bench.json`.
+
+    Raises:
+        ValueError: the file is damaged; the message names it, and where.
+    """
+    place = ""
+    try:
+        rows = []
+        for number, row in enumerate(json.loads(path.read_bytes())["rows"]):
+            place = f"row {number}, "
+            timing = row["timing"] and Timing(**row["timing"])
+            rows.append(Row(Case(**row["case"]), row["ran"], row["kv_bytes"], timing, row["ratios"]))
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is damaged ({place}{type(error).__name__}: {error}): run raas-cache bench again, or delete it."
+        ) from error
+    return rows
 
 
 def figures(rows: list[Row]) -> dict[str, "Figure"]:
