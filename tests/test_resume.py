@@ -3,6 +3,7 @@
 import importlib
 import json
 import linecache
+import os
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from raas_cache import embedded_model
 from raas_cache.eval import Decoding, Setting, chain_task, inputs, read_rows, run
 from raas_cache.eval.chains import problems
-from raas_cache.eval.results import Row
+from raas_cache.eval.results import Row, RowFile
 from raas_cache.eval.tasks import Task
 from raas_cache.policies import POLICIES
 
@@ -312,7 +313,9 @@ class TestTwoAtOnce:
         options = ["--dataset", "chains-30", "--limit", "4", "--method", "dense", "--batch-size", "1"]
         options += ["--out", str(tmp_path)]
         words = [sys.executable, "-m", "raas_cache.eval", *options]
-        first = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        first = subprocess.Popen(words, env=environment, **pipes)
         while first.poll() is None and not read_rows(tmp_path):
             time.sleep(0.005)
         error = refused(CliRunner().invoke(app, ["eval", *options]))
@@ -321,6 +324,18 @@ class TestTwoAtOnce:
         assert first.returncode == 0, errors
         assert "--out" in error and "is being written to by another run: wait until it has ended" in error
         assert len((tmp_path / "rows-0.jsonl").read_text().splitlines()) == 4 and "| dense | all | 100.0%" in output
+
+    def test_all_processes_of_a_run_are_refused(self, tmp_path):
+        """The main process alone looks at the folder; the others must not wait for it."""
+        pytest.importorskip("typer")
+        RowFile(tmp_path, 0).append(ROW)
+        words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        words += ["-m", "raas_cache.eval", "--dataset", "chains-4", "--method", "dense", "--out", str(tmp_path)]
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+        both = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300)
+        assert both.returncode != 0 and "holds rows with task=None, this run has 'chains-4'" in both.stderr
+        assert len(read_rows(tmp_path)) == 1
 
     def test_a_run_that_failed_lets_go(self, model, tokenizer, task, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
