@@ -189,7 +189,7 @@ class TestArguments:
             ({"budget": [64]}, ValueError, r"budget=\(64,\) has 1 entries, and the model has a layer 1"),
             ({"page_size": 6}, ValueError, "page_size=6 must be a power of two"),
             ({"alpha": 2.0}, ValueError, "alpha=2.0 must lie in"),
-            ({"method": "h2o", "alpha": 0.1}, TypeError, "unexpected keyword argument 'alpha'"),
+            ({"method": "h2o", "alpha": 0.1}, TypeError, "'h2o' has no option 'alpha'"),
             ({"method": "dense"}, ValueError, "method='dense' takes neither a budget nor options.*page_size"),
             ({"aplha": 0.1}, TypeError, "'aplha': this is no argument of the model.*alpha"),
         ],

@@ -86,6 +86,49 @@ class TestFiles:
         with pytest.raises(ValueError, match=re.escape(message)):
             load_task(write(tmp_path / "some.jsonl", rows))
 
+    GOOD = '{"question": "1+1?", "answer": "2"}\n'
+
+    @pytest.mark.parametrize(
+        ("name", "content", "fault"),
+        [
+            (
+                "latin.jsonl",
+                (GOOD + GOOD.replace("1+1", "caf\xe9")).encode("latin-1"),
+                "line 2 has byte 0xe9, which is not",
+            ),
+            (
+                "latin.json",
+                ("[\n" + GOOD.replace("1+1", "caf\xe9") + "]").encode("latin-1"),
+                "line 2 has byte 0xe9, which is not",
+            ),
+            ("latin.csv", "question,answer\n1,2\ncaf\xe9,2\n".encode("latin-1"), "line 3 has byte 0xe9, which is not"),
+            ("utf16.jsonl", GOOD.encode("utf-16"), "line 1 has byte 0xff, which is not UTF-8: save the file as UTF-8"),
+            (
+                "cut.jsonl",
+                (GOOD + "\n" + '{"question": "1\n' + GOOD).encode(),
+                "line 3, column 14: Unterminated string",
+            ),
+            ("list.jsonl", (GOOD + "[1]\n").encode(), "line 2: this is no object in braces"),
+            ("half.jsonl", (GOOD + GOOD.replace("1+1", "\\ud83d")).encode(), "line 2: 'utf-8' codec can't encode"),
+            ("nul.jsonl", GOOD.encode() + b"\0\0\0\n", "line 2, column 1: Expecting value"),
+            ("deep.jsonl", GOOD.encode() + b"[" * 100_000 + b"\n", "line 2: "),
+            ("cut.json", b'[{"question": "1",\n "answer": 2},\n {]', "line 3, column 3: Expecting property name"),
+            ("quote.csv", b'question,answer\n1,2\n"1,2\n3,4\n', "line 3: unexpected end of data"),
+            ("long.csv", b'question,answer\n"1\n",2\n1,2,3\n', "line 4: 3 fields, where the first line has 2"),
+            ("empty.csv", b"\n", "it is empty"),
+            ("number.json", b"5", "ArrowInvalid: JSON parse error"),
+            ("broken.parquet", b"PAR1", "ArrowInvalid: Parquet"),
+        ],
+    )
+    def test_damage_names_file_and_line(self, tmp_path, name, content, fault):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=re.escape(f"dataset='{tmp_path / name}' cannot be loaded ({fault}")):
+            load_task(str(tmp_path / name))
+
+    def test_a_byte_order_mark_is_no_damage(self, tmp_path):
+        (tmp_path / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + self.GOOD.encode())
+        assert load_task(str(tmp_path / "bom.jsonl")).questions == ["1+1?"]
+
     def test_broken_or_empty(self, tmp_path):
         for name, text in (("broken.jsonl", '{"question": "1'), ("empty.jsonl", "")):
             (tmp_path / name).write_text(text)

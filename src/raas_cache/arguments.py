@@ -1,19 +1,95 @@
 """What the commands share: reading options, and refusing them in one line with exit code 2."""
 
+import re
+import tempfile
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 
 import torch
 import typer
 
 
+LARGEST = 1 << 31
+"""Upper limit of every count that a command takes: more would overflow a size that torch computes."""
+LARGEST_SEED = (1 << 32) - 1
+_NO_MEMORY = (
+    "allocate memory",
+    "out of memory",
+    "calculation overflowed",
+    "Overflow when unpacking",
+    "multiplication overflow",
+)
+
+
 @contextmanager
-def refusing(option: str | None = None) -> Iterator[None]:
-    """Make a value that the library refuses, or lacks a package for, a usage error: one line and exit code 2."""
+def refusing(option: str | None = None, **options: str) -> Iterator[None]:
+    """Make what the library refuses a usage error: one line and exit code 2.
+
+    That are values, files that cannot be read or written, packages that are missing, and too little memory.
+
+    Args:
+        option: the option that is blamed.
+        options: argument -> the option that is blamed where the message begins with that argument, as in
+            "budget=8 is less than one page".
+    """
     try:
         yield
-    except (ValueError, TypeError, ImportError) as error:
-        raise typer.BadParameter(str(error), param_hint=option) from None
+    except (ValueError, TypeError, ImportError, OSError, RuntimeError, MemoryError) as error:
+        reason = str(error).partition("\n")[0]
+        if isinstance(error, MemoryError) or any(words in reason for words in _NO_MEMORY):
+            reason, option = f"the memory does not suffice ({reason or type(error).__name__}): ask for less.", None
+        elif isinstance(error, RuntimeError) and not _is_ours(error):
+            raise
+        argument = re.match(r"(\w+)[=:]", reason)
+        raise typer.BadParameter(reason, param_hint=options.get(argument[1], option) if argument else option) from None
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether this package raised it, as it does where a model cannot be served."""
+    trace = error.__traceback__
+    while trace and trace.tb_next:
+        trace = trace.tb_next
+    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith("raas_cache.")
+
+
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Show each warning as one line on stderr, and all that this package gives."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("always", category=UserWarning, module="raas_cache")
+        warnings.showwarning = lambda message, *_: typer.echo(f"Warning: {message}", err=True)
+        yield
+
+
+@contextmanager
+def folder(option: str, path: Path | None) -> Iterator[None]:
+    """Make a folder, and see that it can be written to, before the work that fills it; None is no folder.
+
+    What was made and is still empty at the end, because the command was refused, is removed.
+    """
+    if path is None:
+        yield
+        return
+    with ExitStack() as stack:
+        try:
+            for new in [parent for parent in (path, *path.parents) if not parent.exists()][::-1]:
+                new.mkdir(exist_ok=True)
+                stack.callback(_remove_if_empty, new)
+            with tempfile.TemporaryFile(dir=path):
+                pass
+        except (OSError, ValueError) as error:  # ValueError: a null byte
+            reason = getattr(error, "strerror", None) or str(error)
+            raise typer.BadParameter(
+                f"'{path}' cannot be written to ({reason}): give a folder that can.", param_hint=option
+            ) from None
+        yield
+
+
+def _remove_if_empty(path: Path) -> None:
+    with suppress(OSError):
+        path.rmdir()
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -22,11 +98,21 @@ def names(text: str) -> tuple[str, ...]:
 
 
 def numbers(option: str, text: str) -> tuple[int, ...]:
-    """Comma-separated whole numbers."""
+    """Comma-separated whole numbers, at most `LARGEST`."""
     try:
-        return tuple(int(number) for number in text.split(","))
+        found = tuple(int(number) for number in text.split(","))
     except ValueError:
         raise typer.BadParameter(f"{text!r} must be numbers, comma-separated.", param_hint=option) from None
+    if max(found) > LARGEST:
+        raise typer.BadParameter(f"{max(found)} must be at most {LARGEST}.", param_hint=option)
+    return found
+
+
+def power_of_two(value: int) -> int:
+    """Callback of `--page-size`."""
+    if value & (value - 1):
+        raise typer.BadParameter(f"page_size={value} must be a power of two: try 16.")
+    return value
 
 
 def device(name: str | None) -> torch.device:

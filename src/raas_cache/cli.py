@@ -7,7 +7,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -38,9 +38,15 @@ from .reporting import require_matplotlib
 from .upstream import CACHE_ARGUMENT
 
 
+PAGE_SIZE = typer.Option(
+    min=1, max=arguments.LARGEST, callback=arguments.power_of_two, help="Tokens a page, a power of two."
+)
 DEMO_PAGE_SIZE = 4
 DEMO_SHARES = (0.75, 0.5, 0.33)
 """The default budgets, as shares of a problem's tokens, prompt and chain."""
+MOST_STEPS = 1_000_000
+MOST_PROBLEMS, MOST_TOKENS = 10_000, 100_000
+"""The demo is for a look: a batch of more, or a budget that no chain of it can fill, has no use."""
 
 app: typer.Typer = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None)
 app.command("eval")(evaluate)
@@ -53,18 +59,23 @@ def main() -> None:
 
 @app.command()
 def demo(
-    problems: Annotated[int, typer.Option(min=1, help="Problems in the table, generated as one batch.")] = 24,
+    problems: Annotated[
+        int, typer.Option(min=1, max=MOST_PROBLEMS, help="Problems in the table, generated as one batch.")
+    ] = 24,
     lines: Annotated[int, typer.Option(min=1, help="Steps of a problem; the model writes 12 tokens for each.")] = 50,
     budget: Annotated[
         list[int] | None,
         typer.Option(
+            max=MOST_TOKENS,
             help="Tokens to hold for each problem, prompt included; repeat for several.",
             show_default=", ".join(f"{share:.0%}" for share in DEMO_SHARES) + " of its tokens",
         ),
     ] = None,
     alpha: Annotated[float, typer.Option(help="Attention weight that makes a page a milestone.")] = DEFAULT_ALPHA,
-    page_size: Annotated[int, typer.Option(min=1, help="Tokens a page, a power of two.")] = DEMO_PAGE_SIZE,
-    seed: Annotated[int, typer.Option(help="Which held-out problems are drawn.")] = 0,
+    page_size: Annotated[int, PAGE_SIZE] = DEMO_PAGE_SIZE,
+    seed: Annotated[
+        int, typer.Option(min=0, max=arguments.LARGEST_SEED, help="Which held-out problems are drawn.")
+    ] = 0,
 ) -> None:
     """Stream one chain of thought, then compare RaaS with a dense cache."""
     with arguments.refusing("--lines"):
@@ -88,7 +99,7 @@ def demo(
     if min(budgets) < least:
         reason = f"{min(budgets)} leaves no page beside the prompt's {prompt} tokens: give at least {least}."
         raise typer.BadParameter(reason, param_hint="--budget")
-    with arguments.refusing():
+    with arguments.refusing(alpha="--alpha"):
         caches = [RaaSCache(b, page_size=page_size, alpha=alpha, min_decode_pages=1) for b in dict.fromkeys(budgets)]
 
     console = Console(highlight=False)
@@ -131,11 +142,12 @@ def plan(
         float | None, typer.Option(help="Instead of --budget: GB (1e9 bytes) to find the largest budget for.")
     ] = None,
     batch: Annotated[str, typer.Option(help="Rows, comma-separated.")] = "1",
-    prompt: Annotated[int, typer.Option(help="Tokens of the prompt.")] = planning.DEFAULT_PROMPT,
+    prompt: Annotated[int, typer.Option(max=arguments.LARGEST, help="Tokens of the prompt.")] = planning.DEFAULT_PROMPT,
     tokens: Annotated[
-        int, typer.Option(help="Tokens, prompt and generated, to measure the dense cache at.")
+        int,
+        typer.Option(max=arguments.LARGEST, help="Tokens, prompt and generated, to measure the dense cache at."),
     ] = planning.DEFAULT_TOKENS,
-    page_size: Annotated[int, typer.Option(help="Tokens a page, a power of two.")] = 16,
+    page_size: Annotated[int, PAGE_SIZE] = 16,
     dtype: Annotated[
         str | None, typer.Option(help="Of the model.", show_default="what the config says, else bfloat16")
     ] = None,
@@ -143,13 +155,20 @@ def plan(
     """Say what a budget takes and saves with a model, from the model's config alone."""
     if budget is not None and memory is not None:
         raise typer.BadParameter("leave it out: --memory finds the budget.", param_hint="--budget")
+    if memory is not None and not 0 < memory <= arguments.LARGEST:
+        raise typer.BadParameter(f"{memory} must be above 0 and at most {arguments.LARGEST} GB.", param_hint="--memory")
     with arguments.refusing("--model"):
         config = read_config(model)
-    with arguments.refusing():
+    with arguments.refusing(
+        config="--model", budget="--budget", nbytes="--memory", batch_size="--batch", prompt_tokens="--prompt",
+        tokens="--tokens",
+    ):  # fmt: skip
         text = planning.table(
             config,
             batches=arguments.numbers("--batch", batch),
-            budgets=() if memory is not None else arguments.numbers("--budget", budget or "1024,2048,4096"),
+            budgets=()
+            if memory is not None
+            else arguments.numbers("--budget", "1024,2048,4096" if budget is None else budget),
             memory=round((memory or 0) * 1e9),
             prompt_tokens=prompt,
             tokens=tokens,
@@ -182,14 +201,16 @@ def bench(
             show_default="small; on a GPU llama-3-8b",
         ),
     ] = None,
-    page_size: Annotated[int, typer.Option(min=1, help="Tokens a page, a power of two.")] = 16,
-    steps: Annotated[int, typer.Option(min=2, help="Steps to time of each method, or calls of each kernel.")] = 40,
-    copies: Annotated[int, typer.Option(min=1, help="Caches of each method, which take turns.")] = 2,
+    page_size: Annotated[int, PAGE_SIZE] = 16,
+    steps: Annotated[
+        int, typer.Option(min=2, max=MOST_STEPS, help="Steps to time of each method, or calls of each kernel.")
+    ] = 40,
+    copies: Annotated[int, typer.Option(min=1, max=MOST_STEPS, help="Caches of each method, which take turns.")] = 2,
     device: Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="cuda if there is one")] = None,
     dtype: Annotated[
         str | None, typer.Option(help="Of weights, K and V.", show_default="float32; on a GPU bfloat16")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of weights, K and V.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=arguments.LARGEST_SEED, help="Of weights, K and V.")] = 0,
     out: Annotated[
         Path | None, typer.Option(help="Folder to write JSON and plots to.", show_default="prints the table only")
     ] = None,
@@ -202,18 +223,26 @@ def bench(
     """Time decode steps of every method after many tokens, beside DynamicCache and StaticCache."""
     place = arguments.device(device)
     on_gpu = place.type == "cuda"
-    precision = arguments.dtype(dtype or ("bfloat16" if on_gpu else "float32"))
-    model = model or ("llama-3-8b" if on_gpu else "small")
-    batches = arguments.numbers("--batch", batch or ("32" if kernels and on_gpu else "1"))
-    budgets = arguments.numbers("--budget", budget or ("2048,8192" if kernels and on_gpu else "1024"))
-    modes = arguments.names(mode or ("eager,compiled" if on_gpu else "eager"))
+    # Only what is left out has a default: an empty word, as of a variable of the shell that is not set, is refused.
+    if dtype is None:
+        dtype = "bfloat16" if on_gpu else "float32"
+    if model is None:
+        model = "llama-3-8b" if on_gpu else "small"
+    if batch is None:
+        batch = "32" if kernels and on_gpu else "1"
+    if budget is None:
+        budget = "2048,8192" if kernels and on_gpu else "1024"
+    if mode is None:
+        mode = "eager,compiled" if on_gpu else "eager"
+    precision, modes = arguments.dtype(dtype), arguments.names(mode)
+    batches, budgets = arguments.numbers("--batch", batch), arguments.numbers("--budget", budget)
     with arguments.refusing("--model"):
         config = load_config(model)
     about = {"model": model, **report.about(place, precision)}
-    print(", ".join(f"{name} {value}" for name, value in about.items()))
-
-    if kernels:
-        with arguments.refusing():
+    of_options = {name: f"--{name}" for name in ("method", "seen", "batch", "budget", "mode", "steps", "copies")}
+    of_options |= {"name": "--method", "repeats": "--steps"}
+    with arguments.folder("--out", out), arguments.refusing(**of_options):
+        if kernels:
             timed = kernel_bench.run_kernels(
                 config,
                 batches=batches,
@@ -224,31 +253,33 @@ def bench(
                 device=place,
                 seed=seed,
             )
-        print(kernel_bench.kernel_table(timed))
-        if out:
-            report.write_json(out / "kernels.json", about, timed)
-        return
+            print(f"{_in_words(about)}\n{kernel_bench.kernel_table(timed)}")
+            if out:
+                report.write_json(out / "kernels.json", about, timed)
+            return
 
-    with arguments.refusing():
         tokens = arguments.numbers("--seen", seen)
         plan = Plan(arguments.names(method), tokens, batches, budgets, modes, page_size, steps, copies, seed)
         if out:
             require_matplotlib()
-    rows: list[Row] = []
-    with ExitStack() as stack, arguments.refusing():
-        peer = None if peer_python is None else stack.enter_context(Peer(peer_python))
-        if peer is not None:
-            about["peer"] = peer.about
-            print("peer: " + ", ".join(f"{name} {value}" for name, value in peer.about.items()))
-        for cell in run(build_model(config, place, precision, seed), plan, peer):
-            rows += cell
-            case = cell[0].case
-            print(f"timed: batch {case.batch}, budget {case.budget}, seen {case.seen}, {case.mode}", file=sys.stderr)
-            if out:  # after every cell: a run may be cut off
-                report.write_json(out / "bench.json", {**about, "plan": asdict(plan)}, rows)
-    print(report.table(rows))
-    if out:
-        report.plot(rows, out)
+        print(_in_words(about))
+        rows: list[Row] = []
+        with ExitStack() as stack:
+            peer = None if peer_python is None else stack.enter_context(Peer(peer_python))
+            if peer is not None:
+                about["peer"] = peer.about
+                print(f"peer: {_in_words(peer.about)}")
+            for cell in run(build_model(config, place, precision, seed), plan, peer):
+                rows += cell
+                case = cell[0].case
+                print(
+                    f"timed: batch {case.batch}, budget {case.budget}, seen {case.seen}, {case.mode}", file=sys.stderr
+                )
+                if out:  # after every cell: a run may be cut off
+                    report.write_json(out / "bench.json", {**about, "plan": asdict(plan)}, rows)
+        print(report.table(rows))
+        if out:
+            report.plot(rows, out)
 
 
 @app.command()
@@ -256,10 +287,14 @@ def plot(
     folder: Annotated[Path, typer.Argument(help="Where eval or bench, or both, wrote to with --out.")],
 ) -> None:
     """Draw what eval and bench found, as PNG and SVG beside it."""
-    with arguments.refusing():
+    with arguments.refusing(), arguments.plain_warnings():
         paths = plots.plot(folder)
     for path in paths:
         print(path)
+
+
+def _in_words(about: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in about.items())
 
 
 def _generate(
@@ -273,7 +308,8 @@ def _generate(
     inputs = tokenizer([p.prompt for p in sample], padding=True, return_tensors="pt", return_token_type_ids=False)
     options = {CACHE_ARGUMENT: cache, "max_new_tokens": completion_length(sample), "do_sample": False}
     started = time.perf_counter()
-    text: torch.Tensor = model.generate(**inputs, streamer=streamer, **options)  # type: ignore[operator]
+    with arguments.refusing():
+        text: torch.Tensor = model.generate(**inputs, streamer=streamer, **options)  # type: ignore[operator]
     new = text[:, inputs["input_ids"].shape[1] :]
     speed = (new != tokenizer.pad_token_id).sum().item() / (time.perf_counter() - started)
     return tokenizer.batch_decode(new, skip_special_tokens=True), speed

@@ -164,7 +164,14 @@ def from_name(name: str, budget: Budget, **options: Any) -> PagedCache:
         near = difflib.get_close_matches(str(name), POLICIES, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(POLICIES)}."
         raise ValueError(f"name={name!r} is not a method: {hint}")
+    of_policy = inspect.signature(POLICIES[name]).parameters
+    taken = sorted({*of_policy, *CacheOptions.__annotations__})
+    for option in options:
+        if option not in taken:
+            near = difflib.get_close_matches(option, taken, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(taken)}."
+            raise TypeError(f"name={name!r} has no option {option!r}: {hint}")
     if name in CACHES:
         return CACHES[name](budget, **options)
-    of_policy = {key: options.pop(key) for key in inspect.signature(POLICIES[name]).parameters if key in options}
-    return PagedCache(budget, policy=POLICIES[name](**of_policy), **options)
+    chosen = {key: options.pop(key) for key in of_policy if key in options}
+    return PagedCache(budget, policy=POLICIES[name](**chosen), **options)

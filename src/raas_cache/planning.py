@@ -148,6 +148,8 @@ class _Model:
                 copy.deepcopy(config),
                 dtype=dtype or config.dtype or torch.bfloat16,
                 experts_implementation="batched_mm",
+                # None would ask on the terminal. Code that made the config itself has been trusted.
+                trust_remote_code=type(config).__module__.startswith("transformers_modules."),
             )
         self.config: PreTrainedConfig = model.config
         with warnings.catch_warnings():

@@ -43,6 +43,7 @@ def read_config(name: str) -> PreTrainedConfig:
     if name in MODELS:
         return LlamaConfig(**MODELS[name], max_position_embeddings=1 << 18)
     try:
+        # False, not None: at None it asks on the terminal whether to run the code that comes with a config.
         config: PreTrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=False)
         of_text = config.get_text_config(decoder=True)
         counts = {size: value for size in SIZES if isinstance(value := getattr(of_text, size, None), int)}
@@ -53,9 +54,12 @@ def read_config(name: str) -> PreTrainedConfig:
         if wrong:
             raise ValueError(wrong[0])
     except Exception as error:  # whatever the Hub client, the JSON and the config's own checks raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        if "trust_remote_code" in str(error):
+            reason = "this one brings code of its own, which is not run for its config"
         raise ValueError(
             f"model={name!r} must be one of {', '.join(MODELS)}, a folder with the config.json of a model that "
-            f"transformers knows, or a name on the Hub ({type(error).__name__}: {' '.join(str(error).split())})."
+            f"transformers knows, or a name on the Hub ({reason})."
         ) from None
     return config
 
@@ -64,10 +68,19 @@ def load_config(name: str) -> PreTrainedConfig:
     """As `read_config`, for models whose caches can be filled.
 
     Raises:
-        ValueError: there is no such config, or a layer has no full attention to fill the cache of.
+        ValueError: there is no such config, no model can be built from it, or a layer has no full attention to fill the
+            cache of.
     """
     config = read_config(name)
-    kinds = {type(layer).__name__ for layer in DynamicCache(config=config).layers}
+    try:
+        kinds = {type(layer).__name__ for layer in DynamicCache(config=config).layers}
+        build_model(copy.deepcopy(config), torch.device("meta"), torch.bfloat16)
+    except Exception as error:  # whatever anyone's modeling code may raise
+        reason = f"{type(error).__name__}: {str(error).strip()}".partition("\n")[0]
+        raise ValueError(
+            f"model={name!r} ({config.model_type}) cannot be built from its config ({reason}): use the config of a "
+            "model such as Llama, Mistral or Qwen3."
+        ) from error
     if kinds != {"DynamicLayer"} or hasattr(config, "kv_lora_rank"):
         raise ValueError(
             f"model={name!r} ({config.model_type}) has layers that do not cache plain keys and values of full "
@@ -87,7 +100,7 @@ def build_model(config: PreTrainedConfig, device: torch.device, dtype: torch.dty
     """A model of random weights, made where and as it is to be: no copy of it in float32 on the host."""
     torch.manual_seed(seed)
     with device:
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
     return model
 
 

@@ -51,7 +51,10 @@ def write_json(path: Path, of: dict[str, Any], rows: Sequence[Row | KernelRow]) 
         of: what the numbers depend on, such as `about` and the plan.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**of, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+    # In one piece: a run that is cut off meanwhile leaves the old file or the new one.
+    whole = path.with_name(f"{path.name}.new")
+    whole.write_text(json.dumps({**of, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+    whole.replace(path)
 
 
 def read_json(path: Path) -> list[Row]:

@@ -1,9 +1,10 @@
 """Evaluation: how much a model still gets right with each cache, and what that costs.
 
-`tasks.py` has the data sets, `answers.py` and the `evaluate` metric in `math_answer/` mark, `settings.py` says what is
-compared, `runner.py` works it out on one process or many, `decoding.py` a batch of it, `results.py` and `plots.py` show
-it. `command.py` is `raas-cache eval`, `harness.py` the model type of lm-evaluation-harness, `chains.py` the task of the
-embedded model.
+`tasks.py` has the data sets, `textfiles.py` finds the damaged line of one, `answers.py` and the `evaluate` metric in
+`math_answer/` mark. `settings.py` says what is compared, `runner.py` works it out on one process or many,
+`decoding.py` a batch of it. `folder.py` keeps the rows, and `inputs.py` what they depend on; `results.py` and
+`plots.py` show them. `command.py` is `raas-cache eval`, `harness.py` the model type of lm-evaluation-harness,
+`chains.py` the task of the embedded model.
 """
 
 from importlib.resources import files

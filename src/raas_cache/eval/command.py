@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils.logging import disable_progress_bar
 
 from .. import arguments, embedded_model
-from .decoding import Decoding
+from .decoding import COLDEST, Decoding
 from .results import summarize, table
 from .runner import processes, run
 from .settings import parse_methods, settings
@@ -19,6 +19,8 @@ from .tasks import load_task
 
 
 EMBEDDED = "embedded"
+MOST_ROWS = 1_000_000
+"""More chains take hours to draw."""
 
 
 def evaluate(
@@ -37,16 +39,26 @@ def evaluate(
     budget: Annotated[str, typer.Option(help="Tokens to hold for each row, prompt included, comma-separated.")] = (
         "128,256,512,1024"
     ),
-    page_size: Annotated[int, typer.Option(min=1, help="Tokens a page, a power of two.")] = 16,
-    limit: Annotated[int | None, typer.Option(min=1, help="Rows.", show_default="all; 100 chains")] = None,
+    page_size: Annotated[
+        int, typer.Option(min=1, callback=arguments.power_of_two, help="Tokens a page, a power of two.")
+    ] = 16,
+    limit: Annotated[
+        int | None, typer.Option(min=1, max=MOST_ROWS, help="Rows.", show_default="all; 100 chains")
+    ] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="After which a chain is cut off.", show_default="by the data set")
+        int | None,
+        typer.Option(
+            min=1, max=arguments.LARGEST, help="After which a chain is cut off.", show_default="by the data set"
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows that run together, at most.")] = 8,
-    temperature: Annotated[float, typer.Option(help="0 decodes greedily.")] = 0.0,
+    temperature: Annotated[float, typer.Option(help=f"0 decodes greedily, else {COLDEST} or more.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Share of the probability to sample from.")] = 1.0,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: the checkpoint's.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Of sampling; for chains also, which are drawn.")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(min=0, max=arguments.LARGEST_SEED, help="Of sampling; for chains also, which are drawn."),
+    ] = 0,
     out: Annotated[
         Path | None,
         typer.Option(help="Folder of rows; a run that was cut off goes on.", show_default="results/MODEL-DATASET"),
@@ -56,27 +68,30 @@ def evaluate(
 
     Each row is written down as soon as it has ended, and the same command goes on where it was stopped.
     """
-    with arguments.refusing("--method"):
-        wanted = settings(parse_methods(method, page_size=page_size), arguments.numbers("--budget", budget))
-    with arguments.refusing():
+    budgets = arguments.numbers("--budget", budget)
+    with arguments.refusing("--method", budget="--budget"):
+        wanted = settings(parse_methods(method, page_size=page_size), budgets)
+    with arguments.refusing(temperature="--temperature", top_p="--top-p"):
         state, decoding = processes(), Decoding(max_new_tokens, temperature, top_p, seed)
     with arguments.refusing("--dataset"):
         task = load_task(dataset, limit, seed)
     torch_dtype = dtype if dtype == "auto" else arguments.dtype(dtype)
-    tokenizer, network = _load(model, torch_dtype)
     if out is None:
         out = Path("results") / f"{Path(model).name}-{Path(dataset).stem}"
-    with arguments.refusing("--out"):
-        rows = run(
-            network,
-            tokenizer,
-            task,
-            wanted,
-            out=out,
-            batch_size=batch_size,
-            decoding=decoding,
-            about={"model": model},
-        )
+    with arguments.folder("--out", out), arguments.plain_warnings():
+        tokenizer, network = _load(model, torch_dtype)
+        # Whatever else is refused is the model: the tokenizer does not know the language, or no cache can serve it.
+        with arguments.refusing("--model", out="--out", folder="--out"):
+            rows = run(
+                network,
+                tokenizer,
+                task,
+                wanted,
+                out=out,
+                batch_size=batch_size,
+                decoding=decoding,
+                about={"model": model},
+            )
     if state.is_main_process:
         print(f"{len(task.questions)} problems of {dataset}, {model}, {network.dtype}; rows in {out}\n")
         print(table(summarize(rows)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -21,6 +22,8 @@ from .tasks import Task, hash_of
 
 SHORT = 2048
 """New tokens up to which a GPU would not win back what it spends on compiling each setting."""
+COLDEST = 0.001
+"""The least temperature that is sampled at: by less, logits overflow."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Decoding:
         max_new_tokens: after which a chain is cut off; None for what the task says.
         temperature: 0 for greedy decoding, where a row's result does not depend on the batch that it is in.
         top_p: share of the probability that is sampled from.
-        seed: of sampling, together with the batch: the same with any number of processes.
+        seed: of sampling, together with the batch: the same with any number of processes. Below 2**32.
 
     Raises:
         ValueError: a number is out of range.
@@ -47,8 +50,12 @@ class Decoding:
             raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at least 1.")
         if self.temperature < 0:
             raise ValueError(f"temperature={self.temperature} must not be negative; 0 is greedy.")
+        if self.temperature and not COLDEST <= self.temperature < math.inf:
+            raise ValueError(f"temperature={self.temperature} must be 0, or a finite number from {COLDEST} on.")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must be in (0, 1].")
+        if not 0 <= self.seed < 1 << 32:
+            raise ValueError(f"seed={self.seed} must be from 0 to {(1 << 32) - 1}.")
 
     def options(self, task: Task) -> dict[str, Any]:
         """For `generate`."""
@@ -56,7 +63,7 @@ class Decoding:
         # None where the model's own generation config would have its say.
         chosen: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if self.temperature:
-            chosen = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+            chosen = {"do_sample": True, "temperature": float(self.temperature), "top_p": self.top_p, "top_k": 0}
         return {"max_new_tokens": limit, "disable_compile": limit <= SHORT, **chosen}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from itertools import cycle, product
 from pathlib import Path
@@ -13,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from .. import reporting
 from ..bench import report
 from ..cache import PagedCache
+from .folder import read_settings
 from .results import Summary, read_rows, summarize
-from .runner import SETTINGS_FILE
 from .settings import DENSE, Setting, common_options
 
 
@@ -77,9 +76,8 @@ def plot(folder: Path) -> list[Path]:
         ValueError: it holds neither.
         ImportError: matplotlib is missing.
     """
-    settings, bench = folder / SETTINGS_FILE, folder / "bench.json"
-    of = json.loads(settings.read_text()) if settings.exists() else {}
-    title = ", ".join(Path(of[name]).name for name in ("task", "model") if name in of)
+    of, bench = read_settings(folder), folder / "bench.json"
+    title = ", ".join(Path(str(of[name])).name for name in ("task", "model") if name in of)
     drawn = figures(summarize(read_rows(folder)), title)
     if bench.exists():
         drawn |= report.figures(report.read_json(bench))
@@ -130,7 +128,14 @@ def _ablations(summaries: list[Summary]) -> dict[str, list[Panel]]:
 
 def _in_effect(setting: Setting) -> dict[str, Any]:
     """The setting's options and the defaults of all others, as its cache understood them."""
-    found, cache = dict(setting.options), setting.new_cache()
+    found = dict(setting.options)
+    try:
+        cache = setting.new_cache()
+    except (
+        ValueError,
+        TypeError,
+    ):  # a method that is registered elsewhere, or what needs a GPU: what it names is known
+        return found
     if isinstance(cache, PagedCache):
         found |= vars(cache.settings) | vars(cache.settings.policy)
     return {name: value for name, value in found.items() if name not in ("policy", "budget")}

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import warnings
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,51 @@ class Row:
         """A line."""
         return json.dumps(asdict(self), ensure_ascii=False) + "\n"
 
+    @classmethod
+    def from_json(cls, line: bytes) -> Row:
+        """The row of a line.
+
+        Raises:
+            ValueError: the line is damaged; the message says where.
+        """
+        try:
+            found = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"column {error.colno}: {error.msg}") from error
+        except (ValueError, RecursionError) as error:  # not UTF-8, or brackets in brackets without end
+            raise ValueError(str(error)) from error
+        if not isinstance(found, dict):
+            raise ValueError("it is no object in braces")
+        for field in fields(cls):
+            if field.name not in found:
+                raise ValueError(f"it has no {field.name!r}")
+            if not _fits(found[field.name], str(field.type)):
+                raise ValueError(f"{field.name}={found[field.name]!r} is impossible")
+        if unknown := found.keys() - {field.name for field in fields(cls)}:
+            raise ValueError(f"{min(unknown)!r} is no field of a row")
+        return cls(**found)
+
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "bool": (bool,),
+    "str": (str,),
+    "str | None": (str, type(None)),
+    "dict[str, Any]": (dict,),
+    "int": (int,),
+    "float": (int, float),
+    "int | list[int] | tuple[int, ...] | None": (int, list, type(None)),
+}
+"""What JSON has for the types of a row's fields."""
+
+
+def _fits(value: Any, of_field: str) -> bool:
+    """Whether a field can have this value; numbers of a row are finite, and none is negative."""
+    if isinstance(value, list) and list in _TYPES[of_field]:
+        return bool(value) and all(_fits(entry, "int") for entry in value)
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and not 0 <= value < math.inf:
+        return False
+    return isinstance(value, _TYPES[of_field]) and isinstance(value, bool) == (of_field == "bool")
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -120,14 +167,32 @@ class RowFile:
             os.fsync(file.fileno())
 
 
+def row_files(folder: Path) -> list[Path]:
+    """The files of rows in a folder, one for each process that wrote there."""
+    return sorted(folder.glob("rows*.jsonl"))
+
+
 def read_rows(folder: Path) -> list[Row]:
-    """The rows of a folder, whichever process wrote them; a line that a killed run left unfinished does not count."""
+    """The rows of a folder, whichever process wrote them.
+
+    A line that a killed run left unfinished does not count. Of a damaged one a warning says file and line, and what is
+    wrong; its row is as if it had never been.
+    """
     rows: dict[RowKey, Row] = {}
-    for path in sorted(folder.glob("rows*.jsonl")):
-        for line in path.read_bytes().splitlines(keepends=True):
-            if line.endswith(b"\n"):
-                row = Row(**json.loads(line))
-                rows.setdefault(row.key, row)
+    for path in row_files(folder):
+        for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+            if not line.strip():
+                continue
+            try:
+                row = Row.from_json(line)
+            except ValueError as error:
+                warnings.warn(
+                    f"{path}, line {number} is damaged ({error}): its row is left out. Delete the line to be told no "
+                    "more.",
+                    stacklevel=2,
+                )
+                continue
+            rows.setdefault(row.key, row)
     return list(rows.values())
 
 

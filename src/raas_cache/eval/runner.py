@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import warnings
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..cache import PagedCache
 from ..extras import require
+from . import folder, inputs
 from .decoding import Decoder, Decoding
 from .results import Row, RowFile, RowKey, read_rows
 from .settings import Setting, common_options
@@ -22,8 +24,6 @@ from .tasks import Task
 
 if TYPE_CHECKING:
     from accelerate import PartialState
-
-SETTINGS_FILE = "settings.json"
 
 
 @dataclass(frozen=True)
@@ -58,16 +58,20 @@ def run(
 
     Args:
         out: folder to write each row to as soon as it has ended; rows found there are not run again, those of other
-            settings stay. Processes on several machines need a folder that all of them see. None keeps nothing.
+            settings stay. No two runs share one at a time. Rows whose gold answers have changed since, or that another
+            marker marked, are marked again (a warning says how many). Processes on several machines need a folder that
+            all of them see. None keeps nothing.
         batch_size: rows that run together, at most.
         decoding: how tokens are chosen; greedy by default.
-        about: what else the rows depend on, such as the model's name: a folder takes only rows for which it is equal.
+        about: what else the rows depend on, beyond all that `inputs.py` lists, such as the model's name: a folder takes
+            only rows for which it is equal.
 
     Returns:
         Rows of these settings, in order, on every process; with `out` those of earlier runs too.
 
     Raises:
-        ValueError: `out` holds rows of another task, model or way of decoding; or a number is out of range.
+        ValueError: `out` holds rows of another task, model or way of decoding, another run is writing there, or it
+            cannot be written to; or a number is out of range.
         ImportError: accelerate is missing.
     """
     if batch_size < 1:
@@ -78,33 +82,67 @@ def run(
     decoder = Decoder(model, tokenizer, task, decoding or Decoding())
     everything = tuple(range(len(decoder.ids)))
     order = [key for setting in settings for key in _Job(setting, everything).keys]
+    with ExitStack() as stack:
+        rows, file = [], None
+        if out is not None:
+            out = Path(out)
+            if refusal := _prepare(out, decoder, settings, batch_size, about or {}, state, stack):
+                raise refusal
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", ".* is damaged", UserWarning)  # of which `_prepare` has told
+                wanted = set(order)
+                rows = [row for row in read_rows(out) if row.key in wanted]
+            state.wait_for_everyone()  # none writes before all have read
+            file = RowFile(out, state.process_index)
+        done = {row.key for row in rows}
+        jobs = [_Job(setting, batch) for setting in settings for batch in _batches(decoder.ids, setting, batch_size)]
+        jobs = [job for job in jobs if not done.issuperset(job.keys)]
+        # Dealt out one by one: neighbours are of one setting and take about as long.
+        new = _work(decoder, jobs[state.process_index :: state.num_processes], done, file, state, settings)
+        found = {row.key: row for row in rows + gather_object(new)}
+    return [found[key] for key in order]
 
-    rows, file = [], None
-    if out is not None:
-        out = Path(out)
-        of = {
-            "task": task.name,
-            "seed": decoder.decoding.seed,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            **{name: decoder.options[name] for name in ("max_new_tokens", "temperature", "top_p")},
-            **(about or {}),
-        }
-        wanted = set(order)
-        rows = [row for row in _rows_found(out, of, decoder.hashes) if row.key in wanted]
-        state.wait_for_everyone()  # none writes before all have read
-        if state.is_main_process:
-            _write_settings(out, of)
-        state.wait_for_everyone()
-        file = RowFile(out, state.process_index)
 
-    done = {row.key for row in rows}
-    jobs = [_Job(setting, batch) for setting in settings for batch in _batches(decoder.ids, setting, batch_size)]
-    jobs = [job for job in jobs if not done.issuperset(job.keys)]
-    # Dealt out one by one: neighbours are of one setting and take about as long.
-    mine = jobs[state.process_index :: state.num_processes]
+def _prepare(
+    out: Path,
+    decoder: Decoder,
+    settings: list[Setting],
+    batch_size: int,
+    about: dict[str, Any],
+    state: PartialState,
+    stack: ExitStack,
+) -> Exception | None:
+    """Have the main process lock the folder until the stack ends, and make it ready.
+
+    Returns:
+        On all processes: why it cannot be had, if so.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    refusal: list[Exception | None] = [None]
+    if state.is_main_process:
+        try:
+            stack.enter_context(folder.locked(out))
+            of = {**inputs.of_run(decoder, batch_size), **about}
+            folder.prepare(out, of, inputs.of_methods(settings), decoder.task, decoder.hashes)
+        except Exception as error:  # whatever it is, the others must not wait for it
+            refusal[0] = error
+    broadcast_object_list(refusal)
+    return refusal[0]
+
+
+def _work(
+    decoder: Decoder,
+    jobs: list[_Job],
+    done: set[RowKey],
+    file: RowFile | None,
+    state: PartialState,
+    settings: list[Setting],
+) -> list[Row]:
+    """The rows of some batches that are not done yet."""
     new: list[Row] = []
     common = common_options(settings)
-    missing = sum(key not in done for job in mine for key in job.keys)
+    missing = sum(key not in done for job in jobs for key in job.keys)
     with tqdm(total=missing, unit="row", disable=not state.is_main_process) as bar:
 
         def keep(row: Row) -> None:
@@ -115,12 +153,11 @@ def run(
             new.append(row)
             bar.update()
 
-        for job in mine:
+        for job in jobs:
             budget = "" if job.setting.budget is None else f" @ {job.setting.budget}"
             bar.set_description(f"{job.setting.label_but(common)}{budget}, rows {', '.join(map(str, job.rows))}"[:48])
             decoder.run(job.setting, job.rows, keep, lambda tokens: bar.set_postfix(tokens=tokens, refresh=False))
-    found = {row.key: row for row in rows + gather_object(new)}
-    return [found[key] for key in order]
+    return new
 
 
 def processes() -> PartialState:
@@ -160,28 +197,3 @@ def span_of(setting: Setting) -> int:
     settings = cache.settings
     pinned = settings.prompt == "pin" and settings.scoring == "exact" and settings.policy.evicts
     return settings.page_size if pinned else 1
-
-
-def _rows_found(out: Path, of: dict[str, Any], hashes: list[str]) -> list[Row]:
-    """Rows of earlier runs; a folder whose rows were made in another way is refused."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out={str(out)!r} is a file: give a folder.")
-    path = out / SETTINGS_FILE
-    for name, value in json.loads(path.read_text()).items() if path.exists() else ():
-        if name in of and of[name] != value:
-            raise ValueError(
-                f"out={str(out)!r} holds rows with {name}={value!r}, this run has {of[name]!r}: give another folder."
-            )
-    rows = read_rows(out)
-    for row in rows:
-        if row.index < len(hashes) and row.prompt_hash != hashes[row.index]:
-            raise ValueError(f"out={str(out)!r} has row {row.index} of another prompt: give another folder.")
-    return rows
-
-
-def _write_settings(out: Path, of: dict[str, Any]) -> None:
-    """In one piece: a run that is killed meanwhile leaves the file or none."""
-    out.mkdir(parents=True, exist_ok=True)
-    whole = out / f"{SETTINGS_FILE}.new"
-    whole.write_text(json.dumps(of, indent=1) + "\n")
-    whole.replace(out / SETTINGS_FILE)

@@ -71,7 +71,7 @@ def parse_methods(text: str, **common: Any) -> list[tuple[str, dict[str, Any]]]:
         common: options of every method but dense, unless it names its own.
 
     Raises:
-        ValueError: an option is not written `name=value`.
+        ValueError: an option is not written `name=value`, is named twice, or belongs to all methods.
     """
     methods = []
     for entry in text.split(","):
@@ -81,7 +81,12 @@ def parse_methods(text: str, **common: Any) -> list[tuple[str, dict[str, Any]]]:
             option, equals, value = part.partition("=")
             if not equals:
                 raise ValueError(f"method={entry.strip()!r}: write {part!r} as {part}=VALUE.")
-            options[option.strip()] = _literal(value.strip())
+            option = option.strip()
+            if option in options:
+                raise ValueError(f"method={entry.strip()!r}: {option!r} is named twice, leave one out.")
+            if option in ("name", "budget", "config"):
+                raise ValueError(f"method={entry.strip()!r}: {option!r} is given for all methods, leave it out here.")
+            options[option] = _literal(value.strip())
         methods.append((name, options if name == DENSE else {**common, **options}))
     return methods
 
@@ -115,5 +120,5 @@ def common_options(of: Iterable[Setting]) -> list[str]:
 def _literal(text: str) -> Any:
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # all that literal_eval says it may raise
         return text

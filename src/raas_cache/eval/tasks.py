@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..extras import require
-from . import answers, chains
+from . import answers, chains, textfiles
 
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ class Task:
         max_new_tokens: after which a chain is cut off, unless the caller says otherwise.
         instruction: added to each question; with None the question is the prompt, and no chat template is applied.
         mark: (output, gold) -> (the answer found in the output or None, whether it is right).
+        marker: what `mark` depends on besides its arguments, such as its version. Rows that another marker marked are
+            marked again when a run goes on; with None, all rows are.
     """
 
     name: str
@@ -63,6 +66,7 @@ class Task:
     max_new_tokens: int
     instruction: str | None
     mark: Callable[[str, str], tuple[str | None, bool]]
+    marker: str | None = None
 
     def prompts(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         """The texts that the model is given, special tokens of a chat template included."""
@@ -132,9 +136,9 @@ def load_task(name: str, limit: int | None = None, seed: int = 0) -> Task:
                 raise ValueError(f"dataset={name!r} has an empty {column!r} in row {index}: fill or drop the row.")
     if not len(rows):
         raise ValueError(f"dataset={name!r} has no rows.")
-    golds = [answers.gold_of(str(value)) for value in rows[answer]]
+    questions, golds = [str(text) for text in rows[question]], [answers.gold_of(str(value)) for value in rows[answer]]
     longest = entry.max_new_tokens if entry else HubSet.max_new_tokens
-    return Task(name, [str(text) for text in rows[question]], golds, longest, BOXED, answers.mark)
+    return Task(name, questions, golds, longest, BOXED, answers.mark, answers.marker())
 
 
 def chain_task(sample: list[chains.ChainProblem], name: str = "chains") -> Task:
@@ -142,12 +146,13 @@ def chain_task(sample: list[chains.ChainProblem], name: str = "chains") -> Task:
     prompts, golds = [problem.prompt for problem in sample], [problem.chain for problem in sample]
     # Room to ramble: a model that has lost its place shows by not coming to an end.
     longest = chains.completion_length(sample) * 3 // 2
-    return Task(name, prompts, golds, longest, None, _mark_chain)
+    marker = "chains " + hash_of(inspect.getsource(_mark_chain) + inspect.getsource(chains.answer_of))
+    return Task(name, prompts, golds, longest, None, _mark_chain, marker)
 
 
 def hash_of(text: str) -> str:
-    """What tells prompts apart: the first 16 hexadecimal digits of their SHA-256."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    """What tells texts apart: the first 16 hexadecimal digits of their SHA-256."""
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 def _load_rows(name: str, entry: HubSet | None) -> Any:
@@ -157,11 +162,15 @@ def _load_rows(name: str, entry: HubSet | None) -> Any:
     try:
         if entry:
             return datasets.load_dataset(entry.path, entry.name, split=entry.split)
+        textfiles.check_encoding(Path(name))  # one of the parsers lets others pass until a row is read
         return datasets.load_dataset(LOADERS[Path(name).suffix], data_files=name, split="train")
     except Exception as error:  # whatever the Hub client and the parsers raise
-        reason = str(error).strip().partition("\n")[0]
-        mend = "give a local file of the same columns instead" if entry else "is it of the format its name says?"
-        raise ValueError(f"dataset={name!r} cannot be loaded ({type(error).__name__}: {reason}): {mend}") from error
+        cause = error.__cause__ or error
+        reason = f"{type(cause).__name__}: {str(cause).strip()}".partition("\n")[0]
+        mend = "give a local file of the same columns instead"
+        if not entry:
+            reason, mend = textfiles.fault(Path(name)) or reason, "is it of the format its name says?"
+        raise ValueError(f"dataset={name!r} cannot be loaded ({reason}): {mend}") from error
 
 
 def _column(dataset: str, present: list[str], wanted: tuple[str, ...]) -> str:

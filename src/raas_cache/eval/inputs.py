@@ -1,0 +1,145 @@
+"""What the rows of a run depend on, as a folder of rows keeps it: fingerprints of what is too large to be written down.
+
+The prompts and gold answers are not here: each row has its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Iterable, Iterator
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import raas_kernels
+
+from ..methods import CACHES
+from ..policies import POLICIES, Policy
+from .decoding import Decoder
+from .settings import Setting
+from .tasks import hash_of
+
+
+CHUNK = 1 << 28
+"""Bytes of weights that are copied to the CPU at a time."""
+_NOT_IN_ROWS = ("arguments.py", "cli.py", "extras.py", "html.py", "planning.py", "reporting.py", "viz.py")
+"""Files of this package that have no part in what a row says."""
+
+
+def of_run(decoder: Decoder, batch_size: int) -> dict[str, Any]:
+    """Everything that the rows of one decoder depend on, beside prompt, gold answer and setting; as JSON keeps it."""
+    model, decoding = decoder.model, decoder.decoding
+    generation = json.loads(model.generation_config.to_json_string())
+    generation.pop("transformers_version", None)
+    return {
+        "task": decoder.task.name,
+        "seed": decoding.seed,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        **{name: decoder.options[name] for name in ("max_new_tokens", "temperature", "top_p")},
+        # Greedy rows come out alike in every batch; a sampled one depends on those beside it.
+        "batch_size": batch_size if decoding.temperature else None,
+        "generation_config": generation,
+        "weights": of_weights(model),
+        "config": of_config(model),
+        "tokenizer": of_tokenizer(decoder.tokenizer),
+        "attention": model.config._attn_implementation,
+        "kernels": raas_kernels.engine(model.device).__name__.rpartition(".")[2],
+        "device": model.device.type,
+        "raas_cache": of_package(),
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+    }
+
+
+def of_weights(model: PreTrainedModel) -> str:
+    """Fingerprint of all weights and saved buffers: their names, dtypes, shapes and bytes."""
+    state = model.state_dict()
+    if any(value.is_meta for value in state.values() if isinstance(value, torch.Tensor)):
+        from accelerate.utils.modeling import get_state_dict_offloaded_model
+
+        state = get_state_dict_offloaded_model(model)
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        for tensor in _plain_tensors(value):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            for chunk in tensor.detach().reshape(-1).view(torch.uint8).split(CHUNK):
+                digest.update(chunk.cpu().numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def _plain_tensors(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors that a tensor subclass, such as a quantized weight, is made of; nothing of what is no tensor."""
+    if not isinstance(value, torch.Tensor):
+        return
+    if hasattr(value, "__tensor_flatten__"):
+        names, _ = value.__tensor_flatten__()
+        for name in names:
+            yield from _plain_tensors(getattr(value, name))
+    else:
+        yield value
+
+
+def of_config(model: PreTrainedModel) -> str:
+    """Fingerprint of the model's config, wherever it was loaded from."""
+
+    def without_place(value: Any) -> Any:
+        if isinstance(value, dict):
+            places = ("_name_or_path", "transformers_version")
+            return {name: without_place(entry) for name, entry in value.items() if name not in places}
+        return value
+
+    config = without_place(json.loads(model.config.to_json_string(use_diff=False)))
+    return hash_of(json.dumps(config, sort_keys=True))
+
+
+def of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Fingerprint of how text becomes tokens and tokens text; chat templates are seen in the prompts."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    parts = json.loads(backend.to_str()) if backend is not None else {"vocabulary": tokenizer.get_vocab()}
+    for of_last_call in ("truncation", "padding"):
+        parts.pop(of_last_call, None)
+    parts["special"] = sorted(tokenizer.all_special_tokens)
+    parts["clean_up"] = getattr(tokenizer, "clean_up_tokenization_spaces", None)
+    parts["class"] = type(tokenizer).__name__
+    return hash_of(json.dumps(parts, sort_keys=True))
+
+
+@cache
+def of_package() -> str:
+    """The version of this package, and a fingerprint of its code: from a clone, one version has many."""
+    ours, kernels = Path(__file__).parents[1], Path(raas_kernels.__file__).parent
+    paths = [path for path in ours.glob("*.py") if path.name not in _NOT_IN_ROWS]
+    paths += [
+        *ours.glob("policies/*.py"),
+        ours / "eval" / "decoding.py",
+        *kernels.glob("*.py"),
+        *kernels.glob("*.json"),
+    ]
+    code = hash_of("".join(f"{path.name}\n{path.read_text(encoding='utf-8')}" for path in sorted(paths)))
+    try:
+        return f"{version('raas-cache')}, code {code}"
+    except PackageNotFoundError:  # on the path, but not installed
+        return f"code {code}"
+
+
+def of_methods(settings: Iterable[Setting]) -> dict[str, str]:
+    """Fingerprint of the code of each method that is not this package's own: of its policy class and those above."""
+    names = {setting.method for setting in settings} - CACHES.keys()
+    return {name: _of_policy(POLICIES[name]) for name in sorted(names)}
+
+
+@cache
+def _of_policy(policy: type[Policy]) -> str:
+    classes = [cls for cls in policy.__mro__ if not cls.__module__.startswith("raas_cache.") and cls is not object]
+    try:
+        return hash_of("".join(inspect.getsource(cls) for cls in classes if cls.__module__ != "abc"))
+    except (OSError, TypeError):  # typed in, not in a file: nobody can say that it is the same as before
+        return uuid4().hex
