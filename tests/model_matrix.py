@@ -91,6 +91,7 @@ def full_budget(name: str) -> Outcome:
     cache = RaaSCache(512)
     try:
         try:
+            cache.preallocate()  # a plan is of the whole budget
             tokens = generate_quietly(model, inputs, cache, 40)
         except ValueError as error:
             if "config=model.config" not in str(error):

@@ -266,11 +266,12 @@ def test_dense_is_unchanged():
     assert torch.equal(generate(model, inputs, DynamicCache(), STEPS), expected)
 
 
-# Not the 8-bit stores: inductor's own rounding decides there which of two codes a number gets.
+# Not the 8-bit stores: inductor's own rounding decides there which of two codes a number gets. Nor H2O, whose pages are
+# ranked by sums of scores, which that rounding makes another number of.
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "options",
-    [{}, *(o for o in OPTIONS if "kv_dtype" not in o)],
+    [{}, *(o for o in OPTIONS if o["method"] == "raas" and "kv_dtype" not in o)],
     ids=lambda o: "-".join(map(str, o.values())) or "raas",
 )
 def test_a_cuda_graph_of_every_step(options):
