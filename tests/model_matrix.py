@@ -100,6 +100,7 @@ def full_budget(name: str) -> Outcome:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 cache = RaaSCache(512, config=model.config)
+            cache.preallocate()
             tokens = generate_quietly(model, inputs, cache, 40)
     except (RuntimeError, ValueError) as error:
         outcome.refusal = str(error)
