@@ -516,6 +516,11 @@ class PagedCache(Cache):
             # Layers that are not paged were chosen for the model: the next attention call tells anew.
             is_paged = all(isinstance(layer, PagedLayer) for layer in self.layers)
             self.layers = _LayersToCome(self.layers if is_paged else [])
+            return
+        # The windows of transformers 5.17 keep their length through a reset: take new ones.
+        for index, layer in enumerate(plan_layers(self._config, self._settings_of)):
+            if getattr(layer, "is_sliding", False):
+                self.layers[index] = layer
 
     @contextmanager
     def _all_or_none(self) -> Iterator[None]:
