@@ -6,6 +6,7 @@ from transformers import (
     AttentionInterface,
     AutoModelForCausalLM,
     DiffLlamaConfig,
+    Gemma3TextConfig,
     GlmMoeDsaConfig,
     MistralConfig,
     Qwen3NextConfig,
@@ -236,6 +237,17 @@ class TestCrop:
         generate(tiny_model(), prompt(), cache, 5)
         with pytest.raises(ValueError, match="tokens_to_remove=3 must be 0 or the negative number"):
             cache.crop(3)
+
+    def test_a_window_that_was_not_recorded_leaves_the_cache_usable(self):
+        layer_types = ["sliding_attention", "full_attention"]
+        model = tiny_model(cls=Gemma3TextConfig, sliding_window=8, layer_types=layer_types)
+        cache = RaaSCache(256)
+        with torch.no_grad():
+            model(**prompt(), past_key_values=cache)
+            with pytest.raises(RuntimeError, match="activate_past_recording"):
+                cache.crop(-1)  # the pages could; the window, which is full, could not
+            model(torch.ones(1, 1, dtype=torch.long), past_key_values=cache)
+        assert cache.layers[1].seen == 21
 
     def test_a_recurrent_state(self):
         config = tiny_qwen3_next()

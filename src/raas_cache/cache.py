@@ -587,10 +587,14 @@ class PagedCache(Cache):
                     f"tokens_to_remove={tokens_to_remove}: layer {index} ({type(layer).__name__}) holds a state that "
                     "cannot go back. Leave out assistant_model / prompt_lookup_num_tokens for this model."
                 )
-        # The others first: a window that was not recorded raises.
-        with self._all_or_none():
-            for layer in sorted(self.layers, key=lambda layer: isinstance(layer, PagedLayer)):
+        # The others first: a window that was not recorded raises, and nothing has changed then.
+        for layer in self.layers:
+            if not isinstance(layer, PagedLayer):
                 layer.crop(tokens_to_remove)  # type: ignore[union-attr]  # transformers calls it so, too
+        with self._all_or_none():
+            for layer in self.layers:
+                if isinstance(layer, PagedLayer):
+                    layer.crop(tokens_to_remove)
 
     def __repr__(self) -> str:
         paged = self._paged_layers
