@@ -1,0 +1,364 @@
+"""The pages of one attention layer: which token stands where, for each row. It knows neither attention nor policies."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import torch
+
+import raas_kernels
+from raas_kernels import PagedKV
+
+from .resize import RowFunction, allocating, fix_addresses, map_rows, movable, resized
+from .row_counts import RowCounts, Rows
+from .settings import CODES, LayerSettings
+
+
+FIRST_TOKENS = 128  # a layer begins with evictable pages for that many tokens, and takes more as it needs them
+UNLIMITED = sys.maxsize
+NOT_PREALLOCATED = (
+    "This cache takes memory as its chain grows, which a compiled step cannot do: call cache.preallocate() before the "
+    "first forward. (generate does so by itself where it compiles.)"
+)
+
+
+class PageTable:
+    """One layer's KV in pages of `page_size` tokens, in one region of pages for each row.
+
+    A row's prefill stands in pinned pages, its decode tokens in evictable pages. Rows have counts of their own: a row
+    with a shorter prompt has more evictable pages. More pages are allocated as rows need them, up to the row's `limit`;
+    then `raas_kernels.append` recycles pages in place. A policy that never evicts has no limit.
+
+    A decode step writes into buffers that stay where they are and moves the clock on the device, so that a compiled
+    step or a CUDA graph can repeat it without the host. The host's `counts` follow when somebody reads them.
+
+    A method that changes sizes builds all new buffers before it assigns one: if memory runs out, nothing has changed.
+
+    Attributes:
+        kv: the buffers; None while nothing is held.
+        limit: `[batch, 1, 1]` int64 on the device, evictable pages that each row may hold.
+        pages_read: pages that a decode step reads of a row, at most; `pages_read_of` `[batch, 1, 1]` int64 says it for
+            each row where rows differ, and is None where they do not.
+        tokens: tokens of all forwards so far, for a comparison between layers; compiled steps do not count.
+        preallocates: whether all pages are allocated at once, as a compiled step needs them.
+    """
+
+    kv: PagedKV | None
+    limit: torch.Tensor
+    pages_read_of: torch.Tensor | None
+    dtypes: tuple[torch.dtype, torch.dtype]  # of the keys and values given
+    device: torch.device
+
+    def __init__(self, settings: LayerSettings):
+        self.settings, self.page_size = settings, settings.page_size
+        self.preallocates = False
+        self.release()
+
+    def release(self) -> None:
+        """Hold nothing, and no memory."""
+        self.kv, self.pages_read_of, self.pages_read = None, None, 0
+        self.limit = torch.empty(0, 1, 1, dtype=torch.int64)
+        self.batch_size = self.num_heads = self.tokens = 0
+        self._counts = RowCounts.empty(0)
+        self._uncounted = 0  # decode steps that `_counts` lacks
+        self._steps_to_opening = 0  # decode steps before any row opens a page
+        self._is_behind = False  # whether compiled steps have moved the clock on
+        self.is_decoding = False  # whether a decode token was ever stored
+        self.is_full_size = False  # whether no row will need more pages
+
+    @allocating
+    def allocate(self, key: torch.Tensor, value: torch.Tensor, batch_size: int) -> None:
+        """Take heads, sizes, dtypes and device from the first key and value; the first prefill sizes the rest.
+
+        Args:
+            key, value: `[rows, kv_heads, new, head_dim]`.
+
+        Raises:
+            ValueError: the device cannot compute in the layer's 8-bit dtype.
+        """
+        code, device = self.settings.code, key.device
+        if code == CODES["fp8"] and device.type == "cuda":
+            capability = torch.cuda.get_device_capability(device)
+            if capability < (8, 9):
+                raise ValueError(
+                    f"kv_dtype='fp8' needs a GPU of capability 8.9 or newer, not {capability}: use 'int8'."
+                )
+        heads = key.shape[1]
+        accumulate = torch.promote_types(torch.promote_types(key.dtype, value.dtype), torch.float32)
+
+        def empty(*size: int, dtype: torch.dtype) -> torch.Tensor:
+            return torch.empty(batch_size, heads, *size, dtype=dtype, device=device)
+
+        has_bounds, states = self.settings.has_key_bounds, len(self.settings.policy.state)
+        bounds_dtype = key.dtype if code is None else accumulate
+        self.kv = PagedKV(
+            keys=empty(0, key.shape[-1], dtype=code or key.dtype),
+            values=empty(0, value.shape[-1], dtype=code or value.dtype),
+            bias=empty(0, dtype=accumulate),
+            positions=empty(0, dtype=torch.int32),
+            priority=empty(0, dtype=torch.float64),
+            evictable=torch.empty(batch_size, 0, dtype=torch.bool, device=device),
+            open_slot=empty(dtype=torch.int64).zero_(),
+            clock=empty(2, dtype=torch.int64).fill_(-1),
+            page_size=self.page_size,
+            key_scales=None if code is None else empty(0, dtype=torch.float32),
+            value_scales=None if code is None else empty(0, dtype=torch.float32),
+            key_min=empty(0, key.shape[-1], dtype=bounds_dtype) if has_bounds else None,
+            key_max=empty(0, key.shape[-1], dtype=bounds_dtype) if has_bounds else None,
+            states=empty(0, states, dtype=torch.float64) if states else None,
+        )
+        self.dtypes, self.device = (key.dtype, value.dtype), device
+        self.batch_size, self.num_heads = batch_size, heads
+        self._counts = RowCounts.empty(batch_size)
+
+    # Counts.
+
+    @property
+    def counts(self) -> RowCounts:
+        """The counts of each row; reads the device's clock after compiled steps."""
+        if self._is_behind:
+            assert self.kv is not None
+            clock = (self.kv.clock[:, 0] + 1).cpu().numpy()  # [batch, 2]
+            self._counts.seen, self._counts.decoded = clock[:, 0].copy(), clock[:, 1].copy()
+            self._is_behind, self._uncounted, self._steps_to_opening = False, 0, 0
+        elif self._uncounted:
+            self._counts.seen += self._uncounted
+            self._counts.decoded += self._uncounted
+            self._uncounted = 0
+        return self._counts
+
+    @property
+    def num_pages(self) -> int:
+        """Pages allocated for each row and KV head."""
+        return 0 if self.kv is None else self.kv.num_pages
+
+    @property
+    def length(self) -> int:
+        """Tokens seen, by the row that has seen the most."""
+        return int(self.counts.seen.max(initial=0))
+
+    def length_of(self, rows: Rows | None) -> int:
+        """Tokens seen, by the row of `rows` that has seen the most."""
+        return self.length if rows is None else int(self.counts.seen[rows.on_host].max(initial=0))
+
+    @property
+    def opened(self) -> np.ndarray:
+        """Evictable pages that each row ever opened, `[batch]`."""
+        counts = self.counts
+        return counts.released + -(-counts.decoded // self.page_size)
+
+    @property
+    def evicted(self) -> np.ndarray:
+        """Pages that each row has evicted so far, the same for each of its KV heads, `[batch]`."""
+        return (self.opened - self.counts.limit).clip(0)
+
+    @property
+    def is_over_budget(self) -> bool:
+        """Whether the prefill of a row leaves less room than `min_decode_pages`, so that it holds more than the budget."""
+        settings = self.settings
+        if settings.grows or self.kv is None:
+            return False
+        least = min((settings.room_beside(int(pages)) for pages in self.counts.pinned_pages), default=UNLIMITED)
+        return least < settings.min_decode_pages
+
+    def check_same_use(self, key: torch.Tensor, value: torch.Tensor, rows: Rows | None) -> None:
+        """Raise a ValueError if rows, heads, head sizes, dtypes or device differ from those of the tokens held."""
+        kv = self.kv
+        assert kv is not None
+        batch = self.batch_size if rows is None else len(rows.on_host)
+        held = (batch, self.num_heads, kv.keys.shape[-1], kv.values.shape[-1], *self.dtypes, self.device)
+        given_batch, heads, _, head_size = key.shape
+        given = (given_batch, heads, head_size, value.shape[-1], key.dtype, value.dtype, key.device)
+        if held == given:
+            return
+        names = ("batch size", "KV heads", "head size", "head size of values", "dtype", "dtype of values", "device")
+        for name, old, new in zip(names, held, given, strict=True):
+            if old != new:
+                raise ValueError(
+                    f"This cache holds {self.length} tokens with {name} {old}, and was given keys with {name} {new}: "
+                    "use a new cache for another input, or call reset() on this one first."
+                )
+
+    # Sizes.
+
+    def limit_beside(self, pinned_pages: int) -> int:
+        """Evictable pages that a row with `pinned_pages` pinned pages may hold."""
+        if self.settings.grows:
+            return UNLIMITED
+        return max(self.settings.room_beside(pinned_pages), self.settings.min_decode_pages)
+
+    def pages_to_allocate(self, needed: int, limit: int) -> int:
+        """Evictable pages to have where `needed` are needed now: half as many again, and at most `limit`."""
+        if self.preallocates and not self.settings.grows:
+            return limit
+        return min(limit, max(needed + needed // 2, FIRST_TOKENS // self.page_size, 1))
+
+    @allocating
+    def set_pages(self, pages: int) -> None:
+        """Have `pages` pages for each row."""
+        assert self.kv is not None
+        if pages != self.kv.num_pages:
+            self.kv = resized(self.kv, pages)
+            self._counts.set_pages(pages)
+        self.lay_out()
+
+    @allocating
+    def lay_out(self) -> None:
+        """Tell the device which pages each row may recycle, and how many pages a step reads."""
+        kv, counts, settings = self.kv, self._counts, self.settings
+        assert kv is not None
+        pinned_pages, free = counts.pinned_pages, ~counts.pinned
+        evictable = free & (free.cumsum(1) <= counts.limit[:, None])
+        held = evictable.sum(1)
+        budget = settings.budget // self.page_size
+        if settings.policy.reads == "all":
+            wanted = held + np.array([settings.prefill_pages_read(int(pages)) for pages in pinned_pages], np.int64)
+        elif settings.prompt == "select":
+            wanted = np.full_like(pinned_pages, max(budget, 1))
+        else:
+            wanted = pinned_pages + (budget - pinned_pages).clip(settings.min_decode_pages)
+        is_same = bool((wanted == wanted[:1]).all())
+        device_evictable, limit, reads = (
+            torch.from_numpy(array).to(self.device)
+            for array in (evictable, counts.limit[:, None, None].copy(), wanted[:, None, None].copy())
+        )
+        if kv.evictable.shape == device_evictable.shape and len(self.limit) == self.batch_size:
+            kv.evictable.copy_(device_evictable)  # a CUDA graph may read it
+            self.limit.copy_(limit)
+        else:
+            kv.evictable, self.limit = device_evictable, limit
+        self.pages_read = min(int(wanted.max(initial=0)), kv.num_pages)
+        self.pages_read_of = None if is_same else reads
+        self.is_full_size = bool((held >= counts.limit).all())
+        self._steps_to_opening = 0
+        fix_addresses(kv)
+
+    # Decode tokens.
+
+    def before_decode(self, rows: Rows | None = None) -> None:
+        """Count one decode token in each of `rows`, and allocate the page that a row will open, if it is not there.
+
+        Raises:
+            RuntimeError: the step is compiled, and a row may need pages that are not allocated.
+        """
+        if torch.compiler.is_compiling():
+            if not self.is_full_size:
+                raise RuntimeError(NOT_PREALLOCATED)
+            self._is_behind = self.is_decoding = True
+            return
+        self.tokens += 1
+        if self._steps_to_opening and rows is None and not self._is_behind:
+            self._steps_to_opening -= 1
+            self._uncounted += 1
+            return
+        counts, touched = self.counts, slice(None) if rows is None else rows.on_host
+        if not self.is_full_size:
+            self._make_room(touched)
+        counts.seen[touched] += 1
+        counts.decoded[touched] += 1
+        self.is_decoding = True
+        self._steps_to_opening = int((-counts.decoded % self.page_size).min())
+        if self.is_full_size:
+            self._steps_to_opening = UNLIMITED
+
+    def _make_room(self, touched: slice | np.ndarray) -> None:
+        counts, pages = self._counts, 0
+        opening = np.zeros(self.batch_size, bool)
+        opening[touched] = counts.decoded[touched] % self.page_size == 0
+        for row in np.flatnonzero(opening | self.preallocates):
+            limit, pinned_pages = int(counts.limit[row]), int(counts.pinned_pages[row])
+            allocated = self.num_pages - pinned_pages
+            if self.preallocates or (allocated < limit and self.opened[row] >= allocated):
+                pages = max(pages, pinned_pages + self.pages_to_allocate(allocated + 1, limit))
+        if pages > self.num_pages:
+            self.set_pages(pages)
+
+    def move_clock(self, seen: int, decoded: int) -> None:
+        """Count so many tokens on, or back, in every row."""
+        assert self.kv is not None
+        counts = self.counts
+        counts.seen += seen
+        counts.decoded += decoded
+        self.tokens += seen
+        self.kv.clock[..., 0] += seen
+        self.kv.clock[..., 1] += decoded
+        self.is_decoding = bool(counts.decoded.any())
+        self._steps_to_opening = 0
+
+    def hide_decoded(self, visible: torch.Tensor) -> None:
+        """Hide the decode token stored last where `visible` `[batch]` is False."""
+        kv = self.kv
+        assert kv is not None
+        slot = (kv.open_slot + kv.clock[..., 1] % self.page_size)[..., None]
+        lane = torch.arange(kv.bias.shape[2], device=self.device)
+        hidden = (lane == slot) & ~visible[:, None, None]  # [batch, kv_heads, slots]
+        kv.bias.copy_(torch.where(hidden, float("-inf"), kv.bias))
+        self._make_finite(hidden)
+
+    # What is held.
+
+    def states(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of all slots as the model gave them, up to the rounding of an 8-bit layer."""
+        kv = self.kv
+        assert kv is not None
+        if kv.key_scales is None or kv.value_scales is None:
+            return kv.keys, kv.values
+        return (
+            raas_kernels.dequantize(kv.keys, kv.key_scales, self.dtypes[0]),
+            raas_kernels.dequantize(kv.values, kv.value_scales, self.dtypes[1]),
+        )
+
+    def mean_keys(self) -> torch.Tensor:
+        """Mean of each page's visible keys, `[batch, kv_heads, pages, head_dim]`; 0 for a page without any."""
+        kv = self.kv
+        assert kv is not None
+        keys: torch.Tensor = self.states()[0].unflatten(2, (-1, self.page_size))
+        visible: torch.Tensor = (kv.bias == 0).unflatten(2, (-1, self.page_size))[..., None]
+        return keys.masked_fill(~visible, 0).sum(3) / visible.sum(3).clamp(min=1)
+
+    def summarise(self) -> None:
+        """Bring every page's key minima and maxima up to date."""
+        kv = self.kv
+        assert kv is not None
+        if kv.key_min is not None and kv.key_max is not None:
+            low, high = raas_kernels.page_extremes(self.states()[0], kv.bias, self.page_size)
+            kv.key_min.copy_(low)
+            kv.key_max.copy_(high)
+
+    def _make_finite(self, hidden: torch.Tensor) -> None:
+        """Clear the NaNs and infinities of `hidden` slots `[batch, kv_heads, slots]`, see `raas_kernels.finite`."""
+        kv = self.kv
+        assert kv is not None
+        for held, scales in ((kv.keys, kv.key_scales), (kv.values, kv.value_scales)):
+            if scales is None:
+                held.copy_(raas_kernels.finite(held, hidden[..., None]))
+            else:  # the scale of a token that is not finite is not finite either
+                bad = hidden & ~scales.isfinite()
+                movable(held).copy_(torch.where(bad[..., None], 0, movable(held)))
+                scales.copy_(torch.where(bad, 0, scales))
+
+    # Rows.
+
+    @allocating
+    def apply_to_rows(self, function: RowFunction) -> None:
+        """Make every buffer's rows the rows that `function` makes of them."""
+        if self.kv is None:
+            return
+        kv, counts = map_rows(self.kv, function), self.counts
+        batch = kv.keys.shape[0]
+        if not (batch == self.batch_size and counts.are_alike):
+            index = function(torch.arange(self.batch_size, device=self.device)).cpu().numpy()
+            counts = counts.taken(index)
+        self.kv, self._counts, self.batch_size = kv, counts, batch
+        self.lay_out()
+
+    def release_rows(self, rows: Rows) -> None:
+        """Make `rows` hold nothing, so that another sequence can begin there."""
+        kv = self.kv
+        assert kv is not None
+        self.counts.clear(rows.on_host)
+        index = rows.on_device
+        kv.bias[index], kv.positions[index] = float("-inf"), -1
+        kv.priority[index], kv.open_slot[index], kv.clock[index] = float("-inf"), 0, -1
+        self.lay_out()

@@ -1,0 +1,188 @@
+"""Taking tokens back: what a forward overwrites is noted, so that `crop` leaves no trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import torch
+
+import raas_kernels
+from raas_kernels import PagedKV
+
+from .prefill import truncate
+from .resize import RowFunction, gathered, map_pages, put_page
+
+
+if TYPE_CHECKING:
+    from .forward import Softmax
+    from .page_table import PageTable
+
+
+def _put_back(now: torch.Tensor | None, before: torch.Tensor | None, empty: float) -> None:
+    """Write a whole buffer `[batch, kv_heads, pages, ...]` back; pages that were added since hold nothing."""
+    if now is not None and before is not None:
+        now[:, :, : before.shape[2]] = before
+        now[:, :, before.shape[2] :] = empty
+
+
+@dataclass
+class DecodeNote:
+    """What one decode step overwrites.
+
+    Args:
+        page: `[batch, kv_heads]` int64, the page that the step writes to: the page that it recycles, or the open one.
+        contents: that page alone, where a row opens one; otherwise None, and its key bounds are enough.
+        key_min, key_max: `[batch, kv_heads, 1, head_dim]`, that page's key bounds; None where there are none.
+        priority, states: of all pages, before the step.
+        open_slot: `[batch, kv_heads]`, before the step.
+    """
+
+    page: torch.Tensor
+    contents: PagedKV | None
+    key_min: torch.Tensor | None
+    key_max: torch.Tensor | None
+    priority: torch.Tensor
+    states: torch.Tensor | None
+    open_slot: torch.Tensor
+    length: ClassVar[int] = 1
+
+    @classmethod
+    def before_step(cls, table: PageTable) -> DecodeNote:
+        """Note what the next decode step on `table` will overwrite."""
+        kv = table.kv
+        assert kv is not None
+        page, opens = kv.open_slot // table.page_size, table.counts.decoded % table.page_size == 0
+        contents = None
+        if opens.any():
+            device_opens = torch.from_numpy(opens).to(table.device)[:, None]
+            page = torch.where(device_opens, raas_kernels.victim(kv), page)
+            contents = gathered(kv, page[..., None])
+        index = page[..., None, None]
+        bounds = (None if held is None else torch.take_along_dim(held, index, 2) for held in (kv.key_min, kv.key_max))
+        states = None if kv.states is None else kv.states.clone()
+        return cls(page, contents, *bounds, kv.priority.clone(), states, kv.open_slot.clone())
+
+    def undo(self, table: PageTable, kept: int, attend: Callable[..., None]) -> int:
+        """Put `table` back as it was before the step (`kept` is 0); returns the tokens taken back: 1."""
+        table.move_clock(-1, -1)
+        kv = table.kv
+        assert kv is not None
+        if self.contents is None:
+            slot = kv.open_slot + (kv.clock[..., 1] + 1) % table.page_size
+            kv.bias.scatter_(2, slot[..., None], float("-inf"))
+        else:
+            put_page(kv, self.page, self.contents)
+        index = self.page[..., None, None]
+        for held, before in ((kv.key_min, self.key_min), (kv.key_max, self.key_max)):
+            if held is not None and before is not None:
+                held.scatter_(2, index.expand_as(before), before)
+        _put_back(kv.priority, self.priority, float("-inf"))
+        _put_back(kv.states, self.states, 0)
+        kv.open_slot.copy_(self.open_slot)
+        return 1
+
+    def apply_to_rows(self, function: RowFunction) -> None:
+        def moved(held: torch.Tensor | None) -> torch.Tensor | None:
+            return None if held is None else function(held)
+
+        self.page, self.priority, self.open_slot = (
+            function(held) for held in (self.page, self.priority, self.open_slot)
+        )
+        self.states, self.key_min, self.key_max = (moved(held) for held in (self.states, self.key_min, self.key_max))
+        if self.contents is not None:
+            self.contents = map_pages(self.contents, lambda held, entries, empty: function(held))
+
+
+@dataclass
+class PrefillNote:
+    """Prefill tokens of one forward after the first: a user's turn with the first draft behind it.
+
+    Args:
+        length: tokens of the forward.
+        priority, states: of all pages, before the forward.
+        reads: the attention calls of the forward: query, and settings of the softmax.
+    """
+
+    length: int
+    priority: torch.Tensor
+    states: torch.Tensor | None
+    reads: list[tuple[torch.Tensor, Softmax]] = field(default_factory=list)
+
+    @classmethod
+    def before_forward(cls, table: PageTable, length: int) -> PrefillNote:
+        """Note what a forward of `length` prefill tokens will overwrite."""
+        kv = table.kv
+        assert kv is not None
+        return cls(length, kv.priority.clone(), None if kv.states is None else kv.states.clone())
+
+    def undo(self, table: PageTable, kept: int, attend: Callable[..., None]) -> int:
+        """Take back all but the first `kept` tokens, and the stamps of the removed ones; returns the tokens removed."""
+        removed = self.length - kept
+        truncate(table, table.counts.seen - removed, drops_decoded=False)
+        kv = table.kv
+        assert kv is not None
+        if table.is_decoding:
+            pages = min(self.priority.shape[2], table.num_pages)
+            _put_back(kv.priority, self.priority[:, :, :pages], float("-inf"))
+            _put_back(kv.states, None if self.states is None else self.states[:, :, :pages], 0)
+        if kept:
+            for query, softmax in self.reads:
+                attend(query[:, :, :kept], softmax)
+        return removed
+
+    def apply_to_rows(self, function: RowFunction) -> None:
+        self.priority = function(self.priority)
+        self.states = None if self.states is None else function(self.states)
+        self.reads = [(function(query), softmax) for query, softmax in self.reads]
+
+
+class Rollback:
+    """The forwards that can be taken back, the newest last: at most `limit` of them, the oldest go."""
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self.notes: list[DecodeNote | PrefillNote] = []
+
+    def note(self, note: DecodeNote | PrefillNote) -> None:
+        """Keep what a forward is about to overwrite."""
+        self.notes.append(note)
+        del self.notes[: -self.limit]
+
+    def note_read(self, query: torch.Tensor, softmax: Softmax) -> None:
+        """Keep an attention call of the newest prefill: after a crop, the tokens that stay give their stamps again."""
+        newest = self.notes[-1] if self.notes else None
+        if isinstance(newest, PrefillNote) and query.shape[2] == newest.length:
+            newest.reads.append((query.detach(), softmax))
+
+    def removable(self, table: PageTable) -> int:
+        """Tokens that `undo` can take back."""
+        if table.settings.prompt == "evict":  # nothing is noted of the pages that a prefill evicted
+            return 0
+        steps = sum(isinstance(note, DecodeNote) for note in self.notes)
+        # As long as a row holds prefill alone, its tokens can go without a note.
+        if steps == int(table.counts.decoded.max(initial=0)):
+            return int(table.counts.seen.min(initial=table.length))
+        return sum(note.length for note in self.notes)
+
+    def undo(self, table: PageTable, tokens: int, attend: Callable[..., None]) -> None:
+        """Take back the last `tokens` tokens, at most `removable`, and forget how to take back the tokens before them.
+
+        Args:
+            attend: called with the queries of tokens that stay, and the softmax settings, gives their stamps again.
+        """
+        while tokens and self.notes:
+            note = self.notes.pop()
+            tokens -= note.undo(table, max(0, note.length - tokens), attend)
+        if tokens:
+            counts = table.counts
+            truncate(table, np.maximum(counts.seen - tokens, 0), drops_decoded=False)
+        self.notes.clear()
+
+    def apply_to_rows(self, function: RowFunction) -> None:
+        for note in self.notes:
+            note.apply_to_rows(function)
+
+
