@@ -12,7 +12,7 @@ from raas_kernels import PagedKV
 
 from .resize import RowFunction, allocating, fix_addresses, map_rows, movable, resized
 from .row_counts import RowCounts, Rows
-from .settings import CODES, LayerSettings
+from .layer_settings import CODES, LayerSettings
 
 
 FIRST_TOKENS = 128  # a layer begins with evictable pages for that many tokens, and takes more as it needs them
