@@ -280,11 +280,25 @@ class PageTable:
         counts = self.counts
         counts.seen += seen
         counts.decoded += decoded
-        self.tokens += seen
+        self.tokens = self.length
         self.kv.clock[..., 0] += seen
         self.kv.clock[..., 1] += decoded
         self.is_decoding = bool(counts.decoded.any())
         self._steps_to_opening = 0
+
+    def hide_newest(self, visible: torch.Tensor, rows: Rows | None) -> None:
+        """Hide the newest tokens of `rows` where `visible` `[rows, new]` is False; they are stored already."""
+        kv = self.kv
+        assert kv is not None
+        index = slice(None) if rows is None else rows.on_device
+        new, positions = visible.shape[1], kv.positions[index]  # [rows, kv_heads, slots]
+        nth = positions - (kv.clock[index][..., :1] + 1 - new)
+        shown = visible[:, None].expand(-1, self.num_heads, -1).gather(-1, nth.clamp(min=0, max=new - 1).long())
+        hidden = torch.zeros_like(kv.bias, dtype=torch.bool)
+        hidden[index] = (nth >= 0) & (nth < new) & ~shown
+        kv.bias.masked_fill_(hidden, float("-inf"))
+        self._make_finite(hidden)
+        self.summarise()
 
     def hide_decoded(self, visible: torch.Tensor) -> None:
         """Hide the decode token stored last where `visible` `[batch]` is False."""

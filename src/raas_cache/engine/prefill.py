@@ -251,7 +251,7 @@ def truncate(table: PageTable, seen: np.ndarray, drops_decoded: bool) -> None:
         kv.clock[..., 1] = -1
         table.is_decoding = False
     kv.clock[..., 0] = torch.from_numpy(seen - 1).to(table.device)[:, None]
-    table.tokens -= int(gone.max(initial=0))
+    table.tokens = table.length
     # 3. Pages: the first pinned ones stay.
     kept = -(-prefilled // size)
     counts.pinned &= counts.pinned.cumsum(1) <= kept[:, None]

@@ -50,8 +50,8 @@ class DecodeNote:
     length: ClassVar[int] = 1
 
     @classmethod
-    def before_step(cls, table: PageTable) -> DecodeNote:
-        """Note what the next decode step on `table` will overwrite."""
+    def before(cls, table: PageTable, length: int) -> DecodeNote:
+        """Note what the next decode step on `table` will overwrite (`length` is 1)."""
         kv = table.kv
         assert kv is not None
         page, opens = kv.open_slot // table.page_size, table.counts.decoded % table.page_size == 0
@@ -112,7 +112,7 @@ class PrefillNote:
     reads: list[tuple[torch.Tensor, Softmax]] = field(default_factory=list)
 
     @classmethod
-    def before_forward(cls, table: PageTable, length: int) -> PrefillNote:
+    def before(cls, table: PageTable, length: int) -> PrefillNote:
         """Note what a forward of `length` prefill tokens will overwrite."""
         kv = table.kv
         assert kv is not None
