@@ -48,7 +48,7 @@ def keep_best(table: PageTable, places: Places, rows: Rows | None) -> None:
     limit = table.limit_beside(1)
     # 1. Rank: pages 1 and on, the oldest first, then by priority; empty pages come first of all.
     first = kv.first[..., 1:]  # [batch, kv_heads, pages - 1]
-    by_age = first.argsort(-1, stable=True)
+    by_age = first.argsort(dim=-1, stable=True)
     order = by_age.gather(-1, kv.priority[..., 1:].gather(-1, by_age).argsort(dim=-1, stable=True))
     # 2. Move: the sink, and the best pages in the order in which they stand.
     best = order[..., -limit:].sort(-1).values + 1
