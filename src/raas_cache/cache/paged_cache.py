@@ -217,8 +217,8 @@ class PagedCache(Cache):
             keys, values = super().update(key_states, value_states, layer_idx)
             forward = engine.pending
         else:
-            forward, keys, values = begin(engine, key_states, value_states)
-        if forward is not engine.decode:
+            forward, keys, values = begin(layer.decode, key_states, value_states)
+        if forward is not layer.decode:
             self._on_prefill(layer, layer_idx, forward)  # type: ignore[arg-type]  # it has just begun
         self._handed_out = engine
         return keys, values
@@ -233,7 +233,7 @@ class PagedCache(Cache):
             self._rows.prepare(engine, device)
 
     def _on_prefill(self, layer: PagedLayer, layer_idx: int, forward: Forward) -> None:
-        layer.is_initialized, layer.device = True, layer.table.device
+        layer.has_begun()
         if not self._warned and (forward.is_first or forward.new > 1):
             self._warn_if_prompt_fills_budget(layer, forward.new)
         if not self._knows_layers:

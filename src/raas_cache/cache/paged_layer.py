@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from ..engine.forward import Forward, begin
+from ..engine.forward import Decode, Forward, begin
 from ..engine.layer_engine import LayerEngine
 from ..engine.layer_settings import LayerSettings
 from ..engine.page_table import PageTable
@@ -25,7 +25,8 @@ class PagedLayer(CacheLayerMixin):
     """One layer of a `PagedCache`: it has an engine, which has a page table and a rollback.
 
     Attributes:
-        engine: the layer's pages, policy and forwards.
+        engine: the layer's pages, policy and rollback.
+        decode: the forward of every decode step.
         trace: what is recorded of the layer, see `raas_cache.record`; None where nobody records it.
     """
 
@@ -36,6 +37,7 @@ class PagedLayer(CacheLayerMixin):
 
     def __init__(self, settings: LayerSettings):
         self.engine = LayerEngine(settings)
+        self.decode = Decode(self.engine)
         super().__init__()
         self._trace: LayerTrace | None = None
 
@@ -83,6 +85,7 @@ class PagedLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget everything, buffers and rollback included: the next prompt sizes new ones."""
         self.engine.reset()
+        self.decode = Decode(self.engine)
         if self.trace is not None:
             self.trace.entries.clear()
         self.is_initialized = False
@@ -108,7 +111,7 @@ class PagedLayer(CacheLayerMixin):
         """Take rows, heads, sizes, dtype and device from the first key and value; the first prefill sizes the buffers."""
         if self.table.kv is None:
             self.table.allocate(key_states, value_states, self.engine.batch_size or key_states.shape[0])
-        self.is_initialized = True
+        self.has_begun()
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
@@ -131,9 +134,13 @@ class PagedLayer(CacheLayerMixin):
         self, key_states: torch.Tensor, value_states: torch.Tensor
     ) -> tuple[Forward, torch.Tensor, torch.Tensor]:
         """As `update`; returns the forward too."""
-        begun = begin(self.engine, key_states, value_states)
-        self.is_initialized = True
+        begun = begin(self.decode, key_states, value_states)
+        self.has_begun()
         return begun
+
+    def has_begun(self) -> None:
+        """Let transformers see what the first key and value have told."""
+        self.is_initialized, self.device, self.batch_size = True, self.table.device, self.table.batch_size
 
     def get_seq_length(self) -> int:
         """Tokens seen, evicted ones included: positions go on from here. A 0-d tensor while `torch.compile` traces."""
@@ -213,6 +220,7 @@ class PagedLayer(CacheLayerMixin):
             self.trace.apply_to_rows(function, torch.arange(self.table.batch_size, device=self.table.device))
         self.engine.known_mask = None
         self.table.apply_to_rows(function)
+        self.batch_size = self.table.batch_size
         self.engine.rollback.apply_to_rows(function)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:

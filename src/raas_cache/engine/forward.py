@@ -326,7 +326,7 @@ class Latent(Forward):
 
 
 def begin(
-    layer: LayerEngine, key: torch.Tensor, value: torch.Tensor
+    decode: Decode, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[Forward, torch.Tensor, torch.Tensor]:
     """Take the new tokens of a layer.
 
@@ -335,6 +335,7 @@ def begin(
     then, because generation starts with it (not a latent's: its stamps could not be given again after a crop).
 
     Args:
+        decode: the layer's forward for decode tokens.
         key, value: `[rows, kv_heads, new, head_dim]`; RoPE applied to the keys.
 
     Returns:
@@ -345,6 +346,7 @@ def begin(
         RuntimeError: an exception stopped this layer while it stored tokens.
         ValueError: rows, heads, head sizes, dtypes or device differ from those of the tokens held.
     """
+    layer = decode.layer
     table = layer.table
     if table.kv is None:
         table.allocate(key, value, layer.batch_size or key.shape[0])
@@ -355,9 +357,9 @@ def begin(
     forward: Forward
     is_first = layer.admits or not table.tokens
     if key.shape[2] == 1 and not is_first and not layer.reads_prefill:
-        forward = layer.decode
-        forward.key, forward.value = taken
-        forward.awaits_attention = True
+        forward = decode
+        decode.key, decode.value = taken
+        decode.awaits_attention = True
     else:
         is_turn = (layer.expects_turn and not layer.is_latent) or layer.reads_prefill
         if layer.records_past and not is_first and not is_turn:

@@ -14,7 +14,6 @@ from raas_kernels import PagedKV
 from .layer_settings import LayerSettings
 from .page_table import PageTable
 from .policy import Pages
-from .forward import Decode
 from .prefill import Places
 from .prefill_eviction import enter_competition, keep_best
 from .resize import movable
@@ -41,7 +40,6 @@ class LayerEngine:
         pending: the forward that `begin` handed out and whose attention has not ended.
         rows: the rows of the batch that forwards touch now, None for all; `row_index` `[rows]` int64 on the device.
         batch_size: rows to make room for, where the first prefill fills only some of them; None for its own number.
-        decode: the forward of every decode step.
         admits: whether the next forward is the first one of the rows that it touches, which hold nothing.
         on_module: returns whether the layer stays as it is; otherwise another layer has taken the tokens over.
         known_mask: stands for the mask of the past that the bias agrees with; None if another has been written.
@@ -70,7 +68,6 @@ class LayerEngine:
         # Notes for a budget of tokens, so that recording that is left on stays O(budget) too.
         self.rollback = Rollback(self.settings.budget)
         self.pending: Forward | None = None
-        self.decode = Decode(self)
         self.admits = False
         # Called by the first attention with its module, key and value, while the cache does not know the model.
         self.on_module: Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], bool] | None = None

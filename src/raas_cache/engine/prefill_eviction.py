@@ -52,7 +52,7 @@ def keep_best(table: PageTable, places: Places, rows: Rows | None) -> None:
     order = by_age.gather(-1, kv.priority[..., 1:].gather(-1, by_age).argsort(dim=-1, stable=True))
     # 2. Move: the sink, and the best pages in the order in which they stand.
     best = order[..., -limit:].sort(-1).values + 1
-    index = torch.cat([torch.zeros_like(best[..., :1]), best], -1)  # [batch, kv_heads, 1 + kept]
+    index = torch.cat([torch.zeros_like(kv.open_slot)[..., None], best], -1)  # [batch, kv_heads, 1 + kept]
     small = gathered(kv, index)
     # 3. The open pages of these rows are closed, for decode tokens open pages of their own; others have moved.
     is_touched = torch.zeros(table.batch_size, dtype=torch.bool, device=table.device)
