@@ -10,8 +10,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-# Shared memory a block may have, in bytes: a kernel that wants more compiles, and fails at its first launch.
-# For sm_80 that of its smaller kin, sm_86 and sm_89.
+# Bytes of shared memory that a block may have. A kernel that wants more compiles, and fails at its first launch.
+# The limit under 80 is the lower one of sm_86 and sm_89, which run the same code.
 SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 
@@ -19,7 +19,7 @@ SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 def test_compiles_to_ptx_and_cubin(architecture):
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"}
     result = subprocess.run(
-        [sys.executable, "-m", "tests.compile_ahead", str(architecture)],
+        [sys.executable, "-m", "tests.kernels.compile_ahead", str(architecture)],
         capture_output=True, text=True, env=environment,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
