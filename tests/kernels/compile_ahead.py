@@ -63,6 +63,7 @@ def constants_of(kernel: str, head_size: int, dtype: str, code: str | None) -> l
         "attend_kernel": [
             {
                 **group, "PAGE": PAGE, "UNIT": PAGE, "DK": head_size, "BLOCK_SLOTS": config.tile, "BLOCK_DK": block,
+                "KEYS_SLOT": head_size, "VALUES_SLOT": head_size * (1 + is_other),
                 "OPERAND": OPERANDS[dtype], "CAPPED": is_other, "SELECTED": is_other, "ROWS": is_other,
                 "SUM": is_other, "MEAN": is_other, "SINKS": is_other, "WHOLE": is_whole, "BLOCK_PAGES": 64,
                 "QUANTIZED": code is not None,

@@ -58,6 +58,7 @@ def append_kernel(
             victim = tl.where(is_before, block + tl.argmin(first, 0), victim)
             oldest = tl.where(is_before, block_oldest, oldest)
             lowest = tl.where(is_before, block_lowest, lowest)
+        tl.debug_barrier()  # no warp may compare priorities and positions after another has written them
         start = victim.to(tl.int64) * PAGE
         tl.store(open_slot + pair, start)
         tl.store(positions + pair * pages * PAGE + start + lane, (now + lane).to(tl.int32))

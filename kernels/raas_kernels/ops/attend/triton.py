@@ -52,8 +52,8 @@ def store_scores(
 def attend_kernel(
     query, keys, values, bias, selected, key_scales, value_scales, sinks, rows, scale, softcap,
     part_output, part_max, part_sum, unit_logit, output, scores,
-    heads, slots, slots_per_slice, cache_slots, keys_row, keys_head, keys_slot, values_row, values_head, values_slot,
-    bias_row, bias_head,
+    heads, slots, slots_per_slice, cache_slots, keys_row, keys_head, values_row, values_head, bias_row, bias_head,
+    KEYS_SLOT: tl.constexpr, VALUES_SLOT: tl.constexpr,
     CAPPED: tl.constexpr, SELECTED: tl.constexpr, QUANTIZED: tl.constexpr, SINKS: tl.constexpr, ROWS: tl.constexpr,
     SUM: tl.constexpr, MEAN: tl.constexpr, WHOLE: tl.constexpr,
     GROUP: tl.constexpr, PAGE: tl.constexpr, UNIT: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
@@ -109,7 +109,7 @@ def attend_kernel(
         # 3. Logits, [BLOCK_GROUP, BLOCK_SLOTS]; -inf where there is no visible token.
         hidden = tl.load(bias + stored, mask=is_read, other=float("-inf"))
         k = tl.load(
-            keys + stored[:, None] * keys_slot + dk[None, :], mask=is_read[:, None] & (dk[None, :] < DK), other=0.0
+            keys + stored[:, None] * KEYS_SLOT + dk[None, :], mask=is_read[:, None] & (dk[None, :] < DK), other=0.0
         ).to(OPERAND)  # fmt: skip
         logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         if QUANTIZED:
@@ -139,7 +139,7 @@ def attend_kernel(
         weights = tl.exp(logits - anchor[:, None])
         rescale = tl.exp(running_max - anchor)
         v = tl.load(
-            values + stored[:, None] * values_slot + dv[None, :], mask=is_read[:, None] & (dv[None, :] < DV), other=0.0
+            values + stored[:, None] * VALUES_SLOT + dv[None, :], mask=is_read[:, None] & (dv[None, :] < DV), other=0.0
         ).to(OPERAND)  # fmt: skip
         running_sum = running_sum * rescale + tl.sum(weights, 1)
         if QUANTIZED:
@@ -229,7 +229,7 @@ def reduce_kernel(
 
 
 def _dot_operand(dtype: torch.dtype) -> tl.dtype:
-    """The dtype that `tl.dot` multiplies: the query's; float32 in the interpreter, which multiplies bfloat16 as bits."""
+    """The dtype `tl.dot` multiplies: the query's; float32 in the interpreter, which takes bfloat16 for integers."""
     operands = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
     if dtype not in operands:
         raise TypeError(f"The Triton kernels take float16, bfloat16 or float32, not {dtype}: set RAAS_KERNELS=torch.")
@@ -299,7 +299,8 @@ def attend(
         bias if rows is None else rows.contiguous(), scale, 1.0 if softcap is None else softcap,
         part_output, part_max, part_sum, unit_logit, output, scores,
         heads, slots, slots_per_slice, kv.bias.shape[2],
-        *keys.stride()[:3], *values.stride()[:3], *bias.stride()[:2],
+        *keys.stride()[:2], *values.stride()[:2], *bias.stride()[:2],
+        KEYS_SLOT=keys.stride(2), VALUES_SLOT=values.stride(2),  # known when compiling: the inner loop multiplies by them
         CAPPED=softcap is not None, SELECTED=selected is not None, QUANTIZED=kv.key_scales is not None,
         ROWS=rows is not None, WHOLE=is_whole, PAGE=kv.page_size, UNIT=unit, DK=dk, BLOCK_SLOTS=tile,
         BLOCK_DK=max(MIN_DOT, triton.next_power_of_2(dk)), OPERAND=_dot_operand(query.dtype),
