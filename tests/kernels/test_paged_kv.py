@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import raas_kernels
-from raas_kernels import append, attend, finite, page_logit_bounds, stamp
+from raas_kernels import PagedKV, append, attend, finite, page_logit_bounds, stamp
 from raas_kernels.paged_kv import take_rows
 
 from .helpers import DEVICE, assert_same, copied, make_kv, rows_of
@@ -22,6 +22,18 @@ def test_pages_that_are_held_are_evictable_and_hold_a_token():
                 assert kv.first[row, head, page] == kv.positions[row, head, page * kv.page_size]
                 holds = kv.priority[row, head, page] > float("-inf")
                 assert kv.held[row, head, page] == (holds and kv.evictable[row, page])
+
+
+def test_a_filled_cache_holds_every_token_and_recycles_the_oldest_page():
+    keys, values = torch.randn(2, 2, 2, 12, 8, device=DEVICE)
+    kv = PagedKV.filled(keys, values, page_size=4)
+    assert kv.keys is keys and kv.values is values and kv.held.all() and (kv.bias == 0).all()
+    assert kv.first[0, 0].tolist() == [0, 4, 8] and kv.clock[1, 1].tolist() == [11, 11]
+    query = torch.randn(2, 4, 1, 8, device=DEVICE)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, keys, values, enable_gqa=True)
+    torch.testing.assert_close(attend(kv, query, 8**-0.5)[0], expected)
+    append(kv, keys[:, :, :1], values[:, :, :1])
+    assert (kv.open_slot == 0).all() and kv.first[0, 0].tolist() == [12, 4, 8]
 
 
 def test_contents_of_a_latent_take_the_place_of_keys_and_values():

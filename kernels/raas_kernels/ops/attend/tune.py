@@ -38,30 +38,17 @@ def candidates(rows: int, head_size: int) -> list[Config]:
 
 
 def make_inputs(rows: int, slots: int, head_size: int, dtype: torch.dtype) -> list[Inputs]:
-    """Caches and queries, enough of them to be cold; one batch row of `rows` KV heads."""
+    """Caches of one batch row of `rows` KV heads, and queries; enough of them to be cold."""
     copies = max(2, COLD_BYTES // (rows * slots * head_size * dtype.itemsize * 2))
-    return [(full_cache(rows, slots, head_size, dtype), _draw(1, rows * GROUP, 1, head_size, dtype=dtype))
-            for _ in range(min(copies, 64))]  # fmt: skip
 
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, dtype=dtype, device="cuda")
 
-def full_cache(heads: int, slots: int, head_size: int, dtype: torch.dtype) -> PagedKV:
-    """A cache of one row, with a visible token in every slot."""
-    shape, pages = (1, heads, slots), slots // PAGE
-    return PagedKV(
-        keys=_draw(*shape, head_size, dtype=dtype),
-        values=_draw(*shape, head_size, dtype=dtype),
-        bias=torch.zeros(shape, device="cuda"),
-        positions=torch.arange(slots, dtype=torch.int32, device="cuda").expand(shape).contiguous(),
-        priority=torch.zeros(1, heads, pages, dtype=torch.float64, device="cuda"),
-        evictable=torch.ones(1, pages, dtype=torch.bool, device="cuda"),
-        open_slot=torch.zeros(1, heads, dtype=torch.int64, device="cuda"),
-        clock=torch.full((1, heads, 2), slots - 1, device="cuda"),
-        page_size=PAGE,
-    )
-
-
-def _draw(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.randn(shape, dtype=dtype, device="cuda")
+    contents = 1, rows, slots, head_size
+    return [
+        (PagedKV.filled(draw(*contents), draw(*contents), PAGE), draw(1, rows * GROUP, 1, head_size))
+        for _ in range(min(copies, 64))
+    ]
 
 
 def captured(run: Callable[[], object]) -> Callable[[], None]:
