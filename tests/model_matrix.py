@@ -179,7 +179,8 @@ position bias.
 
 Phi-3, PhiMoE and Phi-4-multimodal drop any cache when the text becomes longer than
 `original_max_position_embeddings`. The paged cache is kept if RoPE does not change at this length. If RoPE changes,
-[an error says what to do](troubleshooting.md#drops-its-cache-and-goes-on-with-a-dynamiccache). No other model in transformers drops its cache.
+[an error says what to do](troubleshooting.md#drops-its-cache-and-goes-on-with-a-dynamiccache). No other model in
+transformers drops its cache.
 
 ## Refused
 
