@@ -15,7 +15,7 @@ import torch
 
 from raas_cache import RaaSCache
 from raas_cache.bench import build_model, load_config
-from raas_cache.upstream import CACHE_ARGUMENT
+from raas_cache.common.upstream import CACHE_ARGUMENT
 
 
 PROMPT = 64

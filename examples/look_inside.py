@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from raas_cache import DenseCache, RaaSCache, Recording, embedded_model, read, record, viz
+from raas_cache.common.upstream import CACHE_ARGUMENT
 from raas_cache.eval.chains import problems
-from raas_cache.policies.raas import DEFAULT_ALPHA
-from raas_cache.upstream import CACHE_ARGUMENT
+from raas_cache.methods.raas import DEFAULT_ALPHA
 
 
 def main(

@@ -23,11 +23,11 @@ from raas_cache.bench import report
 from raas_cache.bench import run as run_bench
 from raas_cache.bench.filling import build_model, load_config
 from raas_cache.bench.steps import Plan
+from raas_cache.common.reporting import save
 from raas_cache.eval import Setting, by_setting, load_task, parse_methods, run, settings, summarize, table
 from raas_cache.eval.chains import problems, share_right
 from raas_cache.eval.plots import figures
 from raas_cache.eval.runner import processes
-from raas_cache.reporting import save
 
 
 COMMON = {"page_size": 4, "min_decode_pages": 1}

@@ -31,6 +31,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from raas_cache.common.measure import wilson_interval
 from raas_cache.eval import Setting, chain_task, run
 from raas_cache.eval.chains import (
     TOKENS_OF_ANSWER,
@@ -42,7 +43,6 @@ from raas_cache.eval.chains import (
     problems,
     reuse_gaps,
 )
-from raas_cache.measure import wilson_interval
 
 
 STAGES = ((3, 6), (4, 12), (8, 24), (16, 48), (24, 80), (4, 112))

@@ -16,7 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from raas_cache import RaaSCache, embedded_model, learn_budgets
 from raas_cache.eval.chains import TOKENS_PER_LINE, problems, tokens_of
-from raas_cache.reading import steps
+from raas_cache.sizing.read_text import steps
 
 
 LEFT, CITED, RESULT = 5, 7, 10  # tokens of a line that state a value

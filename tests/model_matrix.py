@@ -11,9 +11,9 @@ from packaging.version import Version
 from transformers import DynamicCache
 
 from raas_cache import RaaSCache, from_name
-from raas_cache.layer import PagedLayer
-from raas_cache.measure import kv_nbytes
-from raas_cache.planning import plan
+from raas_cache.cache.paged_layer import PagedLayer
+from raas_cache.common.measure import kv_nbytes
+from raas_cache.sizing.plan import plan
 
 from .architectures import LEFT_OUT, build, names, tiny_config
 from .helpers import generate, prompt, resident_set

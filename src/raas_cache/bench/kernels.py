@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 
 import raas_kernels
 
-from ..reporting import markdown
+from ..common.reporting import markdown
 from .filling import kv_shape
 from .steps import WARMUP, Timing
 
