@@ -31,16 +31,14 @@ ASKS = 6
 
 @torch.no_grad()
 def lookup_attention(model_folder: Path, problem: ChainProblem) -> np.ndarray:
-    """Attention weights ``[layers, heads, lines, 1 + lines]`` at the look-up of each line, on the prompt and each line."""
+    """Attention weights ``[layers, heads, lines, 1 + lines]`` of the look-up in each line on the prompt and all lines."""
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     model = AutoModelForCausalLM.from_pretrained(model_folder, attn_implementation="eager").eval()
     inputs = tokenizer(problem.prompt, return_tensors="pt", return_token_type_ids=False)
     ids = model.generate(**inputs, do_sample=False)
     prompt, lines = inputs["input_ids"].shape[1], len(problem.refs)
     if not is_exact(tokenizer.decode(ids[0, prompt:], skip_special_tokens=True), problem):
-        raise SystemExit(
-            "The model made an error in this problem, so its lines differ from the solution: try another --seed."
-        )
+        raise SystemExit("The model made an error, so its lines differ from the solution: try another --seed.")
     weights = torch.cat(model(ids, output_attentions=True, use_cache=False).attentions)
     end = prompt + lines * TOKENS_PER_LINE
     asking = weights[:, :, prompt + ASKS : end : TOKENS_PER_LINE]
@@ -49,7 +47,7 @@ def lookup_attention(model_folder: Path, problem: ChainProblem) -> np.ndarray:
 
 
 def pick_head(weights: np.ndarray, problem: ChainProblem) -> tuple[int, int, int, float]:
-    """Layer, head, offset, weight. Offset 0: the head reads the line that derives a value; 1: the line that restates it."""
+    """Layer, head, offset, weight. The head reads the line that derives a value (0) or the line that restates it (1)."""
     cited = [(line, ref - problem.num_givens) for line, ref in enumerate(problem.refs) if ref >= problem.num_givens]
     asking, derived = np.array([(line, source) for line, source in cited if line - source > 2]).T
     mean = np.stack([weights[:, :, asking, 1 + derived + offset].mean(-1) for offset in (0, 1)], axis=-1)
@@ -58,7 +56,7 @@ def pick_head(weights: np.ndarray, problem: ChainProblem) -> tuple[int, int, int
 
 
 def draw(picture: np.ndarray, offset: int, problem: ChainProblem, title: str, out: Path) -> None:
-    """Draw ``picture`` ``[lines, 1 + lines]`` (row: line being written; column: prompt or earlier line) and milestones."""
+    """Draw ``picture`` ``[lines, 1 + lines]`` (row: line being written; column: prompt or earlier line)."""
     lines = len(picture)
     uses: dict[int, list[int]] = {}
     for line, ref in enumerate(problem.refs):

@@ -24,7 +24,7 @@ BANDS = ((2, 4), (5, 8), (9, 12), (13, 16), (17, 99))
 
 
 def statements(problem, line: int) -> tuple[list[int], int]:
-    """Positions in the chain that state the value before `line` cites it, and the number of lines since the last statement."""
+    """Positions in the chain that state the value before `line` cites it, and the number of lines since then."""
     value = problem.refs[line] - problem.num_givens
     stated = [(value, RESULT), (value + 1, LEFT)]
     stated += [(other, CITED) for other in range(value + 1, line) if problem.refs[other] == problem.refs[line]]
@@ -33,7 +33,7 @@ def statements(problem, line: int) -> tuple[list[int], int]:
 
 
 def cited(model, tokenizer, sample, cache) -> list[tuple[int, list[bool], bool]]:
-    """For each citation of a derived value: lines since it was stated, which heads hold it, whether the digit is right."""
+    """For each citation of a derived value: lines since it was stated, which heads hold it, is the digit right."""
     texts = [f"{problem.prompt} {problem.chain}" for problem in sample]
     tokens = tokenizer(texts, return_tensors="pt", return_token_type_ids=False)["input_ids"]
     prompt = tokenizer(sample[0].prompt, return_tensors="pt")["input_ids"].shape[1]
