@@ -31,7 +31,7 @@ ASKS = 6
 
 @torch.no_grad()
 def lookup_attention(model_folder: Path, problem: ChainProblem) -> np.ndarray:
-    """Attention weights ``[layers, heads, lines, 1 + lines]`` of the look-up in each line on the prompt and all lines."""
+    """Attention weights ``[layers, heads, lines, 1 + lines]`` at the look-up of each line, on prompt and lines."""
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     model = AutoModelForCausalLM.from_pretrained(model_folder, attn_implementation="eager").eval()
     inputs = tokenizer(problem.prompt, return_tensors="pt", return_token_type_ids=False)
@@ -47,7 +47,7 @@ def lookup_attention(model_folder: Path, problem: ChainProblem) -> np.ndarray:
 
 
 def pick_head(weights: np.ndarray, problem: ChainProblem) -> tuple[int, int, int, float]:
-    """Layer, head, offset, weight. The head reads the line that derives a value (0) or the line that restates it (1)."""
+    """Layer, head, offset, weight. Offset 0: the head reads the line that derives a value, 1: the next line."""
     cited = [(line, ref - problem.num_givens) for line, ref in enumerate(problem.refs) if ref >= problem.num_givens]
     asking, derived = np.array([(line, source) for line, source in cited if line - source > 2]).T
     mean = np.stack([weights[:, :, asking, 1 + derived + offset].mean(-1) for offset in (0, 1)], axis=-1)
