@@ -18,8 +18,8 @@ from raas_cache.bench import filling, kernels, report, steps
 from raas_cache.bench.filling import Filler, build_model, fast_forward, load_config
 from raas_cache.bench.kernels import kernel_table, run_kernels
 from raas_cache.bench.steps import BASELINES, Plan, run
-from raas_cache.policies import POLICIES
-from raas_cache.upstream import CACHE_ARGUMENT
+from raas_cache.common.upstream import CACHE_ARGUMENT
+from raas_cache.methods.registry import POLICIES
 from raas_kernels import PagedKV, attend
 
 

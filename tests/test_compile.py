@@ -6,7 +6,7 @@ from torch._dynamo.utils import counters
 from transformers import DynamicCache
 
 from raas_cache import DenseCache, QuestCache, RaaSCache, from_name, list_methods
-from raas_cache.layer import PagedLayer
+from raas_cache.cache.paged_layer import PagedLayer
 
 from .architectures import build
 from .helpers import compile_anywhere, generate, prompt, resident_set, tiny_model, use_engine

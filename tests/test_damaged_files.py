@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from raas_cache import cli, embedded_model
+from raas_cache import embedded_model
 from raas_cache.bench import filling, read_json
+from raas_cache.cli import commands
 from raas_kernels.ops.attend import configs
 
 
@@ -33,7 +34,7 @@ def command(*options):
     pytest.importorskip("typer")
     from typer.testing import CliRunner
 
-    return CliRunner().invoke(cli.app, [*map(str, options)])
+    return CliRunner().invoke(commands.app, [*map(str, options)])
 
 
 def error_of(result):
@@ -185,7 +186,7 @@ def test_a_config_with_code_of_its_own_is_refused_and_not_asked_about(tmp_path):
 def test_the_embedded_model(name, data, tmp_path, monkeypatch):
     folder = shutil.copytree(embedded_model(), tmp_path / "model")
     (folder / name).write_bytes(data)
-    monkeypatch.setattr(cli, "embedded_model", lambda: str(folder))
+    monkeypatch.setattr(commands, "embedded_model", lambda: str(folder))
     assert f"the embedded model in {str(folder)!r} cannot be loaded" in error_of(command("demo", "--problems", 1))
 
 

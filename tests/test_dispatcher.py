@@ -9,7 +9,8 @@ from transformers import AttentionInterface, DynamicCache
 
 import raas_cache
 from raas_cache import RaaSCache
-from raas_cache.attention import DISPATCHED, _find_eager, dispatcher
+from raas_cache.attention.dispatch import DISPATCHED, dispatcher
+from raas_cache.attention.eager import _find_eager
 
 from .architectures import build
 from .helpers import generate, prompt, tiny_model

@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from raas_cache import embedded_model, register
 from raas_cache.eval.chains import problems
-from raas_cache.policies import POLICIES
+from raas_cache.methods.registry import POLICIES
 
 
 pytest.importorskip("typer")

@@ -22,10 +22,10 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from raas_cache import RaaSCache, embedded_model, list_methods
+from raas_cache.common.upstream import CACHE_ARGUMENT
 from raas_cache.eval.chains import problems
 from raas_cache.eval.harness import RaaSLM, option_names
-from raas_cache.methods import CACHES
-from raas_cache.upstream import CACHE_ARGUMENT
+from raas_cache.methods.registry import CACHES
 
 
 ROOT = Path(__file__).parents[1]

@@ -21,7 +21,7 @@ FORWARDS = {"prompt": AT_PROMPT, "turn": AT_TURN, "generated token": AT_TURN + 1
 @pytest.fixture(autouse=True)
 def grows_early(monkeypatch):
     """A store begins with two evictable pages and not with 128 tokens, so that these short conversations outgrow it."""
-    monkeypatch.setattr("raas_cache.store.FIRST_TOKENS", 8)
+    monkeypatch.setattr("raas_cache.engine.page_table.FIRST_TOKENS", 8)
 
 
 @functools.cache

@@ -12,8 +12,8 @@ from transformers import AutoConfig
 from typer.testing import CliRunner
 
 import raas_cache
-from raas_cache import arguments
 from raas_cache.cli import app
+from raas_cache.common import arguments
 from raas_cache.eval import read_rows
 
 from .helpers import refused
@@ -105,8 +105,8 @@ def test_out_that_cannot_be_written_to(command, path, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("kept")
     (tmp_path / "dangling").symlink_to("/nowhere/at/all")
     for work in (
-        "raas_cache.cli.build_model",
-        "raas_cache.cli.kernel_bench.run_kernels",
+        "raas_cache.cli.commands.build_model",
+        "raas_cache.cli.commands.kernel_bench.run_kernels",
         "raas_cache.eval.command._load",
     ):
         monkeypatch.setattr(work, lambda *args, **kwargs: pytest.fail("at work already"))

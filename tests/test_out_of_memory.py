@@ -42,7 +42,7 @@ ROW_CALLS = {
 @pytest.fixture(autouse=True)
 def grows_early(monkeypatch):
     """A store begins with two evictable pages and not with 128 tokens, so that these short conversations outgrow it."""
-    monkeypatch.setattr("raas_cache.store.FIRST_TOKENS", 8)
+    monkeypatch.setattr("raas_cache.engine.page_table.FIRST_TOKENS", 8)
 
 
 class OutOfMemory(TorchDispatchMode):

@@ -6,8 +6,8 @@ from transformers import DynamicCache
 
 from raas_cache import RaaSCache, embedded_model
 from raas_cache.bench.filling import load_config, read_config
-from raas_cache.measure import kv_nbytes
-from raas_cache.planning import Plan, largest_budget, plan
+from raas_cache.common.measure import kv_nbytes
+from raas_cache.sizing.plan import Plan, largest_budget, plan
 
 from .architectures import build, tiny_config
 from .helpers import generate, prompt, refused

@@ -13,14 +13,14 @@ pytest.importorskip("matplotlib")
 from matplotlib.collections import LineCollection
 from matplotlib.colors import to_hex
 
-from raas_cache import reporting
 from raas_cache.bench import report
 from raas_cache.bench.steps import Case, Timing
 from raas_cache.bench.steps import Row as BenchRow
+from raas_cache.common import reporting
 from raas_cache.eval.plots import figures, plot
 from raas_cache.eval.results import Row, Summary
 from raas_cache.eval.settings import Setting
-from raas_cache.policies.raas import DEFAULT_ALPHA
+from raas_cache.methods.raas import DEFAULT_ALPHA
 
 from .helpers import refused
 

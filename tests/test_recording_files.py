@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from raas_cache import RaaSCache, Recording, from_name, list_methods, record, recording_file
-from raas_cache.policies import POLICIES
+from raas_cache import RaaSCache, Recording, from_name, list_methods, record
+from raas_cache.methods.registry import POLICIES
+from raas_cache.tracing import recording_file
 
 from .helpers import generate, prompt, tiny_model
 

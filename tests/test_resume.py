@@ -18,7 +18,7 @@ from raas_cache.eval import Decoding, Setting, chain_task, inputs, read_rows, ru
 from raas_cache.eval.chains import problems
 from raas_cache.eval.results import Row, RowFile
 from raas_cache.eval.tasks import Task
-from raas_cache.policies import POLICIES
+from raas_cache.methods.registry import POLICIES
 
 from .helpers import refused
 
@@ -47,7 +47,7 @@ def task():
 METHOD = """
 from dataclasses import dataclass
 from raas_cache import register_policy
-from raas_cache.policies import StreamingLLMPolicy
+from raas_cache.methods import StreamingLLMPolicy
 
 @register_policy("mine")
 @dataclass(frozen=True)
@@ -244,7 +244,7 @@ class TestInputs:
         before = inputs.of_package()
         assert before.startswith("0.") and ", code " in before
         read = inputs.Path.read_text
-        edited = lambda path, **how: read(path, **how) + "# edited" * (path.name == "store.py")  # noqa: E731
+        edited = lambda path, **how: read(path, **how) + "# edited" * (path.name == "page_table.py")  # noqa: E731
         monkeypatch.setattr(inputs.Path, "read_text", edited)
         assert inputs.of_package.__wrapped__() != before
 

@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from transformers import AttentionInterface
 
 from raas_cache import from_name
-from raas_cache.policies import POLICIES
+from raas_cache.methods.registry import POLICIES
 
 from .helpers import resident_set
 from .oracle import OracleCache, dense_attention, oracle_attention

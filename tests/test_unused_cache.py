@@ -17,7 +17,7 @@ from transformers import (
 
 import raas_cache
 from raas_cache import DenseCache, RaaSCache
-from raas_cache.attention import DISPATCHED
+from raas_cache.attention.dispatch import DISPATCHED
 
 from .helpers import generate, prompt, tiny_model
 

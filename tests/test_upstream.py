@@ -13,7 +13,7 @@ from transformers import AttentionInterface, DynamicCache, LlamaConfig, Qwen3Con
 from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 
 from raas_cache import RaaSCache
-from raas_cache.upstream import CACHE_ARGUMENT
+from raas_cache.common.upstream import CACHE_ARGUMENT
 
 from .helpers import VOCAB, compile_anywhere, generate, prompt, tiny_model
 

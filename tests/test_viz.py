@@ -17,10 +17,11 @@ from matplotlib import colormaps, pyplot
 from matplotlib.collections import LineCollection, QuadMesh
 from matplotlib.patches import StepPatch
 
-from raas_cache import DenseCache, RaaSCache, Recording, embedded_model, html, read, record, viz
+from raas_cache import DenseCache, RaaSCache, Recording, embedded_model, read, record, viz
 from raas_cache.eval.chains import problems
-from raas_cache.policies.raas import DEFAULT_ALPHA
-from raas_cache.recording import Forward, LayerRecording
+from raas_cache.methods.raas import DEFAULT_ALPHA
+from raas_cache.tracing.layer_trace import Forward, LayerRecording
+from raas_cache.viz import html
 
 from .architectures import build
 from .helpers import generate, prompt, tiny_model
@@ -161,7 +162,7 @@ def test_the_use_of_a_single_step_is_seen_however_long_the_recording(step, page)
     held = [list(range(now)) for now in range(3, 1003)]
     recording = recording_of(held, {(step, page): 0.75}, page_size=1)
     columns, rows, scores = mesh(viz.waterfall(recording, **PLACE))
-    assert max(scores.shape) <= viz.CELLS and (columns[-1], rows[-1]) == (1002, 1003)
+    assert max(scores.shape) <= viz.figures.CELLS and (columns[-1], rows[-1]) == (1002, 1003)
     (((row, column)),) = np.argwhere(scores == 0.75)
     assert columns[column] <= page < columns[column + 1] and rows[row] <= step < rows[row + 1]
     assert np.nansum(scores) == 0.75 and np.isfinite(scores[-1]).all() and np.isnan(scores[0, -1])

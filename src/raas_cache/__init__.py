@@ -6,26 +6,23 @@
 from importlib.resources import files
 
 from . import viz
-from .budgets import learn_budgets
-from .cache import PagedCache
-from .chat import rewind
-from .doors import register, unregister
-from .methods import (
-    DenseCache,
-    H2OCache,
-    QuestCache,
-    RaaSCache,
-    RKVCache,
-    StreamingLLMCache,
-    TOVACache,
-    from_name,
-    list_methods,
-)
-from .planning import Plan, largest_budget, plan
-from .policies import Pages, Policy, register_policy
-from .reading import read
-from .recorder import record
-from .recording import Recording
+from .cache.chat import rewind
+from .cache.paged_cache import PagedCache
+from .engine.policy import Pages, Policy
+from .methods.dense import DenseCache
+from .methods.h2o import H2OCache
+from .methods.quest import QuestCache
+from .methods.raas import RaaSCache
+from .methods.registry import from_name, list_methods, register_policy
+from .methods.rkv import RKVCache
+from .methods.streaming_llm import StreamingLLMCache
+from .methods.tova import TOVACache
+from .register import register, unregister
+from .sizing.learn_budgets import learn_budgets
+from .sizing.plan import Plan, largest_budget, plan
+from .sizing.read_text import read
+from .tracing.recording import Recording
+from .tracing.trace import record
 
 
 __all__ = [

@@ -8,9 +8,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from ..cache import PagedCache
-from ..layer import PagedLayer
-from ..methods import from_name
+from ..cache.paged_cache import PagedCache
+from ..cache.paged_layer import PagedLayer
+from ..methods.registry import from_name
 
 
 MODELS: dict[str, dict[str, Any]] = {

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 
 from raas_kernels import PagedKV, attend
 
-from ..reporting import markdown
+from ..common.reporting import markdown
 from .filling import kv_shape
 from .steps import WARMUP, Timing
 

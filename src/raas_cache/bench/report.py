@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
-from ..reporting import STYLES, markdown, require_matplotlib, save
+from ..common.reporting import STYLES, markdown, require_matplotlib, save
 from .kernels import KernelRow
 from .steps import BASELINES, Case, Row, Timing
 

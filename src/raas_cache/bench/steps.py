@@ -16,10 +16,9 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache
 
-from ..measure import kv_nbytes
-from ..methods import from_name
-from ..policies import POLICIES
-from ..upstream import CACHE_ARGUMENT
+from ..common.measure import kv_nbytes
+from ..common.upstream import CACHE_ARGUMENT
+from ..methods.registry import POLICIES, from_name
 from .filling import Filler
 from .peer import Peer
 

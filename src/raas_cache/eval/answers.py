@@ -16,7 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from ..extras import require
+from ..common.extras import require
 
 
 TIMEOUT = 5

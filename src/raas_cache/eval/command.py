@@ -10,7 +10,8 @@ import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from .. import arguments, embedded_model
+from .. import embedded_model
+from ..common import arguments
 from .decoding import COLDEST, Decoding
 from .results import summarize, table
 from .runner import processes, run

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
-from ..cache import PagedCache
-from ..measure import evictions, kv_nbytes
-from ..upstream import CACHE_ARGUMENT
+from ..cache.paged_cache import PagedCache
+from ..common.measure import evictions, kv_nbytes
+from ..common.upstream import CACHE_ARGUMENT
 from .results import Row
 from .settings import Setting
 from .tasks import Task, hash_of

@@ -23,10 +23,10 @@ try:
 except ImportError as error:
     raise ImportError("The model type 'raas' needs lm_eval: pip install raas-cache[harness]") from error
 
-from ..measure import evictions
-from ..policies import POLICIES
-from ..settings import Budget, CacheOptions
-from ..upstream import CACHE_ARGUMENT
+from ..cache.settings import Budget, CacheOptions
+from ..common.measure import evictions
+from ..common.upstream import CACHE_ARGUMENT
+from ..methods.registry import POLICIES
 from .decoding import SHORT
 from .runner import span_of
 from .settings import DENSE, Setting

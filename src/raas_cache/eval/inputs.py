@@ -21,8 +21,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import raas_kernels
 
-from ..methods import CACHES
-from ..policies import POLICIES, Policy
+from ..engine.policy import Policy
+from ..methods.registry import CACHES, POLICIES
 from .decoding import Decoder
 from .settings import Setting
 from .tasks import hash_of
@@ -30,8 +30,10 @@ from .tasks import hash_of
 
 CHUNK = 1 << 28
 """Bytes of weights that are copied to the CPU at a time."""
-_NOT_IN_ROWS = ("arguments.py", "cli.py", "extras.py", "html.py", "planning.py", "reporting.py", "viz.py")
-"""Files of this package that have no part in what a row says."""
+_IN_ROWS = ("attention", "cache", "common", "engine", "methods", "sizing", "tracing")
+"""Folders of this package that have a part in what a row says."""
+_NOT_IN_ROWS = ("arguments.py", "extras.py", "plan.py", "reporting.py")
+"""Files in these folders that have none."""
 
 
 def of_run(decoder: Decoder, batch_size: int) -> dict[str, Any]:
@@ -116,9 +118,9 @@ def of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
 def of_package() -> str:
     """The version of this package, and a fingerprint of its code: from a clone, one version has many."""
     ours, kernels = Path(__file__).parents[1], Path(raas_kernels.__file__).parent
-    paths = [path for path in ours.glob("*.py") if path.name not in _NOT_IN_ROWS]
-    paths += [
-        *ours.glob("policies/*.py"),
+    paths = [
+        *ours.glob("*.py"),
+        *(path for folder in _IN_ROWS for path in (ours / folder).glob("*.py") if path.name not in _NOT_IN_ROWS),
         ours / "eval" / "decoding.py",
         *kernels.glob("*.py"),
         *kernels.glob("*.json"),

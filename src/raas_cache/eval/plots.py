@@ -9,9 +9,9 @@ from statistics import fmean
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
-from .. import reporting
 from ..bench import report
-from ..cache import PagedCache
+from ..cache.paged_cache import PagedCache
+from ..common import reporting
 from .folder import read_settings
 from .results import Summary, read_rows, summarize
 from .settings import DENSE, Setting, common_options

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ..measure import wilson_interval
-from ..reporting import markdown
+from ..common.measure import wilson_interval
+from ..common.reporting import markdown
 from .settings import Setting, SettingKey, common_options
 
 

@@ -13,8 +13,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..cache import PagedCache
-from ..extras import require
+from ..cache.paged_cache import PagedCache
+from ..common.extras import require
 from . import folder, inputs
 from .decoding import Decoder, Decoding
 from .results import Row, RowFile, RowKey, read_rows

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import Cache, DynamicCache, PreTrainedConfig
 
-from ..methods import from_name
+from ..methods.registry import from_name
 
 
 DENSE = "dense"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..extras import require
+from ..common.extras import require
 from . import answers, chains, textfiles
 
 

@@ -300,7 +300,7 @@ def attend(
         part_output, part_max, part_sum, unit_logit, output, scores,
         heads, slots, slots_per_slice, kv.bias.shape[2],
         *keys.stride()[:2], *values.stride()[:2], *bias.stride()[:2],
-        KEYS_SLOT=keys.stride(2), VALUES_SLOT=values.stride(2),  # known when compiling: the inner loop multiplies by them
+        KEYS_SLOT=keys.stride(2), VALUES_SLOT=values.stride(2),  # constants, because the inner loop multiplies by them
         CAPPED=softcap is not None, SELECTED=selected is not None, QUANTIZED=kv.key_scales is not None,
         ROWS=rows is not None, WHOLE=is_whole, PAGE=kv.page_size, UNIT=unit, DK=dk, BLOCK_SLOTS=tile,
         BLOCK_DK=max(MIN_DOT, triton.next_power_of_2(dk)), OPERAND=_dot_operand(query.dtype),

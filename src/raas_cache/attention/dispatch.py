@@ -1,0 +1,202 @@
+"""The registered attention functions: the hand-off from a paged cache to its attention.
+
+`Cache.update` never sees the query and an attention function never sees the cache. So `update` returns a key and a
+value that carry their layer as the attribute `paged_layer`, and the functions registered here read it. Keys without it
+go to the original function, untouched.
+"""
+
+import functools
+import threading
+import weakref
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from ..cache.model_code import OWN_CACHE_FOR_ENCODER
+from ..cache.paged_layer import PagedLayer
+from .eager import AttentionFunction, eager_attention_forward, raas_attention_forward
+from .masks import mask_dispatcher, seen_by_new_tokens
+
+
+DISPATCHED = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+# What changes the softmax or its inputs in a way the paged attention does not: ignored, each would give wrong text.
+UNSUPPORTED = ("position_bias", "sliding_window", "dropout", "output_attentions")
+
+
+class _Expected(threading.local):
+    """The layer that updated last in this thread, until its attention is called: a latent cannot carry it (MLA)."""
+
+    reference: weakref.ref[PagedLayer] | None = None
+
+    def get(self) -> PagedLayer | None:
+        return None if self.reference is None else self.reference()
+
+
+_expected = _Expected()
+
+
+def expect(layer: PagedLayer) -> None:
+    """Tell the attention function which layer the next call is for, should the key lose its tag on the way."""
+    if layer.is_latent or layer.is_first_forward:
+        _expected.reference = weakref.ref(layer)
+
+
+def _latent_layer(module: torch.nn.Module) -> PagedLayer | None:
+    """The paged layer behind an untagged key, if the module expands a cached latent (MLA: DeepSeek-V2 and its kin)."""
+    # Only MLA's own expansion is known to map each token by itself; any other change of the key stays refused.
+    layer = _expected.get() if hasattr(module, "expand_kv") else None
+    if layer is None or not layer.awaits_attention:
+        return None
+    if not layer.is_latent:
+        layer.expect_latent()
+    return layer
+
+
+def dispatcher(dense: AttentionFunction) -> AttentionFunction:
+    """An attention function that serves keys from a paged cache, and hands every other key to `dense`."""
+    # transformers' sdpa leaves these out where a model gives them, so that is what equals it.
+    extras = () if dense is sdpa_attention_forward else ("softcap", "s_aux")
+
+    @functools.wraps(dense)
+    def paged_attention_forward(
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        layer: PagedLayer | None = getattr(key, "paged_layer", None)
+        if layer is None:
+            layer = _latent_layer(module)
+        elif getattr(value, "paged_layer", None) is not layer:
+            raise ValueError(
+                f"{type(module).__name__} changes its values between cache and attention, and the cache would not know "
+                "how: use a DynamicCache for this model."
+            )
+        if layer is None:
+            return dense(module, query, key, value, attention_mask, *args, **kwargs)
+        if layer.on_module is not None:
+            settled = layer.on_module(module, key, value)
+            layer.on_module = None
+            if settled is not layer:  # a window or the like, which has taken the tokens over
+                layer.awaits_attention = False
+                # Other layers may share this key.
+                key.paged_layer = value.paged_layer = None  # type: ignore[attr-defined]
+                return dense(module, query, key, value, attention_mask, *args, **kwargs)
+        is_new, layer.awaits_attention = layer.awaits_attention, False
+        _refuse_unsupported(module, kwargs, is_input=layer.new > 1 or layer.is_first_forward)
+        visible = among = None
+        if is_new:  # not where a layer that shares the KV of another reads it once more
+            _require_self_attention(module, query, key, layer)
+            visible, among = seen_by_new_tokens(attention_mask, query.shape[2], layer)
+        scaling = kwargs.get("scaling")
+        scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+        softcap, sinks = (kwargs.get(name) if name in extras else None for name in ("softcap", "s_aux"))
+        attended = None
+        if layer.is_first_forward:
+            _expected.reference = None
+            attended = dense(module, query, key, value, attention_mask, *args, **kwargs)
+
+        def read_pages() -> torch.Tensor | None:
+            if is_new:
+                layer.admit(visible, among)
+            if attended is None:
+                return layer.attend(query, scale, softcap, sinks, expanded=(key, value) if layer.is_latent else None)
+            layer.attend_first(query, (key, value), scale=scale, softcap=softcap, sinks=sinks)
+            return None
+
+        # The pages hold what the model gave them, in its dtypes, and no gradients.
+        has_gradients, device = torch.is_grad_enabled(), query.device.type
+        read = torch.no_grad()(read_pages) if has_gradients else read_pages
+        if not query.is_meta and torch.is_autocast_enabled(device):  # of the meta device torch cannot tell
+            with torch.autocast(device, enabled=False):
+                output = read()
+        else:
+            output = read()
+        if attended is not None:
+            return attended
+        assert output is not None
+        if has_gradients and not torch.compiler.is_compiling():
+            output = _NoGradient.apply(output, query, key, value)  # type: ignore[no-untyped-call]
+        return output.transpose(1, 2).contiguous(), None
+
+    paged_attention_forward.dense = dense  # type: ignore[attr-defined]
+    return paged_attention_forward
+
+
+class _NoGradient(torch.autograd.Function):
+    """Passes the attention of a step on, and refuses to be differentiated: the keys in the cache have no graph."""
+
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        raise RuntimeError(
+            "A paged cache holds keys and values without their gradients, so this step has none. Generate under "
+            "torch.no_grad(); to train, call the model with use_cache=False on the whole sequence."
+        )
+
+
+def _refuse_unsupported(module: torch.nn.Module, kwargs: dict[str, Any], is_input: bool) -> None:
+    if is_input:  # a config is slow to ask, and the same at every decode step
+        kwargs = {"output_attentions": getattr(getattr(module, "config", None), "output_attentions", False), **kwargs}
+    for name in UNSUPPORTED:
+        value = kwargs.get(name)
+        if value is None or (isinstance(value, (bool, int, float)) and not value):
+            continue
+        mends = {
+            "sliding_window": "pass config=model.config to the cache, or use a DynamicCache if it names no window here",
+            "dropout": "call model.eval() first: a KV cache is for inference",
+            "output_attentions": "leave it out: evicted tokens have no attention weight to return",
+        }
+        shown = value if isinstance(value, (bool, int, float)) else type(value).__name__
+        raise ValueError(
+            f"{type(module).__name__} calls its attention with {name}={shown}, which the paged attention does not "
+            f"compute: {mends.get(name, 'use a DynamicCache for this model')}."
+        )
+
+
+def _require_self_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, layer: PagedLayer) -> None:
+    if query.shape[2] != key.shape[2] and not layer.is_latent:
+        raise ValueError(
+            f"{type(module).__name__} reads {key.shape[2]} new keys with {query.shape[2]} new queries: a paged cache "
+            "serves self-attention, not attention to an image or an encoder. If the model has an encoder, pass "
+            f"past_key_values={OWN_CACHE_FOR_ENCODER}; otherwise use a DynamicCache for this model."
+        )
+
+
+def register() -> None:
+    """Register `"raas"` and wrap the default attention and mask functions, see `raas_cache.register`."""
+    interface = AttentionInterface()
+    AttentionInterface.register("raas", dispatcher(raas_attention_forward))
+    masks = AttentionMaskInterface()
+    AttentionMaskInterface.register("raas", mask_dispatcher(sdpa_mask))
+    for name in DISPATCHED:
+        mask = masks.get(name)
+        if mask is not None and not hasattr(mask, "original"):
+            AttentionMaskInterface.register(name, mask_dispatcher(mask))
+        dense = interface.get(name, eager_attention_forward if name == "eager" else None)
+        if dense is not None and not hasattr(dense, "dense"):
+            AttentionInterface.register(name, dispatcher(dense))
+
+
+def unregister() -> None:
+    """Put the original functions back; `attn_implementation="raas"` stays available."""
+    interface, masks = AttentionInterface(), AttentionMaskInterface()
+    for name in DISPATCHED:
+        mask = getattr(masks.get(name), "original", None)
+        if mask is not None:
+            AttentionMaskInterface.register(name, mask)
+        dense = getattr(interface.get(name), "dense", None)
+        if dense is eager_attention_forward:
+            # The registry has no public way to take an entry out, and by default has none for eager.
+            del AttentionInterface._global_mapping[name]
+        elif dense is not None:
+            AttentionInterface.register(name, dense)

@@ -1,0 +1,102 @@
+"""What attention masks say of the new tokens, and of those that a cache holds."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..cache.paged_layer import PagedLayer
+
+
+def seen_by_new_tokens(
+    mask: torch.Tensor | None, new: int, layer: PagedLayer
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Which new tokens are visible, and which of them each one sees, from the mask of a forward.
+
+    Args:
+        mask: 2-d, or 4-d and bool or additive. If it spans the past as well, that part is applied to `layer`.
+
+    Returns:
+        `[batch, new]` bool, False for a hidden token; `[batch, new, new]` bool, None where it is causal, or where the
+        model attends by itself.
+    """
+    if mask is None:
+        return None, None
+    is_first = layer.is_first_forward
+    if mask.ndim == 2:
+        return mask[:, -new:].bool(), None
+    if mask.shape[-1] != new:
+        mask = _split_past(mask, new, layer)
+    if new == 1 and not is_first:
+        return _visible_generated(mask), None
+    allowed = _allowed(mask)
+    if mask.dtype != torch.bool and not bool((allowed | (mask < -1e4)).all()):
+        raise ValueError(
+            "attention_mask adds more than visible (0) and hidden (a large negative number) to the attention: such a "
+            "bias goes by where a token stands, which a paged cache changes. Use a DynamicCache for this model."
+        )
+    # The last token need not see all others (packed or branching prompts, images). A padding token does not see itself,
+    # or sees everything, the last token too, which some masks do to keep its softmax finite.
+    visible = allowed[:, 0, -1] | (allowed[:, 0].diagonal(dim1=1, dim2=2) & ~allowed[:, 0, :, -1])
+    if is_first:
+        return visible, None
+    causal = visible[:, None, None] & allowed.new_ones(new, new).tril()
+    return visible, None if torch.equal(allowed, causal.expand_as(allowed)) else allowed[:, 0].expand(-1, new, new)
+
+
+def _split_past(mask: torch.Tensor, new: int, layer: PagedLayer) -> torch.Tensor:
+    """The part of a 4-d mask that is about the new tokens; what it says of the past goes to `layer`."""
+    seen = None if torch.compiler.is_compiling() else layer.seen_before
+    if seen is None or mask.shape[-1] != seen + new or mask.shape[1] != 1:
+        raise ValueError(
+            f"attention_mask of shape {tuple(mask.shape)} spans {mask.shape[-1]} keys, and the sequence has {seen} and "
+            f"{new} new tokens: pass a 2-d mask of ones and zeros for all of them, or none."
+        )
+    past, rest = _allowed(mask[:, 0, :, :seen]), mask[..., seen:]
+    if new > 1 and not bool((past == past[:, -1:]).all(-1).logical_or(~_allowed(rest)[:, 0].any(-1)).all()):
+        raise ValueError(
+            "attention_mask hides some of the past from one new token and not from another: a paged cache shows all of "
+            "them the same. Pass a 2-d mask of ones and zeros, or give the tokens one forward each."
+        )
+    if seen:
+        layer.show(past[:, -1].expand(layer.batch_size, -1))
+    return rest
+
+
+def _allowed(mask: torch.Tensor) -> torch.Tensor:
+    return mask if mask.dtype == torch.bool else mask == 0
+
+
+def _visible_generated(mask: torch.Tensor) -> torch.Tensor | None:
+    """`[batch, 1]` bool from the 4-d mask of one token, None where it is known that nothing is padding."""
+    # What the mask adds is not checked: that would make the host wait for the device. A bias shows at prefill already.
+    if mask.is_cuda or torch.compiler.is_compiling():
+        return _allowed(mask)[:, 0, -1]
+    # All layers of a step get the one mask: only the first looks. A mask written to since is another.
+    version = None if mask.is_inference() else mask._version
+    known = getattr(mask, "visible_generated", None)
+    if version is None or known is None or known[0] != version:
+        visible = _allowed(mask)[:, 0, -1]
+        known = version, None if visible.all() else visible
+        mask.visible_generated = known  # type: ignore[attr-defined]
+    return known[1]
+
+
+def mask_dispatcher(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A mask function that first tells a paged cache what the whole 2-d mask says of the tokens that it holds.
+
+    `original` makes the mask of the new tokens: of the past, only the cache knows which slots hold which tokens.
+    """
+
+    @functools.wraps(original)
+    def paged_mask(*args: Any, **kwargs: Any) -> Any:
+        cache = getattr(kwargs.get("kv_offset"), "paged_cache", None)
+        if cache is not None:
+            cache.apply_mask(kwargs.get("attention_mask"), kwargs["kv_offset"], kwargs["q_length"])
+        return original(*args, **kwargs)
+
+    paged_mask.original = original  # type: ignore[attr-defined]
+    return paged_mask

@@ -1,0 +1,615 @@
+"""`PagedCache`: the transformers `Cache` API over paged layers, nothing else.
+
+In order: settings and their checks, `update` and what the first attention call teaches, offloading, what can be asked
+of a cache, and the rest of the API (reset, recording the past, crop). Names and arguments of the `Cache` API are
+upstream's; a new option is checked here and goes into `LayerSettings`, what it does belongs into the layer or below.
+"""
+
+import inspect
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from ..attention.dispatch import DISPATCHED, expect
+from ..engine.layer_settings import LayerSettings
+from ..engine.policy import Policy
+from .guards import check_checkpointing, check_generate_step
+from .layer_types import plan_layers
+from .model_code import check_caller, length_to_tell
+from .model_probe import calling_module, generate_compiles, is_asked_by_generate
+from .paged_layer import INTERRUPTED, PagedLayer
+from .past_mask import PastMask, tagged
+from .settings import (
+    Budget,
+    check_choice,
+    check_offloading,
+    checked_budget,
+    checked_config,
+    checked_page_size,
+    whole_number,
+)
+
+
+if TYPE_CHECKING:
+    from ..tracing.recording import Recording
+    from .layer_types import AnyLayer
+
+NEEDS_CONFIG = (
+    "This model has linear-attention layers, which the cache must know beforehand: use "
+    "RaaSCache(budget, config=model.config)."
+)
+
+
+class _LayersToCome(list["AnyLayer"]):
+    """Layers of a cache that has yet to learn the model's config; linear attention cannot wait for that."""
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, int) and index >= len(self):
+            raise ValueError(NEEDS_CONFIG)
+        return super().__getitem__(index)
+
+
+if TYPE_CHECKING:
+    _OfAnInstance = property
+else:
+
+    class _OfAnInstance(property):
+        """A property that, asked of the class, says what is meant to be passed to transformers."""
+
+        def __get__(self, instance: Any, owner: type | None = None) -> Any:
+            if instance is None and owner is not None:
+                raise AttributeError(
+                    f"{owner.__name__} is a class, and a cache is one of its instances: pass "
+                    f"{owner.__name__}(budget=1024), with parentheses."
+                )
+            return super().__get__(instance, owner)
+
+
+class PagedCache(Cache):
+    """A KV cache in pages, whose policy says which page goes when the budget is full.
+
+    Time and memory a step are O(budget), however many tokens have been seen, for every policy that evicts. As long as
+    nothing is evicted, outputs are `DynamicCache`'s.
+
+    Args:
+        budget (`int`, or a list of them): tokens to hold for each row, layer and KV head, the prompt counted in; at
+            least one page. For a method that never evicts: tokens to read. A list has an entry for each layer of the
+            model (see `learn_budgets`); those of layers without full attention are not used.
+        policy (`Policy`): the method, for example `H2OPolicy()`; `RaaSCache`, `QuestCache` and the like bring theirs.
+        page_size (`int`): tokens a page, a power of two.
+        scoring (`str`): `"exact"` scores a page by its tokens' softmax weights; `"minmax"` by the softmax over min/max
+            representatives of the pages.
+        granularity (`str`, *optional*): `"head"` evicts for every KV head by itself; `"layer"` for all heads of a row
+            alike. By default what the method's paper does.
+        min_decode_pages (`int`): decode pages held even where the prompt leaves room for fewer (a warning says so).
+        prompt (`str`, *optional*): by default what the method's paper does.
+
+            - `"pin"`: input is never evicted, and always read.
+            - `"select"`: input is never evicted; a decode step reads those of its pages whose min/max bounds are
+              highest, at most half of the budget. O(budget) time and O(prompt + budget) memory for any prompt.
+            - `"evict"`: once a forward of input is over, its pages compete like all others, but for the first page, the
+              sink. O(budget) memory, however long the prompt. Takes no assisted decoding.
+        kv_dtype (`str`, *optional*): hold K and V as `"int8"` or `"fp8"` codes, with a scale for each token and head;
+            by default in the model's dtype.
+        config (`PreTrainedConfig`, *optional*): the model's config. Says which layers have full attention and so
+            are paged; the others (sliding windows, linear attention, layers that share another's KV) keep the cache
+            that transformers gives them. Without it the first attention call tells; needed by models whose first
+            layer has linear attention (an error says so).
+        offloading (`bool`): keep each layer's K and V in CPU memory while other layers run. Needs a CUDA GPU.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type or out of range, the method cannot do what it asks for,
+            or `config` has a layer type that this cache cannot hold.
+    """
+
+    budget: int | tuple[int, ...]
+    settings: LayerSettings
+    layers: "list[AnyLayer]"
+
+    def __init__(
+        self,
+        budget: Budget,
+        *,
+        policy: Policy,
+        page_size: int = 16,
+        scoring: Literal["exact", "minmax"] = "exact",
+        granularity: Literal["head", "layer"] | None = None,
+        min_decode_pages: int = 8,
+        prompt: Literal["pin", "select", "evict"] | None = None,
+        kv_dtype: Literal["int8", "fp8"] | None = None,
+        config: PreTrainedConfig | None = None,
+        offloading: bool = False,
+    ):
+        if not isinstance(policy, Policy):
+            raise TypeError(f"policy={policy!r} must be a raas_cache.Policy, such as RaaSPolicy().")
+        granularity = policy.granularity if granularity is None else granularity
+        prompt = policy.prompt if prompt is None else prompt
+        page_size = checked_page_size(page_size)
+        self.budget = checked_budget(budget, page_size)
+        min_decode_pages = whole_number("min_decode_pages", min_decode_pages)
+        check_choice("scoring", scoring, ("exact", "minmax"))
+        check_choice("granularity", granularity, ("head", "layer"))
+        check_choice("prompt", prompt, ("pin", "select", "evict"))
+        check_choice("kv_dtype", kv_dtype, (None, "int8", "fp8"))
+        config = checked_config(config)
+        check_offloading(offloading)
+        if prompt not in policy.prompts:
+            able = ", ".join(map(repr, policy.prompts))
+            raise ValueError(f"prompt={prompt!r} is not what {type(policy).__name__} can do: use one of {able}.")
+        # The budget is filled in for each layer.
+        self.settings = LayerSettings(policy, 0, page_size, min_decode_pages, scoring, granularity, prompt, kv_dtype)
+        layers = _LayersToCome() if config is None else plan_layers(config, self._settings_of)
+        super().__init__(layers=layers, offloading=offloading)
+        self._config = config
+        self._recording: Recording | None = None
+        self._preallocates = self._reads_input = False
+        self._forget()
+        if config is not None:
+            self._warn_if_nothing_is_paged(config)
+
+    def _forget(self) -> None:
+        """What has been learnt of a model and its sequence; another may come after `reset`."""
+        self._records_past = False
+        self._handed_out: PagedLayer | None = None
+        self._last_idx, self._seen_before = -1, 0  # of the layer that updated last, and of the forward that it is in
+        self._is_torn = False  # whether only some of the layers have had their rows changed
+        self._past_mask = PastMask()
+        self._not_offloaded: int | None = None
+        self._warned = False
+        self._suits_model: bool | None = None  # whether the model's decode step can be compiled; None: not yet asked
+
+    def _settings_of(self, layer_idx: int) -> LayerSettings:
+        budget = self.budget
+        if isinstance(budget, tuple):
+            if layer_idx >= len(budget):
+                raise ValueError(f"budget={budget} has {len(budget)} entries, and the model has a layer {layer_idx}.")
+            budget = budget[layer_idx]
+        return replace(self.settings, budget=budget, policy=self.settings.policy.for_layer(layer_idx))
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store the new tokens of a layer, and hand the layer to the attention function (see `PagedLayer.update`).
+
+        Raises:
+            RuntimeError: the attention implementation did not take what the last update handed out, or the last
+                forward did not end.
+            ValueError: batch size, dtypes or device differ from those of the tokens held, or the model would misuse or
+                drop the cache (see `check_caller`).
+        """
+        self._check_last_forward(layer_idx)
+        if layer_idx == 0 and not torch.compiler.is_compiling():
+            is_empty = not (self.layers and self.layers[0].is_initialized)  # type: ignore[union-attr]  # has attention
+            if is_empty or key_states.shape[2] > 1:
+                seen = 0 if is_empty else self.get_seq_length()
+                check_caller(self, seen, key_states.shape[2], inspect.currentframe())
+        while len(self.layers) <= layer_idx:
+            self._add(PagedLayer(self._settings_of(len(self.layers))))
+        layer = self.layers[layer_idx]
+        if self.offloading:
+            layer.prefetch()
+        if isinstance(layer, PagedLayer):
+            if not torch.compiler.is_compiling():
+                self._check_step(layer, layer_idx)
+            layer.reads_input, layer.preallocates = self._reads_input, self._preallocates
+            if self._recording is not None and layer.recorder is None:
+                layer.recorder = self._recording.recorder_of(layer_idx)
+        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if isinstance(layer, PagedLayer):
+            self._handed_out = layer
+            if not self._warned and (layer.is_first_forward or key_states.shape[2] > 1):
+                self._warn_if_prompt_fills_budget(layer)
+            if not self._knows_layers:
+                layer.on_module = partial(self._learn_layers, layer_idx)
+            expect(layer)
+        return keys, values
+
+    def _check_last_forward(self, layer_idx: int) -> None:
+        """Refuse to go on where what was handed out last was not read, or rows were changed in some layers only."""
+        if self._is_torn:
+            raise RuntimeError(INTERRUPTED)
+        if self._handed_out is None or not self._handed_out.awaits_attention:
+            return
+        config = getattr(calling_module(torch.nn.Module), "config", None)
+        # The next layer finds out, unless the model has no other: that the same layer comes again is a new forward.
+        is_only_layer = not self._paged_layers[0].is_filled and getattr(config, "num_hidden_layers", None) == 1
+        if layer_idx <= self._last_idx and not is_only_layer:
+            raise RuntimeError(INTERRUPTED)
+        implementation = "in use" if config is None else repr(config._attn_implementation)
+        raise RuntimeError(
+            f"The attention implementation {implementation} did not read the paged cache, so its output "
+            'would be wrong. Call model.set_attn_implementation("raas") (or "sdpa") and generate again with a new '
+            "cache. A model whose attention bypasses transformers' attention interface, or that changes its keys "
+            "between cache and attention, needs a DynamicCache."
+        )
+
+    def _check_step(self, layer: PagedLayer, layer_idx: int) -> None:
+        """Refuse a forward where a layer has not seen all that the layers before it have."""
+        if layer_idx <= self._last_idx or self._last_idx < 0:  # a forward begins
+            self._seen_before = layer.seen
+        elif layer.seen != self._seen_before:
+            raise RuntimeError(INTERRUPTED)
+        self._last_idx = layer_idx
+
+    @property
+    def _knows_layers(self) -> bool:
+        return not isinstance(self.layers, _LayersToCome)
+
+    @contextmanager
+    def prefilling(self) -> Iterator[None]:
+        """While the context lasts, every token is input, also those that come one by one.
+
+        A cache sees tokens, not their roles. Without this, the first forward is input, later forwards of several
+        tokens are input (a turn, a chunk of the prompt), and later forwards of one token are generated tokens, which
+        may be evicted. A prompt that is fed token by token needs this. With `prompt="evict"` it changes nothing,
+        for there input competes as generated tokens do. Steps inside the context are not compiled.
+
+        Example:
+
+        ```python
+        >>> with cache.prefilling():
+        ...     for token in prompt_ids.split(1, dim=1):
+        ...         logits = model(token, past_key_values=cache).logits
+        ```
+        """
+        before, self._reads_input = self._reads_input, self.settings.prompt != "evict"
+        try:
+            yield
+        finally:
+            self._reads_input = before
+            for layer in self.layers:
+                if isinstance(layer, PagedLayer):
+                    layer.reads_input = before
+
+    def preallocate(self) -> None:
+        """Allocate the whole budget with the next forward, instead of pages as they come.
+
+        A step that is compiled, or captured in a CUDA graph, needs buffers that stay in place. `generate` asks for it
+        by itself where it compiles; call this before the first forward if you compile the model yourself.
+        """
+        self._preallocates = True
+
+    def _add(self, layer: "AnyLayer") -> None:
+        if self._records_past and hasattr(layer, "activate_past_recording"):
+            layer.activate_past_recording()
+        self.layers.append(layer)
+
+    def _learn_layers(
+        self, layer_idx: int, module: torch.nn.Module, key: torch.Tensor, value: torch.Tensor
+    ) -> "AnyLayer":
+        """The first attention call tells the model's config: give every layer the cache it is to have.
+
+        Args:
+            layer_idx: the layer that called, which holds `key` and `value` and nothing else yet.
+            module: its attention module.
+
+        Returns:
+            The layer that now stands at `layer_idx`.
+        """
+        held = self.layers[layer_idx]
+        config = getattr(module, "config", None)
+        if not isinstance(config, PreTrainedConfig):
+            self.layers = list(self.layers)
+            return held
+        present = list(self.layers)
+        planned, self.layers = plan_layers(config, self._settings_of), []
+        for index, layer in enumerate(planned):
+            if isinstance(layer, PagedLayer) and index < len(present) and type(layer) is type(present[index]):
+                # The layer that called, and those of before a reset, which compiled steps may know.
+                self.layers.append(present[index])
+                continue
+            self._add(layer)
+            if index == layer_idx:
+                layer.update(key, value)  # type: ignore[union-attr]  # it has attention
+        self._warn_if_nothing_is_paged(config)
+        return self.layers[layer_idx]
+
+    def _warn_if_nothing_is_paged(self, config: PreTrainedConfig) -> None:
+        if not any(isinstance(layer, PagedLayer) for layer in self.layers):
+            warnings.warn(
+                f"No layer of {config.model_type!r} has full attention, so there is nothing to evict: budget="
+                f"{self.budget} has no effect, and every layer keeps the bounded cache that transformers gives it.",
+                stacklevel=3,
+            )
+
+    def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
+        """Fetch a layer's K and V ahead of its turn, but not before they have got to the CPU."""
+        # transformers queues that copy on the stream that computes; its prefetch stream would not wait for it.
+        self.prefetch_stream.wait_stream(torch.cuda.current_stream())
+        super().prefetch(layer_idx, only_non_sliding)
+
+    def offload(self, layer_idx: int, only_non_sliding: bool = True) -> None:
+        """Move a layer's K and V to the CPU; a paged layer's only when the next one comes: attention reads it first."""
+        due: int | None = layer_idx
+        if isinstance(self.layers[layer_idx], PagedLayer):
+            due, self._not_offloaded = self._not_offloaded, layer_idx
+        if due is not None and due != self._not_offloaded:
+            super().offload(due, only_non_sliding)
+
+    def _warn_if_prompt_fills_budget(self, layer: PagedLayer) -> None:
+        prompt_pages, least = layer.pages_with_input, layer.min_decode_pages
+        room = layer.room_beside(prompt_pages)
+        if layer.grows or room >= least:
+            return
+        self._warned = True
+        # A turn comes when the number of decode pages is settled.
+        decode_pages = layer.limit if layer.is_decoding else least
+        warnings.warn(
+            f"budget={layer.budget} leaves {max(room, 0)} pages of {layer.page_size} tokens beside the {prompt_pages} "
+            f"pages of the prompt; the cache holds {decode_pages} decode pages all the same "
+            f"(min_decode_pages={least}), {(prompt_pages + decode_pages) * layer.page_size} tokens in all.",
+            stacklevel=2,
+        )
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """(length, offset) of a layer's mask; the offset tells the mask function of this cache.
+
+        Raises:
+            ValueError: the model is about to leave the cache out, for it trains with gradient checkpointing.
+        """
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            check_checkpointing(calling_module(PreTrainedModel))
+        length, offset = super().get_mask_sizes(query_length, layer_idx)
+        if layer_idx < len(self.layers) and not isinstance(self.layers[layer_idx], PagedLayer):
+            return length, offset
+        return length, tagged(offset, self)
+
+    def apply_mask(self, mask: torch.Tensor | None, seen: int, new: int) -> None:
+        """Show and hide the tokens held as a 2-d attention mask says. The registered mask functions call this.
+
+        Args:
+            mask (`torch.Tensor`, *optional*): `[batch, tokens]` bool, False for a hidden token; None changes nothing.
+            seen (`int`): tokens before this forward.
+            new (`int`): tokens of this forward.
+
+        Raises:
+            RuntimeError: the last forward did not end.
+            ValueError: the mask has fewer tokens than the sequence.
+        """
+        if self._is_torn:
+            raise RuntimeError(INTERRUPTED)
+        layers = self._paged_layers
+        if layers:
+            self._past_mask.apply(mask, seen, new, layers)
+        else:
+            self._past_mask.learn(mask, new)
+
+    @_OfAnInstance
+    def is_compileable(self) -> bool:
+        """Whether a decode step can be compiled, or captured in a CUDA graph, once and for all.
+
+        Not with a method that evicts nothing (its store grows), with offloading, while anything is recorded; not for
+        models that transformers cannot compile, and those with layers whose cache is not static (sliding windows); not
+        where `generate` compiles nothing: on a CPU, or with `disable_compile=True`. The model is the one that asks
+        first, as its `generate` does before the cache has seen anything of it.
+
+        Raises:
+            ValueError: `generate` asks, and the step that it prepares cannot use the cache (`guards`).
+        """
+        if not torch.compiler.is_compiling():
+            check_generate_step(self)
+        is_noted = self._records_past or self._recording is not None
+        if self.offloading or is_noted or self._reads_input or not self.settings.policy.evicts:
+            return False
+        if not torch.compiler.is_compiling() and (self._suits_model is None or is_asked_by_generate()):
+            self._ask_model()
+        return self._suits_model is not False and all(layer.is_compileable for layer in self.layers)
+
+    def _ask_model(self) -> None:
+        model = calling_module(PreTrainedModel)
+        if model is None:
+            return
+        layers = self.layers if self._knows_layers else plan_layers(model.config, self._settings_of)
+        suits = (
+            model._can_compile_fullgraph
+            and model.config._attn_implementation in (*DISPATCHED, "raas")
+            and all(layer.is_compileable for layer in layers)
+        )
+        compiles = generate_compiles(model.device)
+        self._suits_model = suits and compiles is not False
+        if suits and compiles:
+            self.preallocate()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the K and V buffers over all layers, allocated, not used; scales of 8-bit codes counted in."""
+        # Linear-attention layers have none of these attributes, layers not yet filled have None.
+        names = ("keys", "values", "key_scales", "value_scales")
+        buffers = (getattr(layer, name, None) for layer in self.layers for name in names)
+        return sum(buffer.nbytes for buffer in buffers if buffer is not None)
+
+    def resident_positions(self, layer_idx: int) -> torch.Tensor:
+        """Sequence index held in each slot: int64 `[batch, kv_heads, slots]`, -1 where empty or padding."""
+        layer = self._paged(layer_idx)
+        return layer.positions.long().masked_fill(layer.bias != 0, -1)
+
+    def resident_tokens(self, layer_idx: int) -> torch.Tensor:
+        """Tokens held, padding not counted: int64 `[batch, kv_heads]`."""
+        return (self._paged(layer_idx).bias == 0).sum(-1)
+
+    def evicted_pages(self, layer_idx: int) -> torch.Tensor:
+        """Pages evicted so far: int64 `[batch, kv_heads]`."""
+        layer = self._paged(layer_idx)
+        return torch.full((layer.batch_size, layer.num_heads), layer.evicted, device=layer.device)
+
+    @property
+    def evictions(self) -> int:
+        """Pages that each row has evicted so far, over all layers and KV heads."""
+        return sum(layer.evicted * layer.num_heads for layer in self._paged_layers)
+
+    @property
+    def is_over_budget(self) -> bool:
+        """Whether the prompt leaves a layer less room than `min_decode_pages`, so that more is held than budgeted."""
+        return any(layer.is_over_budget for layer in self._paged_layers)
+
+    @property
+    def _paged_layers(self) -> list[PagedLayer]:
+        """Those that hold pages."""
+        return [layer for layer in self.layers if isinstance(layer, PagedLayer) and layer.is_initialized]
+
+    def _paged(self, layer_idx: int) -> PagedLayer:
+        if not 0 <= layer_idx < len(self.layers):
+            raise ValueError(f"layer_idx={layer_idx} is not a layer of this cache, which has {len(self.layers)} now.")
+        layer = self.layers[layer_idx]
+        if not isinstance(layer, PagedLayer) or not layer.is_initialized:
+            raise ValueError(f"layer_idx={layer_idx} is a {type(layer).__name__} that holds no pages (yet).")
+        return layer
+
+    def observe(self, recording: "Recording | None") -> None:
+        """From now on tell `recording` what every page scores, or nobody; see `raas_cache.record`.
+
+        Raises:
+            ValueError: the cache is being recorded already.
+        """
+        if recording is not None and self._recording is not None:
+            raise ValueError("cache: it is being recorded already. End that recording before you begin another.")
+        self._recording = recording
+        for layer in self.layers:
+            if isinstance(layer, PagedLayer):
+                layer.recorder = None  # `update` gives each its own
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens that a layer has seen, evicted ones included.
+
+        Raises:
+            ValueError: a model whose RoPE changes at this length is about to drop the cache (see `length_to_tell`).
+        """
+        seen = super().get_seq_length(layer_idx)
+        if torch.compiler.is_compiling():
+            return seen
+        caller = inspect.currentframe().f_back  # type: ignore[union-attr]  # CPython has both
+        return length_to_tell(seen, caller)  # type: ignore[arg-type]
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """-1: the cache never ends a generation."""
+        return -1
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        """See `Cache.has_previous_state`; a ValueError if the cache was not told of linear-attention layers."""
+        if not self._knows_layers:
+            raise ValueError(NEEDS_CONFIG)
+        return super().has_previous_state(layer_idx, state_idx)
+
+    def update_indexer(self, indexer_key_states: torch.Tensor, layer_idx: int) -> torch.Tensor:
+        """Refused: an indexer (DeepSeek Sparse Attention) picks tokens by their place in the sequence."""
+        raise ValueError(
+            f"Layer {layer_idx} of this model picks the tokens that it attends to by an indexer of its own, over the "
+            "whole sequence, which no budget bounds: use a DynamicCache for this model."
+        )
+
+    def reset(self) -> None:
+        """Forget all tokens and what the model is, and stop recording the past.
+
+        The next prompt may be of another size and batch, and of another model, if the cache was made without `config`.
+        """
+        super().reset()
+        self._forget()
+        if self._config is None:
+            # Layers that are not paged were chosen for the model: the next attention call tells anew.
+            is_paged = all(isinstance(layer, PagedLayer) for layer in self.layers)
+            self.layers = _LayersToCome(self.layers if is_paged else [])
+            return
+        # The windows of transformers 5.17 keep their length through a reset: take new ones.
+        for index, layer in enumerate(plan_layers(self._config, self._settings_of)):
+            if getattr(layer, "is_sliding", False):
+                self.layers[index] = layer
+
+    @contextmanager
+    def _all_or_none(self) -> Iterator[None]:
+        """What is done to one layer after the other leaves the cache unusable if it stops in between."""
+        if self._is_torn:
+            raise RuntimeError(INTERRUPTED)
+        self._is_torn = True
+        yield
+        self._is_torn = False
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Row i becomes a copy of row `beam_idx[i]`, for beam search."""
+        with self._all_or_none():
+            super().reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row `repeats` times, side by side."""
+        with self._all_or_none():
+            super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep only the rows `indices`."""
+        with self._all_or_none():
+            super().batch_select_indices(indices)
+
+    def activate_past_recording(self) -> None:
+        """From now on, note what each forward overwrites, so that `crop` can take its tokens back.
+
+        `generate` calls this for assisted decoding and prompt look-up. The next forward is input even if it is of
+        several tokens; after that, several tokens in one forward are a draft of generated ones.
+
+        Raises:
+            ValueError: with `prompt="evict"`, where input goes for good.
+        """
+        super().activate_past_recording()
+        self._records_past = True
+
+    def deactivate_past_recording(self) -> None:
+        """End what `activate_past_recording` began, which `generate` never does: several tokens are input again."""
+        self._records_past = False
+        for layer in self.layers:
+            if hasattr(layer, "record_past"):
+                layer.record_past = False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last `-tokens_to_remove` tokens: the cache is then as if it had never seen them.
+
+        Args:
+            tokens_to_remove (`int`): 0 or negative, as transformers counts them. 0 only ends what can be taken back.
+
+        Raises:
+            ValueError: `tokens_to_remove` is positive.
+            RuntimeError: the past of these tokens was not recorded (`activate_past_recording`), or a layer holds a
+                recurrent state, which cannot go back. Nothing is changed then.
+        """
+        if self._is_torn:
+            raise RuntimeError(INTERRUPTED)
+        tokens_to_remove = int(tokens_to_remove)  # assisted decoding counts in tensors
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, PagedLayer):
+                layer.check_crop(tokens_to_remove)
+            if tokens_to_remove and not layer.is_croppable:
+                raise RuntimeError(
+                    f"tokens_to_remove={tokens_to_remove}: layer {index} ({type(layer).__name__}) holds a state that "
+                    "cannot go back. Leave out assistant_model / prompt_lookup_num_tokens for this model."
+                )
+        # The others first: a window that was not recorded raises, and nothing has changed then.
+        for layer in self.layers:
+            if not isinstance(layer, PagedLayer):
+                layer.crop(tokens_to_remove)  # type: ignore[union-attr]  # transformers calls it so, too
+        with self._all_or_none():
+            for layer in self.layers:
+                if isinstance(layer, PagedLayer):
+                    layer.crop(tokens_to_remove)
+
+    def __repr__(self) -> str:
+        paged = self._paged_layers
+        held = max((int((layer.bias == 0).sum(-1).max()) for layer in paged), default=0)
+        seen = paged[0].seen if paged else 0
+        policy = f"{self.settings.policy}, " if type(self) is PagedCache else ""
+        evicted = self.evictions * (paged[0].batch_size if paged else 0)
+        return (
+            f"{type(self).__name__}({policy}budget={self.budget}, held={held}, seen={seen}, "
+            f"evicted={evicted} pages, {self.nbytes} bytes)"
+        )
+
+    def _repr_html_(self) -> str:
+        """What Jupyter shows."""
+        from ..viz.html import of_cache  # not sooner: drawing knows the cache
+
+        settings = self.settings
+        about = f"{settings.policy}, budget={self.budget}, page_size={settings.page_size}, prompt={settings.prompt!r}"
+        return of_cache(type(self).__name__, f"{about}, {self.nbytes:,} bytes", self.layers, self.is_over_budget)

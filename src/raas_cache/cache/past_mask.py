@@ -1,0 +1,93 @@
+"""What an attention mask says of tokens that are held already, brought into the layers' pages.
+
+A 2-d mask speaks of every token of the sequence: the past and the new ones. transformers cuts it down to the tokens
+that the cache says it returns, the new ones here. So the offset that the cache hands out for its masks carries the
+cache, and the registered mask functions give the whole mask to it (see `attention.masks.mask_dispatcher`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+import torch
+
+import raas_kernels
+
+from .guards import check_mask_length
+
+
+if TYPE_CHECKING:
+    from .paged_layer import PagedLayer
+
+AnyOffset = TypeVar("AnyOffset", int, torch.Tensor)
+
+
+class TakesMasks(Protocol):
+    """A cache that brings a mask to the tokens that it holds; see `PagedCache.apply_mask`."""
+
+    def apply_mask(self, mask: torch.Tensor | None, seen: int, new: int) -> None: ...
+
+
+class MaskOffset(int):
+    """Tokens seen, as the offset of a mask; it knows the cache that holds them."""
+
+    paged_cache: TakesMasks
+
+
+def tagged(offset: AnyOffset, cache: TakesMasks) -> AnyOffset | MaskOffset:
+    """The offset of a mask, with `cache` as attribute `paged_cache`: an int, or a 0-d tensor inside `torch.compile`."""
+    if torch.compiler.is_compiling() and not torch.is_tensor(offset):
+        return offset  # of a first forward that is compiled: there is no past
+    tag = offset if torch.is_tensor(offset) else MaskOffset(offset)
+    tag.paged_cache = cache  # type: ignore[attr-defined]  # of a tensor
+    return tag
+
+
+class PastMask:
+    """The mask that the layers' view of the past agrees with, so that a mask that says the same costs a comparison."""
+
+    def __init__(self) -> None:
+        self._known: torch.Tensor | None = None  # [batch, tokens] bool, on the CPU
+        self._token = object()  # what layers whose bias agrees with it carry as `obeys`
+
+    def apply(self, mask: torch.Tensor | None, seen: int | torch.Tensor, new: int, layers: list[PagedLayer]) -> None:
+        """Let `layers` show and hide the tokens that they hold as `mask` says; None says nothing.
+
+        On a CPU nothing is done if it says what it said before. On a GPU it is written in any case: to compare would
+        make the host wait for the device.
+
+        Args:
+            mask: `[batch, tokens]` bool, False where a token is hidden.
+            seen: tokens before this forward.
+            new: tokens of this forward.
+            layers: the paged layers that hold tokens.
+
+        Raises:
+            ValueError: the mask has fewer tokens than the sequence.
+        """
+        if mask is None or mask.shape[0] not in (1, layers[0].batch_size):  # `update` refuses another batch
+            return
+        if isinstance(seen, int):
+            check_mask_length(mask, seen, new)
+            if mask.device.type == "cpu":
+                layers = self._stale(mask, seen, new, layers)
+        devices: dict[torch.device, list[PagedLayer]] = {}
+        for layer in layers:
+            devices.setdefault(layer.device, []).append(layer)
+        for device, group in devices.items():
+            visible = mask.to(device).expand(group[0].batch_size, -1)
+            raas_kernels.show([layer.held() for layer in group], visible)
+
+    def _stale(self, mask: torch.Tensor, seen: int, new: int, layers: list[PagedLayer]) -> list[PagedLayer]:
+        """The layers whose view of the past is not that of `mask`; from now on `mask` is what is known."""
+        known, self._known = self._known, mask[:, : seen + new].clone()
+        if known is None or known.shape[1] < seen or not torch.equal(known[:, :seen], mask[:, :seen]):
+            self._token = object()
+        stale = [layer for layer in layers if layer.obeys is not self._token]
+        for layer in stale:
+            layer.obeys = self._token
+        return stale
+
+    def learn(self, mask: torch.Tensor | None, new: int) -> None:
+        """Take note of the mask of the first forward, whose tokens go into the store as it says."""
+        self._known = None if mask is None or mask.device.type != "cpu" else mask[:, :new].clone()

@@ -1,0 +1,101 @@
+"""What a paged cache is told: its options and their checks."""
+
+from __future__ import annotations
+
+import operator
+from typing import TYPE_CHECKING, Literal, TypedDict
+
+import torch
+from transformers import PreTrainedConfig
+
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+Budget = int | list[int] | tuple[int, ...]
+
+
+class CacheOptions(TypedDict, total=False):
+    """The options that every paged cache takes; see `PagedCache`."""
+
+    page_size: int
+    scoring: Literal["exact", "minmax"]
+    granularity: Literal["head", "layer"] | None
+    min_decode_pages: int
+    prompt: Literal["pin", "select", "evict"] | None
+    kv_dtype: Literal["int8", "fp8"] | None
+    config: PreTrainedConfig | None
+    offloading: bool
+
+
+def whole_number(name: str, value: object) -> int:
+    """`value` as an int, if it is a whole number of any kind (NumPy's and torch's too).
+
+    Raises:
+        TypeError: it is none.
+        ValueError: it is not positive.
+    """
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)  # type: ignore[arg-type]  # whether it can is the question
+    except TypeError:
+        raise TypeError(f"{name}={value!r} must be an int, not {type(value).__name__}.") from None
+    if number < 1:
+        raise ValueError(f"{name}={number} must be positive.")
+    return number
+
+
+def checked_budget(budget: object, page_size: int) -> int | tuple[int, ...]:
+    """The budget as an int, or as a tuple of them, an entry for each layer of the model.
+
+    Raises:
+        TypeError, ValueError: it is something else, or less than a page.
+    """
+    if isinstance(budget, (list, tuple)):
+        if not budget:
+            raise ValueError(f"budget={budget} must be an int, or have an int for each layer of the model.")
+        return tuple(_of_layer(entry, page_size) for entry in budget)
+    return _of_layer(budget, page_size)
+
+
+def _of_layer(budget: object, page_size: int) -> int:
+    tokens = whole_number("budget", budget)
+    if tokens < page_size:
+        raise ValueError(f"budget={tokens} is less than one page: make it at least page_size={page_size} tokens.")
+    return tokens
+
+
+def checked_page_size(page_size: object) -> int:
+    """The page size as an int, a power of two.
+
+    Raises:
+        TypeError, ValueError: it is something else.
+    """
+    tokens = whole_number("page_size", page_size)
+    if tokens & (tokens - 1):
+        raise ValueError(f"page_size={tokens} must be a power of two: try 16.")
+    return tokens
+
+
+def checked_config(config: object) -> PreTrainedConfig | None:
+    """A model's config, or None.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if config is not None and not isinstance(config, PreTrainedConfig):
+        raise TypeError(f"config={config!r} must be a model's config (model.config), not {type(config).__name__}.")
+    return config
+
+
+def check_offloading(offloading: bool) -> None:
+    """Raise a ValueError where there is nothing to offload from."""
+    if offloading and not torch.cuda.is_available():
+        raise ValueError("offloading=True moves layers between GPU and CPU memory, and there is no CUDA GPU here.")
+
+
+def check_choice(name: str, value: object, options: Sequence[object]) -> None:
+    """Raise a ValueError if an option's value is none of those that it takes."""
+    if value not in options:
+        raise ValueError(f"{name}={value!r} is unknown: use one of {', '.join(map(repr, options))}.")

@@ -1,0 +1,345 @@
+"""The command line: `raas-cache demo` shows the embedded model reason in a bounded cache, `eval` measures accuracy,
+`plan` says what a budget takes, `bench` times the caches, `plot` draws what was found."""
+
+import math
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Cache,
+    DynamicCache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils.logging import disable_progress_bar
+
+from .. import RaaSCache, embedded_model
+from ..bench import kernels as kernel_bench
+from ..bench import report
+from ..bench.filling import build_model, load_config, read_config
+from ..bench.peer import Peer
+from ..bench.steps import Plan, Row, run
+from ..common import arguments
+from ..common.measure import kv_nbytes
+from ..common.reporting import require_matplotlib
+from ..common.upstream import CACHE_ARGUMENT
+from ..eval import chains, plots
+from ..eval.chains import ChainProblem, completion_length
+from ..eval.command import evaluate
+from ..methods.raas import DEFAULT_ALPHA
+from ..sizing import plan as planning
+
+
+PAGE_SIZE = typer.Option(
+    min=1, max=arguments.LARGEST, callback=arguments.power_of_two, help="Tokens a page, a power of two."
+)
+DEMO_PAGE_SIZE = 4
+DEMO_SHARES = (0.75, 0.5, 0.33)
+"""The default budgets, as shares of a problem's tokens, prompt and chain."""
+MOST_STEPS = 1_000_000
+MOST_PROBLEMS, MOST_TOKENS = 10_000, 100_000
+"""The demo is for a look: a batch of more, or a budget that no chain of it can fill, has no use."""
+
+app: typer.Typer = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None)
+app.command("eval")(evaluate)
+
+
+@app.callback()
+def main() -> None:
+    """The KV cache that lets a reasoning model think for 100,000 tokens in the memory of 1,000."""
+
+
+@app.command()
+def demo(
+    problems: Annotated[
+        int, typer.Option(min=1, max=MOST_PROBLEMS, help="Problems in the table, generated as one batch.")
+    ] = 24,
+    lines: Annotated[int, typer.Option(min=1, help="Steps of a problem; the model writes 12 tokens for each.")] = 50,
+    budget: Annotated[
+        list[int] | None,
+        typer.Option(
+            max=MOST_TOKENS,
+            help="Tokens to hold for each problem, prompt included; repeat for several.",
+            show_default=", ".join(f"{share:.0%}" for share in DEMO_SHARES) + " of its tokens",
+        ),
+    ] = None,
+    alpha: Annotated[float, typer.Option(help="Attention weight that makes a page a milestone.")] = DEFAULT_ALPHA,
+    page_size: Annotated[int, PAGE_SIZE] = DEMO_PAGE_SIZE,
+    seed: Annotated[
+        int, typer.Option(min=0, max=arguments.LARGEST_SEED, help="Which held-out problems are drawn.")
+    ] = 0,
+) -> None:
+    """Stream one chain of thought, then compare RaaS with a dense cache."""
+    with arguments.refusing("--lines"):
+        sample = chains.problems(problems, lines, seed)
+    # The model is too small to share among cores: it gains little, and on a busy machine the waiting costs 20 times.
+    torch.set_num_threads(1)
+    disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(embedded_model())
+        model = AutoModelForCausalLM.from_pretrained(embedded_model(), dtype=torch.float32).eval()
+    except Exception as error:  # whatever the readers of JSON and safetensors raise
+        raise typer.BadParameter(
+            f"the embedded model in {embedded_model()!r} cannot be loaded ({type(error).__name__}: {error}): install "
+            "raas-cache again."
+        ) from None
+
+    prompt, chain = len(tokenizer(sample[0].prompt)["input_ids"]), completion_length(sample)
+    # The prompt and the one decode page that a cache must have: a smaller budget would not be kept to.
+    least = (math.ceil(prompt / page_size) + 1) * page_size
+    budgets = budget or [max(round(share * (prompt + chain)), least) for share in DEMO_SHARES]
+    if min(budgets) < least:
+        reason = f"{min(budgets)} leaves no page beside the prompt's {prompt} tokens: give at least {least}."
+        raise typer.BadParameter(reason, param_hint="--budget")
+    with arguments.refusing(alpha="--alpha"):
+        caches = [RaaSCache(b, page_size=page_size, alpha=alpha, min_decode_pages=1) for b in dict.fromkeys(budgets)]
+
+    console = Console(highlight=False)
+    console.print(f"[bold]A problem[/], {prompt} tokens:\n\n{sample[0].prompt}\n")
+    shown = caches[len(caches) // 2]
+    console.print(f"[bold]The model's chain[/] under RaaSCache(budget={shown.budget}, {page_size=}, {alpha=}):\n")
+    _generate(model, tokenizer, sample[:1], shown, _ChainPrinter(console, tokenizer, sample[0], shown))
+    shown.reset()
+
+    table = Table(title=f"\n{problems} problems of {prompt} + {chain} tokens, in one batch; Dense is DynamicCache")
+    table.caption = "Exact: every token of the chain is right. Budget and KV include the prompt."
+    for header in ("Cache", "Budget", "Exact", "Answers", "Tokens/s", "KV", "Pages evicted"):
+        table.add_column(header, justify="left" if header == "Cache" else "right")
+    for cache in (DynamicCache(), *caches):
+        with console.status(f"{type(cache).__name__}: {problems} problems"):
+            completions, speed = _generate(model, tokenizer, sample, cache)
+        exact = sum(map(chains.is_exact, completions, sample))
+        right = sum(chains.answer_of(text) == problem.answer for text, problem in zip(completions, sample, strict=True))
+        name, limit, size, evicted = "Dense", "none", kv_nbytes(cache), "-"
+        if isinstance(cache, RaaSCache) and isinstance(cache.budget, int):
+            name, limit = "RaaS", f"{cache.budget} ({cache.budget / (prompt + chain):.0%})"
+            evicted = f"{problems * cache.evictions:,}"
+        counts = f"{exact}/{problems}", f"{right}/{problems}"
+        table.add_row(name, limit, *counts, f"{speed:,.0f}", f"{size / 1e6:.1f} MB", evicted)
+    console.print(table)
+
+
+@app.command()
+def plan(
+    model: Annotated[
+        str,
+        typer.Option(
+            help="small, llama-3-8b, a folder with a config.json, or a name on the Hub; only the config is read."
+        ),
+    ],
+    budget: Annotated[
+        str | None, typer.Option(help="Tokens to hold, comma-separated.", show_default="1024,2048,4096")
+    ] = None,
+    memory: Annotated[
+        float | None, typer.Option(help="Instead of --budget: GB (1e9 bytes) to find the largest budget for.")
+    ] = None,
+    batch: Annotated[str, typer.Option(help="Rows, comma-separated.")] = "1",
+    prompt: Annotated[int, typer.Option(max=arguments.LARGEST, help="Tokens of the prompt.")] = planning.DEFAULT_PROMPT,
+    tokens: Annotated[
+        int,
+        typer.Option(max=arguments.LARGEST, help="Tokens, prompt and generated, to measure the dense cache at."),
+    ] = planning.DEFAULT_TOKENS,
+    page_size: Annotated[int, PAGE_SIZE] = 16,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the model.", show_default="what the config says, else bfloat16")
+    ] = None,
+) -> None:
+    """Say what a budget takes and saves with a model, from the model's config alone."""
+    if budget is not None and memory is not None:
+        raise typer.BadParameter("leave it out: --memory finds the budget.", param_hint="--budget")
+    if memory is not None and not 0 < memory <= arguments.LARGEST:
+        raise typer.BadParameter(f"{memory} must be above 0 and at most {arguments.LARGEST} GB.", param_hint="--memory")
+    with arguments.refusing("--model"):
+        config = read_config(model)
+    with arguments.refusing(
+        config="--model", budget="--budget", nbytes="--memory", batch_size="--batch", prompt_tokens="--prompt",
+        tokens="--tokens",
+    ):  # fmt: skip
+        text = planning.table(
+            config,
+            batches=arguments.numbers("--batch", batch),
+            budgets=()
+            if memory is not None
+            else arguments.numbers("--budget", "1024,2048,4096" if budget is None else budget),
+            memory=round((memory or 0) * 1e9),
+            prompt_tokens=prompt,
+            tokens=tokens,
+            page_size=page_size,
+            dtype=None if dtype is None else arguments.dtype(dtype),
+        )
+    print(text)
+
+
+@app.command()
+def bench(
+    method: Annotated[str, typer.Option(help="Methods, comma-separated.")] = "raas,quest,h2o,streaming_llm",
+    seen: Annotated[str, typer.Option(help="Tokens seen before the first step, comma-separated.")] = ",".join(
+        str(1024 << doublings) for doublings in range(8)
+    ),
+    batch: Annotated[
+        str | None, typer.Option(help="Rows, comma-separated.", show_default="1; kernels on a GPU: 32")
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(help="Tokens to hold, comma-separated.", show_default="1024; kernels on a GPU: 2048,8192"),
+    ] = None,
+    mode: Annotated[
+        str | None, typer.Option(help="eager, compiled or both, comma-separated.", show_default="eager; on a GPU both")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="small, llama-3-8b, a folder with a config.json or a name on the Hub; the weights are random.",
+            show_default="small; on a GPU llama-3-8b",
+        ),
+    ] = None,
+    page_size: Annotated[int, PAGE_SIZE] = 16,
+    steps: Annotated[
+        int, typer.Option(min=2, max=MOST_STEPS, help="Steps to time of each method, or calls of each kernel.")
+    ] = 40,
+    copies: Annotated[int, typer.Option(min=1, max=MOST_STEPS, help="Caches of each method, which take turns.")] = 2,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="cuda if there is one")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of weights, K and V.", show_default="float32; on a GPU bfloat16")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=arguments.LARGEST_SEED, help="Of weights, K and V.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write JSON and plots to.", show_default="prints the table only")
+    ] = None,
+    kernels: Annotated[bool, typer.Option("--kernels", help="Time the attention kernel alone.")] = False,
+    peer_python: Annotated[
+        Path | None,
+        typer.Option(help="Python of an environment that has kvpress, to time its DecodingPress beside the others."),
+    ] = None,
+) -> None:
+    """Time decode steps of every method after many tokens, beside DynamicCache and StaticCache."""
+    place = arguments.device(device)
+    on_gpu = place.type == "cuda"
+    # Only what is left out has a default: an empty word, as of a variable of the shell that is not set, is refused.
+    if dtype is None:
+        dtype = "bfloat16" if on_gpu else "float32"
+    if model is None:
+        model = "llama-3-8b" if on_gpu else "small"
+    if batch is None:
+        batch = "32" if kernels and on_gpu else "1"
+    if budget is None:
+        budget = "2048,8192" if kernels and on_gpu else "1024"
+    if mode is None:
+        mode = "eager,compiled" if on_gpu else "eager"
+    precision, modes = arguments.dtype(dtype), arguments.names(mode)
+    batches, budgets = arguments.numbers("--batch", batch), arguments.numbers("--budget", budget)
+    with arguments.refusing("--model"):
+        config = load_config(model)
+    about = {"model": model, **report.about(place, precision)}
+    of_options = {name: f"--{name}" for name in ("method", "seen", "batch", "budget", "mode", "steps", "copies")}
+    of_options |= {"name": "--method", "repeats": "--steps"}
+    with arguments.folder("--out", out), arguments.refusing(**of_options):
+        if kernels:
+            timed = kernel_bench.run_kernels(
+                config,
+                batches=batches,
+                budgets=budgets,
+                page_size=page_size,
+                repeats=steps,
+                dtype=precision,
+                device=place,
+                seed=seed,
+            )
+            print(f"{_in_words(about)}\n{kernel_bench.kernel_table(timed)}")
+            if out:
+                report.write_json(out / "kernels.json", about, timed)
+            return
+
+        tokens = arguments.numbers("--seen", seen)
+        plan = Plan(arguments.names(method), tokens, batches, budgets, modes, page_size, steps, copies, seed)
+        if out:
+            require_matplotlib()
+        print(_in_words(about))
+        rows: list[Row] = []
+        with ExitStack() as stack:
+            peer = None if peer_python is None else stack.enter_context(Peer(peer_python))
+            if peer is not None:
+                about["peer"] = peer.about
+                print(f"peer: {_in_words(peer.about)}")
+            for cell in run(build_model(config, place, precision, seed), plan, peer):
+                rows += cell
+                case = cell[0].case
+                print(
+                    f"timed: batch {case.batch}, budget {case.budget}, seen {case.seen}, {case.mode}", file=sys.stderr
+                )
+                if out:  # after every cell: a run may be cut off
+                    report.write_json(out / "bench.json", {**about, "plan": asdict(plan)}, rows)
+        print(report.table(rows))
+        if out:
+            report.plot(rows, out)
+
+
+@app.command()
+def plot(
+    folder: Annotated[Path, typer.Argument(help="Where eval or bench, or both, wrote to with --out.")],
+) -> None:
+    """Draw what eval and bench found, as PNG and SVG beside it."""
+    with arguments.refusing(), arguments.plain_warnings():
+        paths = plots.plot(folder)
+    for path in paths:
+        print(path)
+
+
+def _in_words(about: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in about.items())
+
+
+def _generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sample: list[ChainProblem],
+    cache: Cache,
+    streamer: "_ChainPrinter | None" = None,
+) -> tuple[list[str], float]:
+    """Greedy completions of a batch, and the new tokens a second."""
+    inputs = tokenizer([p.prompt for p in sample], padding=True, return_tensors="pt", return_token_type_ids=False)
+    options = {CACHE_ARGUMENT: cache, "max_new_tokens": completion_length(sample), "do_sample": False}
+    started = time.perf_counter()
+    with arguments.refusing():
+        text: torch.Tensor = model.generate(**inputs, streamer=streamer, **options)  # type: ignore[operator]
+    new = text[:, inputs["input_ids"].shape[1] :]
+    speed = (new != tokenizer.pad_token_id).sum().item() / (time.perf_counter() - started)
+    return tokenizer.batch_decode(new, skip_special_tokens=True), speed
+
+
+class _ChainPrinter:
+    """A streamer for `generate`: a line of the chain on a line of the terminal, whether it is right, what is held."""
+
+    def __init__(self, console: Console, tokenizer: PreTrainedTokenizerBase, problem: ChainProblem, cache: RaaSCache):
+        self.console, self.tokenizer, self.cache = console, tokenizer, cache
+        self.gold = iter(problem.chain.replace("; ", ";\n").splitlines())
+        self.line: list[str] | None = None
+
+    def put(self, ids: torch.Tensor) -> None:
+        """Take the prompt, then each new token."""
+        if self.line is None:
+            self.line = []
+            return
+        word: str = self.tokenizer.decode(ids, skip_special_tokens=True)  # type: ignore[assignment]
+        if word:
+            self.line.append(word)
+            self.console.print(word, end=" ")
+            if word == ";":
+                self.end()
+
+    def end(self) -> None:
+        """Close the present line."""
+        text, self.line = " ".join(self.line or []), []
+        verdict = "[green]right[/]" if text == next(self.gold, None) else "[red]wrong[/]"
+        held, seen = self.cache.resident_tokens(0)[0, 0], self.cache.get_seq_length()
+        self.console.print(f"{' ' * (36 - len(text))}{verdict}  holds {held} of {seen} tokens")

@@ -1,0 +1,99 @@
+"""RaaS: Reasoning-Aware Attention Sparsity (Hu et al., Findings of ACL 2025, arXiv 2502.11147)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import raas_kernels
+
+from ..cache.paged_cache import PagedCache
+from ..cache.settings import CacheOptions
+from ..engine.policy import Pages, Policy, check_number
+from .registry import register_cache, register_policy
+
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ..cache.settings import Budget
+
+
+DEFAULT_ALPHA = 0.2  # chosen in docs/stamping-study.md; the paper's is 1e-4
+
+
+@register_policy("raas")
+@dataclass(frozen=True)
+class RaaSPolicy(Policy):
+    """Evict the page whose last milestone stamp is oldest (section 3): the priority of a page is its timestamp.
+
+    Args:
+        alpha: a page that scores at least this is a milestone now, and gets the present timestamp. In (0, 1).
+        top_ratio: instead, stamp this share of the held pages, the highest scores (paper's variant: 0.5). In (0, 1].
+
+    Raises:
+        TypeError, ValueError: an argument is no number or out of range, or both `alpha` and `top_ratio` are given.
+    """
+
+    alpha: float | None = None
+    top_ratio: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.alpha is not None and self.top_ratio is not None:
+            raise ValueError(f"alpha={self.alpha} and top_ratio={self.top_ratio}: give one of the two stamping rules.")
+        if self.alpha is None and self.top_ratio is None:
+            object.__setattr__(self, "alpha", DEFAULT_ALPHA)
+        check_number(
+            "alpha", self.alpha, lambda share: 0 < share < 1, "lie in (0, 1): a share of the attention; try 0.2"
+        )
+        check_number("top_ratio", self.top_ratio, lambda share: 0 < share <= 1, "lie in (0, 1]: a share of the pages")
+
+    def on_scores(self, pages: Pages) -> None:
+        raas_kernels.stamp(pages.priority, pages.scores, pages.first, pages.clock, self.alpha, self.top_ratio)
+
+
+@register_cache("raas")
+class RaaSCache(PagedCache):
+    """A KV cache of bounded size for long chains of thought (RaaS, Hu et al., Findings of ACL 2025, section 3).
+
+    Pages of KV get the present step as timestamp whenever their attention score makes them a milestone; when the
+    budget is full the page with the oldest timestamp is evicted; the prompt never is, unless `prompt` says so. Time and
+    memory a step are O(budget), however many tokens have been seen. As long as nothing is evicted, outputs are
+    `DynamicCache`'s.
+
+    Example:
+
+    ```python
+    >>> from raas_cache import RaaSCache
+    >>> out = model.generate(**inputs, past_key_values=RaaSCache(budget=1024), max_new_tokens=32_000)
+    ```
+
+    Args:
+        budget (`int`): tokens to hold for each row, layer and KV head, the prompt counted in; at least one page.
+        alpha (`float`, *optional*): a page with an attention weight of at least `alpha` on one of its tokens is
+            stamped. In (0, 1).
+            The default is chosen in docs/stamping-study.md; the paper's is 1e-4.
+        top_ratio (`float`, *optional*): instead of `alpha`, stamp this share of the held decode pages, the ones with
+            the highest scores. In (0, 1].
+        options: as `PagedCache`.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type or out of range, see also `PagedCache`.
+    """
+
+    def __init__(
+        self,
+        budget: Budget,
+        *,
+        alpha: float | None = None,
+        top_ratio: float | None = None,
+        **options: Unpack[CacheOptions],
+    ):
+        super().__init__(budget, policy=RaaSPolicy(alpha, top_ratio), **options)
+
+
+class RaaSOptions(CacheOptions, total=False):
+    """The options that `RaaSCache` takes."""
+
+    alpha: float | None
+    top_ratio: float | None

@@ -1,0 +1,52 @@
+"""`register` and `unregister`: what importing this package changes in transformers, and how to undo it."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from transformers import EncoderDecoderCache, GenerationMixin
+
+from .attention import dispatch
+from .cache.paged_cache import PagedCache
+
+
+def _refusing_a_cache(generate_batch: Callable[..., Any]) -> Callable[..., Any]:
+    """`generate_batch` that refuses a paged cache, which transformers' own drops without a word."""
+
+    @functools.wraps(generate_batch)
+    def checked_generate_batch(*args: Any, **kwargs: Any) -> Any:
+        for name, value in kwargs.items():
+            decoder = value.self_attention_cache if isinstance(value, EncoderDecoderCache) else value
+            if isinstance(decoder, PagedCache):
+                raise ValueError(
+                    f"{name}={value!r}: generate_batch (continuous batching) keeps all keys and values in a cache of "
+                    "its own and would not use this one. Call generate with a padded batch instead, without "
+                    "cache_implementation='paged'; or leave out the cache to run dense."
+                )
+        return generate_batch(*args, **kwargs)
+
+    return checked_generate_batch
+
+
+_generate_batch = GenerationMixin.generate_batch
+_checked_generate_batch = _refusing_a_cache(_generate_batch)
+
+
+def register() -> None:
+    """Make transformers serve paged caches; done once on import, harmless to repeat.
+
+    Through transformers' public registries: registers the attention implementation `"raas"`; wraps `"eager"`, `"sdpa"`
+    and the flash entries in a dispatcher that looks for a paged cache's key and otherwise calls the original; wraps
+    their mask functions, so that a mask of the past reaches the cache. And wraps the public method `generate_batch` of
+    `GenerationMixin`, for which there is no registry, in a check that no paged cache is handed in.
+    """
+    dispatch.register()
+    if GenerationMixin.generate_batch is _generate_batch:
+        GenerationMixin.generate_batch = _checked_generate_batch  # type: ignore[method-assign]
+
+
+def unregister() -> None:
+    """Put the original functions back; `attn_implementation="raas"` stays available."""
+    dispatch.unregister()
+    if GenerationMixin.generate_batch is _checked_generate_batch:
+        GenerationMixin.generate_batch = _generate_batch  # type: ignore[method-assign]

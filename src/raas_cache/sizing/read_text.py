@@ -1,0 +1,63 @@
+"""Reading a given text token by token through a cache, as if the model had generated it."""
+
+from collections.abc import Iterator
+
+import torch
+from torch.nn.functional import cross_entropy, pad
+from transformers import Cache, PreTrainedModel
+
+from ..common.upstream import CACHE_ARGUMENT
+
+
+@torch.no_grad()
+def steps(
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    prompt: int,
+    cache: Cache,
+    attention_mask: torch.Tensor | None = None,
+) -> Iterator[torch.Tensor]:
+    """The model's logits `[batch, vocabulary]` before each token of the text; see `read` for the arguments."""
+    for end in range(prompt, ids.shape[1]):
+        new = ids[:, :end] if end == prompt else ids[:, end - 1 : end]
+        mask = None if attention_mask is None else pad(attention_mask, (0, end - prompt), value=1)
+        yield model(new, attention_mask=mask, logits_to_keep=1, **{CACHE_ARGUMENT: cache}).logits[:, -1]
+
+
+def read(
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    prompt: int,
+    cache: Cache,
+    attention_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """How well a model can tell a text in advance that it reads through `cache`: what a cache costs, without sampling.
+
+    The prompt goes in at once and all that follows token by token, as `generate` would do it; the last token is not
+    put in. Two caches that read the same text can be compared step by step (see `raas_cache.viz.regret`).
+
+    Args:
+        ids: `[batch, tokens]` int64, prompt and text.
+        prompt: tokens of the prompt, padding counted in.
+        cache: what to read through, empty.
+        attention_mask: `[batch, prompt]`, 0 for left padding; None if there is none.
+
+    Returns:
+        `[batch, tokens - prompt]` float32, the negative log-likelihood of each token after the prompt, in nats.
+
+    Raises:
+        ValueError: `prompt` leaves nothing before it or nothing behind it.
+
+    Example:
+
+    ```python
+    >>> out = model.generate(**inputs, max_new_tokens=500)
+    >>> read(model, out, inputs["input_ids"].shape[1], RaaSCache(budget=256)).mean()
+    ```
+    """
+    if not 0 < prompt < ids.shape[1]:
+        raise ValueError(f"prompt={prompt} must be less than the {ids.shape[1]} tokens of ids, and at least 1.")
+    targets = ids[:, prompt:].unbind(1)
+    logits = steps(model, ids, prompt, cache, attention_mask)
+    losses = [cross_entropy(of.float(), target, reduction="none") for of, target in zip(logits, targets, strict=True)]
+    return torch.stack(losses, 1)

@@ -1,0 +1,252 @@
+"""What was taken down of a cache: what each page scored, when it was stamped and when it went."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..common.extras import require
+from . import recording_file
+from .layer_trace import GONE, INPUT, Forward, LayerRecording
+from .recording_file import PAGED
+
+
+if TYPE_CHECKING:
+    import pandas
+
+
+@dataclass(frozen=True)
+class History:
+    """The life of every page of one row, layer and KV head: T steps, N pages in the order in which they were opened.
+
+    What was noted of a page at a step is one of E entries, in the order of steps, then pages. `held`, `score` and
+    `stamp` spread them out over steps and pages, which takes O(T * N) memory.
+
+    Args:
+        steps: `[T]`, sequence index of the newest token at each step.
+        first: `[N]`, sequence index of each page's first token: the step at which it was opened.
+        is_pinned: `[N]`, whether the page is input that is never evicted.
+        evicted: `[N]` float, the step at which it was evicted; NaN if it was not.
+        resident: `[T]`, tokens held.
+        at, page: `[E]`, place in `steps` and in `first` of each entry.
+        scores: `[E]` float32, attention score; NaN where the policy asked for none.
+        stamps: `[E]` float32, priority, for RaaS the step of the last milestone stamp; NaN for pinned pages.
+    """
+
+    steps: np.ndarray
+    first: np.ndarray
+    is_pinned: np.ndarray
+    evicted: np.ndarray
+    resident: np.ndarray
+    at: np.ndarray
+    page: np.ndarray
+    scores: np.ndarray
+    stamps: np.ndarray
+
+    @property
+    def held(self) -> np.ndarray:
+        """`[T, N]` bool, whether the page held anything then."""
+        held = np.zeros((len(self.steps), len(self.first)), bool)
+        held[self.at, self.page] = True
+        return held
+
+    @property
+    def score(self) -> np.ndarray:
+        """`[T, N]` float32, the page's score; NaN where it was not held, or not scored."""
+        return self._spread(self.scores)
+
+    @property
+    def stamp(self) -> np.ndarray:
+        """`[T, N]` float32, the page's stamp; NaN where it was not held, or is pinned."""
+        return self._spread(self.stamps)
+
+    def last_use(self, alpha: float) -> np.ndarray:
+        """`[N]` float, the last step at which each page scored `alpha` or more; NaN where there is none."""
+        used = np.full(len(self.first), np.nan)
+        uses = self.scores >= alpha
+        used[self.page[uses]] = self.steps[self.at[uses]]  # of several, the last stays
+        return used
+
+    def _spread(self, values: np.ndarray) -> np.ndarray:
+        matrix = np.full((len(self.steps), len(self.first)), np.nan, np.float32)
+        matrix[self.at, self.page] = values
+        return matrix
+
+
+@dataclass
+class Recording:
+    """What `raas_cache.record` has taken down; may be read while the recording goes on.
+
+    Args:
+        method: the policy, with its arguments.
+        budget: tokens to hold, for all layers or for each.
+        page_size: tokens a page.
+        prompt: what became of input: `"pin"`, `"select"` or `"evict"`.
+        layers: what was recorded, by layer index.
+        wanted: indices of the layers and of the KV heads to record; None for all.
+    """
+
+    method: str
+    budget: int | tuple[int, ...]
+    page_size: int
+    prompt: str
+    layers: dict[int, LayerRecording] = field(default_factory=dict)
+    wanted: tuple[Sequence[int] | None, Sequence[int] | None] = (None, None)
+
+    def recorder_of(self, layer: int) -> LayerRecording | None:
+        """What layer `layer` writes to; None if it is not to be recorded."""
+        layers, heads = self.wanted
+        if layers is not None and layer not in layers:
+            return None
+        return self.layers.setdefault(layer, LayerRecording(None if heads is None else tuple(heads)))
+
+    @property
+    def recorded(self) -> list[int]:
+        """Indices of the layers of which anything was recorded."""
+        return sorted(
+            index
+            for index, of_layer in self.layers.items()
+            if any(isinstance(entry, Forward) for entry in of_layer.entries)
+        )
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch as it stands now."""
+        return self.layers[self.recorded[0]].forwards()[-1].first.shape[0] if self.recorded else 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that was taken down."""
+        entries = (entry for of_layer in self.layers.values() for entry in of_layer.entries)
+        forwards = (entry for entry in entries if isinstance(entry, Forward))
+        return sum(getattr(forward, name).nbytes for forward in forwards for name in (*PAGED, "resident"))
+
+    def heads(self, layer: int) -> tuple[int, ...]:
+        """KV heads recorded of a layer.
+
+        Raises:
+            ValueError: nothing was recorded of `layer`.
+        """
+        if layer not in self.recorded:
+            raise ValueError(f"layer={layer}: nothing was recorded of it, only of the layers {self.recorded}.")
+        return self.layers[layer].heads or ()
+
+    def history(self, layer: int, head: int, row: int = 0) -> History:
+        """The pages of one KV head through all steps.
+
+        Args:
+            layer: index of the layer in the model.
+            head: index of the KV head in the layer.
+            row: row of the batch, as it stands now: a beam comes with its own past.
+
+        Raises:
+            ValueError: nothing was recorded of them.
+        """
+        heads = self.heads(layer)
+        forwards = self.layers[layer].forwards()
+        if head not in heads:
+            raise ValueError(f"head={head}: nothing was recorded of it, only of the KV heads {list(heads)}.")
+        if not 0 <= row < self.rows:
+            raise ValueError(f"row={row}: the batch has {self.rows} rows.")
+        place = row, heads.index(head)
+        steps = np.array([forward.step for forward in forwards])
+        noted = np.concatenate([forward.first[place] for forward in forwards])
+        at = np.repeat(np.arange(len(steps)), [forward.first.shape[2] for forward in forwards])
+        first, page = np.unique(noted, return_inverse=True)
+        order = np.lexsort((page, at))
+        order = order[noted[order] >= 0]  # slots that hold nothing are left out
+        page, first = page[order] - np.count_nonzero(first < 0), first[first >= 0]
+        at = at[order]
+        scores = np.concatenate([forward.score[place] for forward in forwards])[order]
+        stamps = np.concatenate([forward.stamp[place] for forward in forwards])[order]
+        last = np.zeros(len(first), int)
+        last[page] = np.arange(len(page))  # of the entries of a page, the last stays
+        is_gone = at[last] + 1 < len(steps)
+        evicted = np.where(is_gone, steps[np.minimum(at[last] + 1, len(steps) - 1)], np.nan)
+        is_pinned = np.isnan(stamps[last]) & ~is_gone
+        resident = np.array([forward.resident[place] for forward in forwards])
+        return History(steps, first, is_pinned, evicted, resident, at, page, scores, stamps)
+
+    def pages_of_tokens(self, layer: int) -> np.ndarray:
+        """The page that each token seen was put in, `[tokens]` int: the sequence index of its first token.
+
+        `INPUT` for input that was pinned later than the first recorded step, `GONE` for a page that went before it. A
+        page that the `history` of a head does not have went before the first step, too.
+        """
+        self.heads(layer)
+        forwards = self.layers[layer].forwards()
+        pages = np.full(forwards[-1].step + 1, INPUT)
+        seen = 0
+        for forward in forwards:
+            if seen == 0 or (forward.page == INPUT and self.prompt == "evict"):
+                first = np.unique(forward.first[forward.first >= 0])
+                tokens = np.arange(seen, forward.step + 1)
+                latest = np.concatenate([[GONE - self.page_size], first])[np.searchsorted(first, tokens, side="right")]
+                pages[tokens] = np.where(tokens < latest + self.page_size, latest, GONE)
+            if forward.page != INPUT:
+                pages[forward.step] = forward.page
+            seen = forward.step + 1
+        return pages
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """A row for each step and page held, of every row, layer and KV head recorded.
+
+        Columns: `row`, `layer`, `head`, `step` (sequence index of the newest token), `page` (sequence index of the
+        page's first token, which is the step of its birth), `is_pinned`, `score`, `stamp` (for RaaS the step of the
+        last milestone stamp; NaN for pinned pages) and `evicted` (the step at which it went; NaN if it did not).
+
+        Raises:
+            ImportError: pandas is missing; says what to install.
+        """
+        require("pandas", "to_pandas needs pandas", "viz")
+        import pandas
+
+        tables = []
+        for layer in self.recorded:
+            for row in range(self.rows):
+                for head in self.heads(layer):
+                    history = self.history(layer, head, row)
+                    page = history.page
+                    table = {"row": row, "layer": layer, "head": head, "step": history.steps[history.at]}
+                    table |= {"page": history.first[page], "is_pinned": history.is_pinned[page]}
+                    table |= {"score": history.scores, "stamp": history.stamps, "evicted": history.evicted[page]}
+                    tables.append(pandas.DataFrame(table))
+        columns = ["row", "layer", "head", "step", "page", "is_pinned", "score", "stamp", "evicted"]
+        return pandas.concat(tables, ignore_index=True) if tables else pandas.DataFrame(columns=columns)
+
+    def save(self, path: str | Path) -> None:
+        """Write the recording to one file with a checksum, which `load` reads."""
+        about: dict[str, Any] = {"method": self.method, "budget": self.budget}
+        about |= {"page_size": self.page_size, "prompt": self.prompt, "heads": {}}
+        arrays: dict[str, np.ndarray] = {}
+        for layer in self.recorded:
+            forwards, about["heads"][layer] = self.layers[layer].forwards(), self.heads(layer)
+            arrays[f"{layer}/step"] = np.array([(forward.step, forward.page) for forward in forwards])
+            arrays[f"{layer}/pages"] = np.array([forward.first.shape[2] for forward in forwards])
+            arrays[f"{layer}/resident"] = np.stack([forward.resident for forward in forwards])
+            for name in PAGED:
+                arrays[f"{layer}/{name}"] = np.concatenate([getattr(forward, name) for forward in forwards], axis=2)
+        recording_file.write(path, about, arrays)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recording:
+        """Read what `save` wrote, of this version or the last. What is loaded is whole and consistent.
+
+        Raises:
+            OSError: the file cannot be read; a FileNotFoundError if there is none.
+            ValueError: the file is damaged, or is no recording; says what is wrong.
+        """
+        about, arrays = recording_file.read(path)
+        budget = tuple(about["budget"]) if isinstance(about["budget"], list) else about["budget"]
+        recording = cls(about["method"], budget, about["page_size"], about["prompt"])
+        for layer, heads in about["heads"].items():
+            ends = arrays[f"{layer}/pages"].cumsum()[:-1]
+            paged = (np.split(arrays[f"{layer}/{name}"], ends, axis=2) for name in PAGED)
+            forwards = zip(arrays[f"{layer}/step"].tolist(), *paged, arrays[f"{layer}/resident"], strict=True)
+            entries: list[Forward | np.ndarray] = [Forward(step, page, *held) for (step, page), *held in forwards]
+            recording.layers[int(layer)] = LayerRecording(tuple(heads), entries)
+        return recording

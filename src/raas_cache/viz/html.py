@@ -1,0 +1,119 @@
+"""What a notebook shows: a cache at a glance, and a chain's own text shaded by what was kept of it.
+
+Plain inline-styled HTML without scripts, whose colours stand on a light page and on a dark one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import groupby
+
+from ..cache.paged_layer import PagedLayer
+
+
+PINNED, EVICTABLE = "#0072B2", "#E69F00"  # of Okabe and Ito; in grey one is dark, the other light
+GREY = "128,128,128"  # shows on white and on black alike
+FREE = f"rgba({GREY},.25)"
+SMALL = "font-size:85%;line-height:1.5"
+TEXT = "white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.6;font-family:monospace;padding-left:8px"
+
+
+class Html(str):
+    """HTML that Jupyter shows, and that `Path.write_text` writes."""
+
+    def _repr_html_(self) -> str:
+        return str(self)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The text of a token, or of the few that a character is split over.
+
+    Args:
+        text: as it reads in its place.
+        kept: share of the steps since it was written for which it was held, 0 to 1.
+        is_evicted: whether no KV head holds it any more.
+        title: what is said where the pointer rests on it.
+    """
+
+    text: str
+    kept: float
+    is_evicted: bool
+    title: str
+
+
+def of_text(prompt: Sequence[Piece], generated: Sequence[Piece], heads: str) -> Html:
+    """The text of a sequence, each token shaded by how long it was kept, and struck out if it was evicted.
+
+    Args:
+        prompt, generated: what was there before the first recorded step, and what came since.
+        heads: what the shade is the mean of, such as "6 KV heads".
+    """
+    legend = [Piece(" all ", 1, False, ""), Piece(" half ", 0.5, False, ""), Piece("evicted by all", 0, True, "")]
+    shade = "Shade: share of the steps since a token was written for which it was held"
+    parts = [f"{shade}, mean of {escape(heads)}: {_marked(legend)}"]
+    for name, colour, pieces in (("Before the recording", PINNED, prompt), ("Since then", EVICTABLE, generated)):
+        parts.append(f'{name}<div style="{TEXT};border-left:4px solid {colour}">{_marked(pieces)}</div>')
+    return Html("".join(f'<div style="{SMALL};margin-bottom:.6em">{part}</div>' for part in parts))
+
+
+def of_cache(name: str, about: str, layers: Sequence[object], is_over_budget: bool) -> Html:
+    """A cache at a glance: what its layers hold of their budget, neighbours that are alike together.
+
+    Args:
+        name, about: the cache's class, and its method, settings and size.
+        layers: its layers, in the order of the model; of those that are not paged, the class is named.
+        is_over_budget: whether it holds more than it was asked to.
+    """
+    lines = [f"<b>{escape(name)}</b> {escape(about)}"]
+    glances = [_glance(layer) for layer in layers]
+    widest = max((sum(pages) for _, pages in glances), default=0)
+    for (said, pages), alike in groupby(enumerate(glances), key=lambda glance: glance[1]):
+        indices = [index for index, _ in alike]
+        name = f"layer {indices[0]}" if len(indices) == 1 else f"layers {indices[0]} to {indices[-1]}"
+        lines.append(f"{name}: {said}{_bar(pages, widest)}")
+    if not layers:
+        lines.append("empty")
+    if is_over_budget:
+        lines.append("<b>over budget</b>: the prompt leaves less room than min_decode_pages")
+    return Html("".join(f'<div style="{SMALL}">{line}</div>' for line in lines))
+
+
+def _glance(layer: object) -> tuple[str, tuple[int, ...]]:
+    """What a layer is said to hold, and its pages: pinned, evictable and free; none where it has no pages."""
+    if not isinstance(layer, PagedLayer) or not layer.is_initialized:
+        return f"{type(layer).__name__}, no pages", ()
+    evictable = min(layer.opened, layer.decode_pages)
+    pages = layer.pinned_pages, evictable, layer.decode_pages - evictable
+    held, budget = int((layer.bias == 0).sum(-1).max()), "" if layer.grows else f", budget {layer.budget:,}"
+    names = (PINNED, "pinned"), (EVICTABLE, "evictable"), (FREE, "free")
+    counts = [
+        f'<span style="background:{colour}">&emsp;</span> {count:,} {name}'
+        for count, (colour, name) in zip(pages, names, strict=True)
+    ]
+    rows = f" in each of {layer.batch_size} rows" if layer.batch_size > 1 else ""
+    return (
+        f"{held:,} of {layer.seen:,} tokens held{budget}; pages: {', '.join(counts)}, "
+        f"{layer.evicted:,} evicted by each KV head{rows}"
+    ), pages
+
+
+def _bar(pages: tuple[int, ...], widest: int) -> str:
+    parts = [
+        f'<div style="width:{100 * count / widest:.1f}%;background:{colour}"></div>'
+        for count, colour in zip(pages, (PINNED, EVICTABLE, FREE), strict=False)
+    ]
+    style = "display:flex;height:8px;max-width:40em;margin-bottom:4px"
+    return f'<div style="{style}">{"".join(parts)}</div>' if parts else ""
+
+
+def _marked(pieces: Sequence[Piece]) -> str:
+    marked = []
+    for piece in pieces:
+        # In ASCII, so that a file of it need not name its encoding.
+        text, title = (escape(said).encode("ascii", "xmlcharrefreplace").decode() for said in (piece.text, piece.title))
+        tag = "del" if piece.is_evicted else "span"
+        marked.append(f'<{tag} title="{title}" style="background:rgba({GREY},{0.6 * piece.kept:.2f})">{text}</{tag}>')
+    return "".join(marked)
