@@ -1,6 +1,6 @@
-"""Decode 100,000 tokens with one `model.generate`, and watch time and memory stay where they are.
+"""Decode 100,000 tokens with one `model.generate` call, and print time per token and memory while it runs.
 
-A random Llama-shaped model of about 10M parameters; on the CPU about a quarter of an hour.
+The model is random and Llama-shaped, with about 10M parameters. On a CPU the script takes about a quarter of an hour.
 
     OMP_NUM_THREADS=1 python examples/long_chain.py --tokens 100000 --budget 1024
 """
@@ -22,13 +22,13 @@ PROMPT = 64
 
 
 def resident_megabytes() -> float:
-    """Memory that the process holds now (Linux)."""
+    """Current resident memory of the process in MB (Linux only)."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize() / 1e6
 
 
 class Watch:
-    """A streamer for `generate`: at every doubling, the time of a step since the last, and the memory held."""
+    """A streamer for `generate` that prints the time per step and the memory each time the length has doubled."""
 
     def __init__(self, cache: RaaSCache, first: int):
         self.cache, self.next, self.times, self.last = cache, first, [], None
@@ -55,7 +55,7 @@ class Watch:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=100_000, help="tokens to see, the prompt counted in")
+    parser.add_argument("--tokens", type=int, default=100_000, help="length of the sequence, including the prompt")
     parser.add_argument("--budget", type=int, default=1024)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()

@@ -1,9 +1,10 @@
-"""Draw what a cache does while a model reasons: the pictures of docs/looking-inside.md, and the numbers in its text.
+"""Draw the pictures of docs/looking-inside.md, and print the numbers in its text.
 
     python examples/look_inside.py --out docs/images
 
-The embedded model solves one problem through RaaS at half of the tokens, recorded; then a DenseCache reads the same
-chain, which tells where the attention would have gone. The head drawn by default is one that looks derived values up.
+The embedded model solves one problem with a RaaSCache of half of the tokens, and the script records the cache. Then a
+DenseCache reads the same chain, which shows where the attention would have gone. The default head looks up derived
+values.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from raas_cache.methods.raas import DEFAULT_ALPHA
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("docs/images"),
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("docs/images"),
     layer: Annotated[int, typer.Option(help="Layer to draw.")] = 1,
     head: Annotated[int, typer.Option(help="KV head to draw.")] = 0,
-    budget: Annotated[int, typer.Option(help="Tokens to hold.")] = 384,
+    budget: Annotated[int, typer.Option(help="Budget in tokens.")] = 384,
     lines: Annotated[int, typer.Option(help="Lines of the chain.")] = 50,
     seed: Annotated[int, typer.Option(help="Seed of the problem.")] = 0,
 ) -> None:
-    """Draw the inside of one chain."""
+    """Draw the pages of one chain."""
     disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(embedded_model())
     model = AutoModelForCausalLM.from_pretrained(embedded_model()).eval()
@@ -58,25 +59,23 @@ def main(
     for name, figure in figures.items():
         figure.savefig(out / f"inside-{name}.png", dpi=150)
     (out / "inside-tokens.html").write_text(viz.tokens(recording, tokenizer, ids[0]))
-    print(
-        f"the recording: {recording.nbytes / 1e6:.1f} MB, {statistics.median(ratios):.2f} times the time of generating"
-    )
+    print(f"recording: {recording.nbytes / 1e6:.1f} MB, {statistics.median(ratios):.2f} times the time without it")
     lost = viz.lost_mass(recording, everything, layer, head)
     print(f"layer {layer}, KV head {head}: {lost.share:.1%} of its attention fell on {len(lost.pages)} evicted pages")
     print(worst_step(recording, everything, lost, layer, head))
 
 
 def timed(model, inputs, cache):
-    """The ids of prompt and chain, and the seconds that the chain took."""
+    """Generate; return the ids of prompt and chain ``[1, tokens]``, and the seconds that it took."""
     started = time.perf_counter()
     ids = model.generate(**inputs, do_sample=False, **{CACHE_ARGUMENT: cache})
     return ids, time.perf_counter() - started
 
 
 def worst_step(recording: Recording, everything: Recording, lost: viz.LostMass, layer: int, head: int) -> str:
-    """The step that lost most, and the life of the page that it wanted."""
+    """Describe the step that lost most attention, and the life of the page that it needed."""
     step = lost.steps[lost.by_step.argmax()]
-    ours, dense = (of.history(layer, head) for of in (recording, everything))
+    ours, dense = (trace.history(layer, head) for trace in (recording, everything))
     wanted = (dense.steps[dense.at] == step) & np.isin(dense.first[dense.page], ours.first[ours.evicted <= step])
     most = np.flatnonzero(wanted)[dense.scores[wanted].argmax()]
     page = dense.page[most]
@@ -84,8 +83,8 @@ def worst_step(recording: Recording, everything: Recording, lost: viz.LostMass, 
     used = ours.steps[np.nan_to_num(ours.score[:, ours.first == first][:, 0]) >= DEFAULT_ALPHA]
     late = used[used >= first + recording.page_size]
     return (
-        f"at step {step} it lost {lost.by_step.max():.0%}, {dense.scores[most]:.0%} to the page of token {first}, "
-        f"which had been a milestone at {late.tolist()} since it was full, and went at "
+        f"at step {step} it lost {lost.by_step.max():.0%}; {dense.scores[most]:.0%} was on the page of token {first}, "
+        f"which was a milestone at {late.tolist()} after it became full, and was evicted at "
         f"{ours.evicted[ours.first == first][0]:.0f}"
     )
 

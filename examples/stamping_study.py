@@ -1,7 +1,7 @@
-"""What should stamp a page? Rules for RaaS's timestamps, swept on validation problems, the best tested on fresh ones.
+"""Compare rules that give pages a new timestamp: sweep on validation problems, then test the best on new problems.
 
-Everything runs on the embedded model, prompt pinned; budgets are shares of all tokens of a problem. Rules that are not
-in the package are policies written here, each a few lines. A Markdown table.
+Everything runs on the embedded model with a pinned prompt. Budgets are shares of all tokens of a problem. Rules that
+are not in the package are policies in this file. The script prints Markdown tables.
 
     python examples/stamping_study.py --validate 200 --test 400 > docs/results/stamping.md
 """
@@ -23,7 +23,7 @@ from raas_cache.methods.raas import RaaSPolicy
 @register_policy("relative")
 @dataclass(frozen=True)
 class Relative(RaaSPolicy):
-    """alpha in units of the uniform weight: `times` / tokens held at most."""
+    """The threshold is `times` the uniform attention weight, 1 / (largest number of tokens held)."""
 
     times: float = 1.0
 
@@ -35,7 +35,7 @@ class Relative(RaaSPolicy):
 @register_policy("sum_over_page")
 @dataclass(frozen=True)
 class SumOverPage(RaaSPolicy):
-    """The page's whole weight, not that of its largest token."""
+    """The score of a page is the sum over its tokens instead of the maximum."""
 
     page_score = "sum"
 
@@ -43,7 +43,7 @@ class SumOverPage(RaaSPolicy):
 @register_policy("mean_over_group")
 @dataclass(frozen=True)
 class MeanOverGroup(RaaSPolicy):
-    """The mean over the query heads of a KV head, not the largest."""
+    """The score of a page is the mean over the query group instead of the maximum."""
 
     group_score = "mean"
 
@@ -51,7 +51,7 @@ class MeanOverGroup(RaaSPolicy):
 @register_policy("decayed")
 @dataclass(frozen=True)
 class Decayed(Policy):
-    """No threshold: a weight w now is worth a stamp `-tau * ln(w)` tokens old, and the best so far counts."""
+    """No threshold: a weight w at the current step equals a timestamp `-tau * ln(w)` tokens ago; the maximum counts."""
 
     tau: float = 64.0
 
@@ -66,21 +66,21 @@ FAMILIES = {
     "alpha (the paper's rule)": [("raas", {"alpha": a}) for a in ALPHAS],
     "top_ratio (the paper's variant)": [("raas", {"top_ratio": r}) for r in (0.02, 0.05, 0.1, 0.25, 0.5)],
     "alpha relative to 1 / tokens": [("relative", {"times": c}) for c in (1, 3, 10, 30, 100)],
-    "sum over the page": [("sum_over_page", {"alpha": a}) for a in HIGH],
-    "mean over the group": [("mean_over_group", {"alpha": a}) for a in HIGH],
+    "sum over the tokens of a page": [("sum_over_page", {"alpha": a}) for a in HIGH],
+    "mean over the query group": [("mean_over_group", {"alpha": a}) for a in HIGH],
     "min/max representatives": [("raas", {"alpha": a, "scoring": "minmax"}) for a in (0.01, *HIGH)],
-    "one table a layer": [("raas", {"alpha": a, "granularity": "layer"}) for a in (*HIGH, 0.7)],
+    "one table per layer": [("raas", {"alpha": a, "granularity": "layer"}) for a in (*HIGH, 0.7)],
     "decayed maximum": [("decayed", {"tau": t}) for t in (16, 32, 64, 128, 256, 1024)],
 }
 CONTROLS = {
     "alpha 1e-4 (the paper's value)": ("raas", {"alpha": 1e-4}),
     "the default": ("raas", {}),
-    "no stamps: the newest pages": ("streaming_llm", {"prompt": "pin"}),
+    "no timestamps: the newest pages": ("streaming_llm", {"prompt": "pin"}),
 }
 
 
 def shares(rows: list[Row]) -> tuple[float, float]:
-    """Chains that are exact, and what is right of a chain before the first error, on average."""
+    """Share of chains that are exact, and mean share of a chain that is right before its first error."""
     right = (share_right(row.output, row.gold) for row in rows)
     return sum(row.correct for row in rows) / len(rows), sum(right) / len(rows)
 
@@ -102,12 +102,14 @@ def main() -> None:
     sample = problems(args.test, args.lines, seed=2, split="test")
     test, total = chain_task(sample), max(map(tokens_of, sample))
 
-    def measure(task, *of: Setting) -> list[list[Row]]:
-        return list(by_setting(run(model, tokenizer, task, list(of), batch_size=args.batch_size)).values())
+    def measure(task, *wanted: Setting) -> list[list[Row]]:
+        """The rows of each setting."""
+        return list(by_setting(run(model, tokenizer, task, list(wanted), batch_size=args.batch_size)).values())
 
     (dense,) = measure(test, Setting("dense"))
-    print(f"{args.validate} validation and {args.test} test problems of {total} tokens, pages of {args.page_size}.")
-    print(f"Dense: {shares(dense)[0]:.1%} of the test chains exact.")
+    print(f"{args.validate} validation problems and {args.test} test problems of {total} tokens,", end=" ")
+    print(f"with pages of {args.page_size} tokens.")
+    print(f"With a dense cache, {shares(dense)[0]:.1%} of the test chains are exact.")
     common = {"page_size": args.page_size, "min_decode_pages": 1}
     said = [f"{name}={value}" for name, value in common.items()]
     for share in args.budget:
@@ -118,10 +120,11 @@ def main() -> None:
         for family, methods in FAMILIES.items():
             settings = [Setting(method, budget, {**common, **options}) for method, options in methods]
             found = list(zip(map(shares, measure(validation, *settings)), settings, strict=True))
-            shown = "; ".join(f"{one.label_but(said)}: {exact:.1%} / {right:.1%}" for (exact, right), one in found)
+            cells = (f"{setting.label_but(said)}: {exact:.1%} / {right:.1%}" for (exact, right), setting in found)
+            shown = "; ".join(cells)
             print(f"| {family} | {shown} |", flush=True)
             best[family] = max(found, key=lambda pair: pair[0])[1]
-        print("\nThe best of each family, on test problems:\n")
+        print("\nThe best setting of each family, on test problems:\n")
         print("| rule | setting | exact chains (95 % interval) | right before the first error |\n|---|---|---|---|")
         controls = {
             name: Setting(method, budget, {**common, **options}) for name, (method, options) in CONTROLS.items()

@@ -1,7 +1,7 @@
 """The paper's experiments on the embedded model: every method at every budget, ablations, the cost of a step, the demo.
 
-Rows go to `--rows` and are never run twice; tables and figures go to `--out`. Needs `raas-cache[eval,viz]`. On two
-cores (`make study`):
+The script writes rows to `--rows`, and does not run a row twice. It writes tables and figures to `--out`. It needs
+`raas-cache[eval,viz]`. On two cores (`make study`):
 
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 examples/study.py
 """
@@ -35,7 +35,7 @@ METHODS = (
     "dense,quest,raas,raas:alpha=1e-4,streaming_llm,streaming_llm:prompt=pin,h2o,h2o:prompt=pin,"
     "tova:prompt=pin,rkv:prompt=pin"
 )
-"""What the paper measures itself against, as in their papers; these and others with the prompt pinned, as in RaaS."""
+"""The methods that the RaaS paper compares with, as in their papers; and methods with a pinned prompt, as in RaaS."""
 BUDGETS = (256, 320, 384, 448, 512, 576)
 ABLATIONS = {
     "alpha": (1e-4, 1e-3, 0.01, 0.03, 0.1, 0.3, 0.5, 0.7),
@@ -46,18 +46,18 @@ ABLATIONS = {
     "granularity": ("layer",),
     "kv_dtype": ("int8",),
 }
-"""Values beside the default's, each alone."""
+"""Values of each option besides the default. Each setting changes one option."""
 ABLATION_BUDGETS = (384, 448)
 DEMO = "from raas_cache.cli import app; app(['demo'])"
 PYRAMIDS = (1.25, 0.75)
-"""Decode pages of the bottom layer as a share of the mean; the top layer has as many fewer or more."""
+"""Decode pages of the first layer, relative to the mean. The last layer deviates as much in the other direction."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problems", type=int, default=200)
     parser.add_argument("--batch-size", type=int, default=100)
-    parser.add_argument("--quick", action="store_true", help="a look at it: few problems, settings and lengths")
+    parser.add_argument("--quick", action="store_true", help="a small version: few problems, settings and lengths")
     parser.add_argument("--rows", type=Path, default=Path("results/study"))
     parser.add_argument("--out", type=Path, default=Path("docs/results/study"))
     args = parser.parse_args()
@@ -82,8 +82,8 @@ def main() -> None:
                 shares = [bottom + (2 - 2 * bottom) * layer / (layers - 1) for layer in range(layers)]
                 varied.append(Setting("raas", tuple(prompt + round(s * (budget - prompt)) for s in shares), COMMON))
     task = load_task("chains", args.problems, seed=1)
-    wanted = list({setting.key: setting for setting in compared + varied}.values())
-    rows = run(model, tokenizer, task, wanted, out=args.rows, batch_size=args.batch_size)
+    every = list({setting.key: setting for setting in compared + varied}.values())
+    rows = run(model, tokenizer, task, every, out=args.rows, batch_size=args.batch_size)
     state.destroy_process_group()
     if not state.is_main_process:
         return
@@ -93,8 +93,10 @@ def main() -> None:
     text = [f"`{command}`: {args.problems} {ran}.\n", "## Every method\n", tabled(rows, compared)]
     text += ["\n## RaaS, one option at a time\n", tabled(rows, varied)]
     args.out.mkdir(parents=True, exist_ok=True)
-    by_option = [one for one in varied if isinstance(one.budget, int)]
-    drawn, alone = (figures(summarize(chain.from_iterable(chosen(rows, of))), ran) for of in (compared, by_option))
+    by_option = [setting for setting in varied if isinstance(setting.budget, int)]
+    drawn, alone = (
+        figures(summarize(chain.from_iterable(chosen(rows, wanted))), ran) for wanted in (compared, by_option)
+    )
     save({name: (alone if name.startswith("ablation") else drawn)[name] for name in {**drawn, **alone}}, args.out)
 
     text += ["\n## A decode step\n", bench(args)]
@@ -106,7 +108,7 @@ def main() -> None:
 
 
 def sections(quick: bool) -> tuple[list[Setting], list[Setting]]:
-    """What is compared, and the ablations of RaaS."""
+    """Settings of the comparison of methods, and settings of the ablations of RaaS."""
     methods, budgets, ablations, at = METHODS, BUDGETS, ABLATIONS, ABLATION_BUDGETS
     if quick:
         methods, budgets, at = "dense,quest,streaming_llm,h2o,raas", BUDGETS[::2], ABLATION_BUDGETS[:1]
@@ -115,22 +117,22 @@ def sections(quick: bool) -> tuple[list[Setting], list[Setting]]:
     return settings(parse_methods(methods, **COMMON), budgets), settings([("raas", COMMON), *alone], at)
 
 
-def chosen(rows, of):
-    """The rows of each of some settings, in the order of these."""
+def chosen(rows, wanted):
+    """The rows of each wanted setting, in the order of the settings."""
     groups = by_setting(rows)
-    return [groups[setting.key] for setting in of]
+    return [groups[setting.key] for setting in wanted]
 
 
-def tabled(rows, of) -> str:
-    """Their table, and the share of a chain that is right before the first error."""
-    groups = chosen(rows, of)
+def tabled(rows, wanted) -> str:
+    """The table of the wanted settings, with the share of a chain that is right before its first error."""
+    groups = chosen(rows, wanted)
     right = [fmean(share_right(row.output, row.gold) for row in group) for group in groups]
     summaries = summarize(chain.from_iterable(groups))
     return table(summaries, **{"right before the first error": [f"{share:.1%}" for share in right]})
 
 
 def bench(args) -> str:
-    """Times a step of each cache after more and more tokens, on the CPU; the figures say the rest."""
+    """Time a step of each cache on the CPU after different numbers of tokens; write the figures, return the table."""
     device = torch.device("cpu")
     seen = (1024, 8192) if args.quick else (1024, 2048, 4096, 8192, 16384, 32768)
     plan = Plan(("raas", "quest", "h2o", "streaming_llm"), seen, steps=10 if args.quick else 30)

@@ -1,11 +1,11 @@
-"""Train the embedded model: a small Llama that works out `raas_cache.eval.chains` problems line by line.
+"""Train the embedded model: a small Llama that solves `raas_cache.eval.chains` problems line by line.
 
-    python examples/train_chain_reasoner.py train --out runs/chain --workers 14    # --resume goes on where it stopped
+    python examples/train_chain_reasoner.py train --out runs/chain --workers 14    # --resume continues a run
     python examples/train_chain_reasoner.py evaluate runs/chain/model --lines 50 --lines 100 --count 500
 
-Training sees dense attention only, in float32. Problems grow by a curriculum: a stage ends when every kind of token,
-teacher-forced on held-out problems, is right often enough. Batch ``k`` depends on the seed, ``k`` and the stage alone,
-so a resumed run sees the batches that an uninterrupted one sees, whatever the number of data workers.
+Training uses dense attention only, in float32. Problems become longer in stages. A stage ends when the accuracy of each
+kind of token is high enough, measured with teacher forcing on held-out problems. Batch ``k`` depends only on the seed,
+on ``k`` and on the stage, so a resumed run gets the same batches as an uninterrupted run, with any number of workers.
 """
 
 from __future__ import annotations
@@ -46,25 +46,25 @@ from raas_cache.eval.chains import (
 
 
 STAGES = ((3, 6), (4, 12), (8, 24), (16, 48), (24, 80), (4, 112))
-"""Lines of a problem, from and to, in each stage of the curriculum; the last one stays."""
+"""Smallest and largest number of lines of a problem in each stage. Training stays in the last stage."""
 PASS_MARK = 0.97
 """A stage ends when the worst kind of token reaches this accuracy."""
 TAIL = TOKENS_OF_ANSWER + 1
-"""Tokens behind the last 12-token line: the answer's line and the end."""
+"""Tokens after the last 12-token line: the line of the answer and the end token."""
 CITED_DIGIT = 7
 KINDS = {"left name": 1, "operator": 2, "cited name": 3, "left digit": 5, "cited digit": CITED_DIGIT, "result": 10}
-"""The tokens of a line that take work to predict, by their place in the line."""
+"""The tokens of a line that are hard to predict, and their position in the line."""
 CITED_WEIGHT = 4.0
-"""The cited digit, one token in twelve, is the look-up that a milestone is for: it weighs this much more."""
+"""Loss weight of the cited digit (one token in twelve), which needs the look-up of a milestone."""
 EDGE_WEIGHT = 0.1
-"""A chain has one first line and one end however long it is, each a decision of its own: their share of the loss."""
+"""Loss weight of the first line and of the end. Each occurs once per chain, however long the chain is."""
 
-disable_progress_bar()  # of shards and weights: here there is one of each
+disable_progress_bar()  # the model has one shard only
 app = typer.Typer(add_completion=False, help=__doc__.splitlines()[0])
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word of the task; an unknown word is an error, never a silent <unk>."""
+    """One token per word of the task. An unknown word raises an error instead of becoming <unk>."""
     tokens = ["<pad>", "<s>", "</s>", *VOCABULARY]
     tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -75,7 +75,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         bos_token="<s>",
         eos_token="</s>",
         padding_side="left",
-        clean_up_tokenization_spaces=False,  # it would glue "?" to the word before
+        clean_up_tokenization_spaces=False,  # it would remove the space before "?"
         model_max_length=4096,
     )
 
@@ -91,7 +91,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, hidden_size: int, layers: in
             num_attention_heads=4,
             num_key_value_heads=2,
             head_dim=64,
-            attention_bias=True,  # with RoPE, a bias is a head that looks at a fixed distance
+            attention_bias=True,  # with RoPE, a bias lets a head attend to a fixed distance
             max_position_embeddings=4096,
             rope_parameters={"rope_type": "default", "rope_theta": 1e6},
             initializer_range=0.04,
@@ -104,7 +104,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, hidden_size: int, layers: in
 
 
 class Batches(Dataset):
-    """Item ``k`` is batch ``k``: (token ids ``[B, T]`` of problems of one shape, prompt length); without padding."""
+    """Item ``k`` is batch ``k``: token ids ``[batch, tokens]`` without padding, and the length of the prompts."""
 
     def __init__(self, vocabulary: dict[str, int], lines: tuple[int, int], tokens: int, seed: int, length: int) -> None:
         self.vocabulary, self.lines, self.tokens, self.seed, self.length = vocabulary, lines, tokens, seed, length
@@ -117,7 +117,7 @@ class Batches(Dataset):
         num_lines, num_givens = rng.randint(*self.lines), rng.randint(2, 8)
         batch = []
         while not batch or len(batch) * len(batch[0]) < self.tokens:
-            # Half of the problems cite any earlier value, so that look-up is learnt at every distance.
+            # Half of the problems cite any earlier value, so that the model learns look-up at every distance.
             live_size = rng.choice((None, None, None, 2, 4, 6))
             batch.append(make_problem(num_lines, rng, split="train", num_givens=num_givens, live_size=live_size))
             batch[-1] = encode(batch[-1], self.vocabulary)
@@ -125,12 +125,12 @@ class Batches(Dataset):
 
 
 def encode(problem: ChainProblem, vocabulary: dict[str, int]) -> list[int]:
-    """Prompt and completion; the tokenizer gives the same ids, slower."""
+    """Token ids of prompt and completion. The tokenizer gives the same ids, but is slower."""
     return [vocabulary[token] for token in f"<s> {problem.prompt} {problem.chain} </s>".split()]
 
 
 def chain_loss(model: LlamaForCausalLM, ids: torch.Tensor, prompt: int) -> torch.Tensor:
-    """Mean cross-entropy of the completion's tokens (the prompt is random: nothing to learn)."""
+    """Mean cross-entropy of the completion in ``ids`` ``[batch, tokens]``. The prompt is random, so it is left out."""
     logits = model(ids[:, :-1], use_cache=False, logits_to_keep=ids.shape[1] - prompt).logits
     loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, prompt:], reduction="none")
     loss[:, CITED_DIGIT:-TAIL:TOKENS_PER_LINE] *= CITED_WEIGHT
@@ -139,7 +139,7 @@ def chain_loss(model: LlamaForCausalLM, ids: torch.Tensor, prompt: int) -> torch
 
 @torch.no_grad()
 def accuracy_by_kind(model: LlamaForCausalLM, vocabulary: dict[str, int], num_lines: int) -> dict[str, float]:
-    """Teacher-forced accuracy on validation problems by kind of token, and ``chain``: every token of a chain right."""
+    """Teacher-forced accuracy on validation problems: per kind of token, and ``chain`` for wholly correct chains."""
     ids = torch.tensor([encode(p, vocabulary) for p in problems(64, num_lines, seed=0, split="validation")])
     completion = TOKENS_PER_LINE * num_lines + TAIL
     ids = ids.to(model.device)
@@ -153,13 +153,13 @@ def accuracy_by_kind(model: LlamaForCausalLM, vocabulary: dict[str, int], num_li
 def greedy_exact(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, sample: list[ChainProblem], batch_size: int
 ) -> int:
-    """How many problems greedy decoding with the default (dense) cache gets right, every token of them."""
+    """Number of problems for which greedy decoding with transformers' default cache gets every token right."""
     rows = run(model, tokenizer, chain_task(sample), [Setting("dense")], batch_size=batch_size)
     return sum(row.correct for row in rows)
 
 
 def learning_rate_scale(progress: float, step: int) -> float:
-    """Warm-up over 200 steps, then constant, then linear to 0 over the last 40 % of the run's steps or minutes."""
+    """Warm up over 200 steps, stay constant, then decay linearly to 0 over the last 40 % of the steps or minutes."""
     return min(1.0, (step + 1) / 200, max(0.0, 1 - progress) / 0.4)
 
 
@@ -246,7 +246,7 @@ def evaluate(
     seed: int = 0,
     split: str = "test",
 ) -> None:
-    """Milestones' gaps and lives, and the chains that greedy decoding gets right in fp32, 95 % Wilson interval."""
+    """Print reuse gaps and lifetimes of milestones, and the share of exact chains (greedy, fp32) with its interval."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()

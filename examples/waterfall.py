@@ -1,12 +1,12 @@
-"""Draw the waterfall: which earlier lines of its own chain of thought a model looks at, line by line.
+"""Draw the waterfall: the earlier lines of its own chain of thought that a model attends to, line by line.
 
     python examples/waterfall.py --out docs/images/waterfall.png
 
-The embedded model solves one problem with its whole cache; one more forward over what it wrote gives the attention
-weights. The picture shows one head, at the token of each line that is followed by the cited value: the head with the
-largest mean weight, over all citations from further back, on the two lines that hold that value (the line that derives
-it, and the next, which restates it). A column is a line as something to look at: a milestone is a column that is dark
-now and then for a while, and white for ever after.
+The embedded model solves one problem with a dense cache. One more forward over its output gives the attention weights.
+The picture shows the weights of one head, at the token of each line that comes before the cited value. The script picks
+the head with the largest mean weight on the two lines that contain this value: the line that derives it, and the next
+line, which restates it. Only citations of values from more than two lines before count. A column is a line that the
+model may attend to. A milestone is a column that is dark now and then for a while, and then stays white.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from raas_cache.eval.chains import TOKENS_PER_LINE, ChainProblem, is_exact, prob
 
 
 ASKS = 6
-"""Place in a line of the operator between the two digits: what follows is the cited value, so here it is looked up."""
+"""Position of the operator between the two digits of a line. The cited value follows, so the model looks it up here."""
 
 
 @torch.no_grad()
 def lookup_attention(model_folder: Path, problem: ChainProblem) -> np.ndarray:
-    """Weights ``[layers, heads, lines, 1 + lines]`` at each line's look-up: on the prompt, and on each line."""
+    """Attention weights ``[layers, heads, lines, 1 + lines]`` at the look-up of each line, on prompt and lines."""
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     model = AutoModelForCausalLM.from_pretrained(model_folder, attn_implementation="eager").eval()
     inputs = tokenizer(problem.prompt, return_tensors="pt", return_token_type_ids=False)
     ids = model.generate(**inputs, do_sample=False)
     prompt, lines = inputs["input_ids"].shape[1], len(problem.refs)
     if not is_exact(tokenizer.decode(ids[0, prompt:], skip_special_tokens=True), problem):
-        raise SystemExit("The model got this problem wrong, so its lines are not the problem's: try another --seed.")
+        raise SystemExit("The model made an error, so its lines differ from the solution: try another --seed.")
     weights = torch.cat(model(ids, output_attentions=True, use_cache=False).attentions)
     end = prompt + lines * TOKENS_PER_LINE
     asking = weights[:, :, prompt + ASKS : end : TOKENS_PER_LINE]
@@ -47,7 +47,7 @@ def lookup_attention(model_folder: Path, problem: ChainProblem) -> np.ndarray:
 
 
 def pick_head(weights: np.ndarray, problem: ChainProblem) -> tuple[int, int, int, float]:
-    """(layer, head, offset, weight): offset 0 if the head reads a value where it is derived, 1 where it is restated."""
+    """Layer, head, offset, weight. Offset 0: the head reads the line that derives a value, 1: the next line."""
     cited = [(line, ref - problem.num_givens) for line, ref in enumerate(problem.refs) if ref >= problem.num_givens]
     asking, derived = np.array([(line, source) for line, source in cited if line - source > 2]).T
     mean = np.stack([weights[:, :, asking, 1 + derived + offset].mean(-1) for offset in (0, 1)], axis=-1)
@@ -56,13 +56,13 @@ def pick_head(weights: np.ndarray, problem: ChainProblem) -> tuple[int, int, int
 
 
 def draw(picture: np.ndarray, offset: int, problem: ChainProblem, title: str, out: Path) -> None:
-    """Draw ``picture`` ``[lines, 1 + lines]`` (line being written; prompt, lines looked at) and milestones' lives."""
+    """Draw ``picture`` ``[lines, 1 + lines]`` (row: line being written; column: prompt or earlier line)."""
     lines = len(picture)
     uses: dict[int, list[int]] = {}
     for line, ref in enumerate(problem.refs):
         if ref >= problem.num_givens:
             uses.setdefault(ref - problem.num_givens + offset, []).append(line)
-    # To point at: of those that die with a third of the chain to come, the one that is looked at most.
+    # Point at the milestone with the most uses, among the milestones that end in the first two thirds of the chain.
     star = max(uses, key=lambda column: (uses[column][-1] < lines * 2 / 3, len(uses[column])))
     first, last = uses[star][0], uses[star][-1]
 
@@ -73,7 +73,7 @@ def draw(picture: np.ndarray, offset: int, problem: ChainProblem, title: str, ou
     left.set(xticks=[0], xticklabels=["prompt"], ylabel="line being written (time runs down)")
     for column, used in uses.items():
         right.plot([column, column], [column, used[-1]], color="0.6", linewidth=1)
-    shown = np.ma.masked_less(picture[:, 1:], 0.05)  # transparent, so that the lines of life show between the uses
+    shown = np.ma.masked_less(picture[:, 1:], 0.05)  # transparent, so that the grey lines are visible between the uses
     image = right.imshow(shown, cmap="Greys", vmin=0, vmax=1, aspect="auto", zorder=3)
     right.plot([0, lines - 1], [0, lines - 1], color="0.6", linewidth=1)
     right.plot([star, star], [last + 1, lines - 0.5], color="0.2", linewidth=1.5, linestyle=":")

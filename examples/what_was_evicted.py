@@ -1,8 +1,8 @@
-"""Why RaaS falls short of keeping everything: which values were evicted before they were needed, in Markdown.
+"""Count which values RaaS evicted before the model needed them, and print Markdown tables.
 
-The embedded model reads gold chains token by token through a cache. Whenever a line is about to restate the value that
-it cites, it is noted which KV heads still hold a page that states the value, and whether the model gets the digit
-right. Citations are grouped by how many lines ago the value was last stated.
+The embedded model reads gold chains token by token through a cache. Each line cites an earlier value and restates it.
+Just before it does, the script notes which KV heads still hold a page that states the value, and whether the model
+predicts the digit correctly. Citations are grouped by the number of lines since the value was last stated.
 
     python examples/what_was_evicted.py --problems 100 > docs/results/evicted.md
 """
@@ -24,7 +24,7 @@ BANDS = ((2, 4), (5, 8), (9, 12), (13, 16), (17, 99))
 
 
 def statements(problem, line: int) -> tuple[list[int], int]:
-    """Tokens of the chain that state what `line` cites, before it does; and how many lines ago the last did."""
+    """Positions in the chain that state the value before `line` cites it, and the number of lines since then."""
     value = problem.refs[line] - problem.num_givens
     stated = [(value, RESULT), (value + 1, LEFT)]
     stated += [(other, CITED) for other in range(value + 1, line) if problem.refs[other] == problem.refs[line]]
@@ -33,7 +33,7 @@ def statements(problem, line: int) -> tuple[list[int], int]:
 
 
 def cited(model, tokenizer, sample, cache) -> list[tuple[int, list[bool], bool]]:
-    """Each citation of a derived value: lines since the value was stated, held by each head, digit right."""
+    """For each citation of a derived value: lines since it was stated, which heads hold it, is the digit right."""
     texts = [f"{problem.prompt} {problem.chain}" for problem in sample]
     tokens = tokenizer(texts, return_tensors="pt", return_token_type_ids=False)["input_ids"]
     prompt = tokenizer(sample[0].prompt, return_tensors="pt")["input_ids"].shape[1]

@@ -380,7 +380,7 @@ ARCHITECTURES: dict[str, dict] = {
 }
 
 LEFT_OUT: dict[str, str] = {
-    "blt": "DynamicCache(config=...) finds no num_hidden_layers, and the model wraps a cache in one of its own",
+    "blt": "DynamicCache(config=...) finds no num_hidden_layers, and the model wraps the cache in a class of its own",
     "dots3_note": "its text model is listed as dots3_note_text",
     "falcon_mamba": "no KV cache: a pure state-space model",
     "gemma3": "its text model is listed as gemma3_text",
@@ -394,8 +394,8 @@ LEFT_OUT: dict[str, str] = {
     "mamba": "no KV cache: a pure state-space model",
     "mamba2": "no KV cache: a pure state-space model",
     "minimax": "refuses every cache but its own MiniMaxCache",
-    "musicgen": "from_config fails: the decoder wants its own config, which the mapping does not name",
-    "musicgen_melody": "from_config fails: the decoder wants its own config, which the mapping does not name",
+    "musicgen": "from_config fails: the decoder needs its own config class, which the mapping does not name",
+    "musicgen_melody": "from_config fails: the decoder needs its own config class, which the mapping does not name",
     "openai-gpt": "no KV cache: takes no past_key_values",
     "qwen3_5": "its text model is listed as qwen3_5_text",
     "qwen3_5_moe": "its text model is listed as qwen3_5_moe_text",

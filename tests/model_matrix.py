@@ -29,10 +29,10 @@ FLOAT32_IF_PADDED = {"gemma2", "granite_swa", "granitemoe_swa", "vaultgemma"}
 # The experts of transformers 5.17 count their tokens on the CPU, where a plan cannot follow.
 UNPLANNED = {"aria_text"}
 # Why an architecture is refused, and what the error says. All are refused before a token that could be wrong.
-BYPASS = "computes attention by itself, not through transformers' attention interface"
+BYPASS = "computes attention in its own code, not through transformers' attention interface"
 MIXED = "changes keys or values between cache and attention"
-INDEXER = "picks tokens by an indexer over the whole sequence (sparse attention)"
-BIASED = "adds a bias that goes by where a token stands"
+INDEXER = "selects tokens with an indexer over the whole sequence (sparse attention)"
+BIASED = "adds a position bias to the attention logits"
 UNMASKED = "cannot take the mask of a cache that can be compiled"
 ERRORS = {
     BYPASS: "did not read the paged cache",
@@ -152,16 +152,17 @@ def small_budget(name: str, method: str = "raas", steps: int = STEPS, **changes)
 PAGE = """# Models
 
 `python -m tests.model_matrix > docs/models.md` wrote this page with transformers {version}: {served} of the {built}
-architectures that `AutoModelForCausalLM` builds from a tiny random config are served by
-`RaaSCache(budget=...)`, {refused} are refused with an error that says why, before a token that could be wrong.
+architectures that `AutoModelForCausalLM` builds from a tiny random config are served by `RaaSCache(budget=...)`. The
+other {refused} are refused with an error that gives the reason, before a wrong token is generated.
 
-- *full budget*: a left-padded batch generates, token for token, what it generates with `DynamicCache`.
-- *small budget*: over {steps} tokens at a budget of {budget}, tokens and residents are those of the brute-force oracle,
-  on every layer that is paged; the column counts the pages evicted.
-- *paged*: layers with full attention, of all layers. The others (sliding windows, chunks, linear attention, layers that
-  share another's KV) keep the bounded cache that transformers gives them.
-- *config*: the layers must be known before the first attention call: `RaaSCache(budget, config=model.config)`.
-  Without it an error says so. Elsewhere the argument is welcome and not needed.
+- *full budget*: a left-padded batch generates the same tokens as with `DynamicCache`.
+- *small budget*: over {steps} tokens at a budget of {budget}, the generated tokens, and the tokens held in every paged
+  layer, equal the brute-force oracle. The column also shows how many pages were evicted.
+- *paged*: the number of layers with full attention, of all layers. The other layers (sliding windows, chunks, linear
+  attention, layers that share the KV of another layer) keep the bounded cache that transformers gives them.
+- *config*: the cache must know the layer types before the first attention call:
+  `RaaSCache(budget, config=model.config)`. Without `config`, an error says so. All other models accept the argument,
+  but do not need it.
 
 | architecture | attention | paged | config | full budget | small budget |
 |---|---|---|---|---|---|
@@ -169,16 +170,17 @@ architectures that `AutoModelForCausalLM` builds from a tiny random config are s
 
 ## Models with an encoder
 
-The decoder's self-attention is paged, and what the encoder gave has a cache of its own:
-`past_key_values=EncoderDecoderCache(RaaSCache(budget=256), DynamicCache())`. BART, Marian and Whisper are tested so,
-with evictions against the brute-force oracle. T5 and its relatives are refused, because a bias goes by where a token
-stands.
+The cache pages the decoder's self-attention. The keys and values of the encoder need a cache of their own:
+`past_key_values=EncoderDecoderCache(RaaSCache(budget=256), DynamicCache())`. BART, Marian and Whisper are tested this
+way, with evictions, against the brute-force oracle. T5 and similar models are refused, because their attention adds a
+position bias.
 
 ## Phi-3 beyond its first context length
 
-Phi-3, PhiMoE and Phi-4-multimodal drop any cache when the text exceeds `original_max_position_embeddings`. The paged
-cache is kept where RoPE does not change there; where it changes, [an error says what to
-do](troubleshooting.md#drops-its-cache-and-goes-on-with-a-dynamiccache). No other model of transformers drops it.
+Phi-3, PhiMoE and Phi-4-multimodal drop any cache when the text becomes longer than
+`original_max_position_embeddings`. The paged cache is kept if RoPE does not change at this length. If RoPE changes,
+[an error says what to do](troubleshooting.md#drops-its-cache-and-goes-on-with-a-dynamiccache). No other model in
+transformers drops its cache.
 
 ## Refused
 

@@ -64,6 +64,27 @@ class PagedKV:
     key_max: Tensor | None = None
     states: Tensor | None = None
 
+    @classmethod
+    def filled(cls, keys: Tensor, values: Tensor, page_size: int) -> PagedKV:
+        """A cache whose slots all hold a visible token, in the order of the sequence, in evictable pages.
+
+        Args:
+            keys, values: `[B, H, N, Dk]` and `[B, H, N, Dv]`, the buffers to use; N is a multiple of `page_size`.
+        """
+        (batch, heads, slots), device = keys.shape[:3], keys.device
+        positions = torch.arange(slots, dtype=torch.int32, device=device).expand(batch, heads, -1).contiguous()
+        return cls(
+            keys=keys,
+            values=values,
+            bias=torch.zeros(batch, heads, slots, dtype=torch.promote_types(keys.dtype, torch.float32), device=device),
+            positions=positions,
+            priority=positions[..., ::page_size].double(),
+            evictable=torch.ones(batch, slots // page_size, dtype=torch.bool, device=device),
+            open_slot=torch.full((batch, heads), slots - page_size, dtype=torch.int64, device=device),
+            clock=torch.full((batch, heads, 2), slots - 1, dtype=torch.int64, device=device),
+            page_size=page_size,
+        )
+
     @property
     def num_pages(self) -> int:
         """P, the number of pages of each row."""

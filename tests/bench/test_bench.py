@@ -13,7 +13,6 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-import raas_kernels
 from raas_cache import list_methods
 from raas_cache.bench import filling, kernels, report, steps
 from raas_cache.bench.filling import Filler, build_model, fast_forward, load_config
@@ -21,6 +20,7 @@ from raas_cache.bench.kernels import kernel_table, run_kernels
 from raas_cache.bench.steps import BASELINES, Plan, run
 from raas_cache.common.upstream import CACHE_ARGUMENT
 from raas_cache.methods.registry import POLICIES
+from raas_kernels import PagedKV, attend
 
 
 CPU = torch.device("cpu")
@@ -368,7 +368,7 @@ def test_dense_kernels_compute_the_same():
     query, keys, values = (torch.randn(2, heads, length, 16) for heads, length in ((4, 1), (2, 64), (2, 64)))
     dense = kernels._dense_kernels((query, keys, values))
     assert {"sdpa math", "sdpa math, packed"} <= dense.keys()
-    ours, _ = raas_kernels.attend(query, keys, values, torch.zeros(2, 2, 64), scale=0.25, page_size=4)
+    ours, _ = attend(PagedKV.filled(keys, values, page_size=4), query, scale=0.25)
     for name, kernel in dense.items():
         torch.testing.assert_close(kernel(query, keys, values), ours, msg=name)
 

@@ -47,7 +47,8 @@ def attend(
 
     Returns:
         output `[R, H * G, 1, Dv]` in the query's dtype, and scores `[R, H, P]` float32 (float64 for float64 inputs).
-        With `selected`, the scores are `[R, H, K]`, in its order, 0 for -1. A row without a visible token gives NaN.
+        With `selected`, the scores are `[R, H, K]`, in its order, 0 for -1. The output of a row without a visible token
+        is NaN, and its scores have no meaning.
     """
     if torch.compiler.is_compiling() and not is_traceable(query.device):
         result: tuple[Tensor, Tensor] = _attend(
