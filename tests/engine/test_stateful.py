@@ -222,14 +222,15 @@ class CacheMachine(RuleBasedStateMachine):
         if not self.seen:
             return
         layer = self.cache.layers[0]
-        pages = layer.positions[..., layer.pinned_pages * layer.page_size :: layer.page_size]
+        kv = layer.engine.kv
+        pages = kv.first
         for row in range(self.rows):
             for head in range(self.kv_heads):
                 state = self.oracle.heads[0, row, head]
                 assert resident_set(self.cache, 0, row, head) == self.oracle.resident_set(0, row, head)
                 assert self.cache.evicted_pages(0)[row, head] == state.evicted
-                held = layer.priority[row, head] > float("-inf")
-                held_pages, priority = pages[row, head][held], layer.priority[row, head][held]
+                held = kv.held[row, head]
+                held_pages, priority = pages[row, head][held], kv.priority[row, head][held]
                 stamps = dict(zip(held_pages.tolist(), priority.tolist(), strict=True))
                 for page in (page for page in state.pages if not page.pinned):
                     stamp = stamps.pop(page.tokens[0])

@@ -67,7 +67,7 @@ def test_plan_is_what_a_run_allocates(name, budget, options):
     assert planned.dense_nbytes == kv_nbytes(dense)
     assert planned.is_over_budget == cache.is_over_budget == (budget == 16 and options.get("prompt") != "evict")
     paged = [layer for layer in cache.layers if hasattr(layer, "decode_pages") and layer.is_initialized]
-    assert planned.decode_tokens == min(layer.decode_pages * layer.page_size for layer in paged)
+    assert planned.decode_tokens == min(int(layer.table.counts.limit.min()) * layer.settings.page_size for layer in paged)
     assert (planned.paged_layers, planned.layers) == (len(paged), len(dense.layers))
 
 

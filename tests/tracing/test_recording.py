@@ -149,7 +149,7 @@ def test_tokens_are_unchanged(model, method, options):
         tokens = generate(model, inputs, cache, 80, **options)
     assert torch.equal(tokens, expected)
     for layer in range(2):
-        assert torch.equal(cache.layers[layer].priority, plain.layers[layer].priority)
+        assert torch.equal(cache.layers[layer].engine.kv.priority, plain.layers[layer].engine.kv.priority)
         assert torch.equal(cache.resident_positions(layer), plain.resident_positions(layer))
     assert recording.history(1, 0).steps[-1] == cache.get_seq_length() - 1
 
@@ -168,7 +168,7 @@ def test_off_again_a_step_launches_what_it_did():
         while_on = count()
     assert count() == before != while_on
     assert len(recording.layers[0].entries) == 1
-    assert recording.nbytes == cache.layers[0].num_heads * (8 * 12 + 4), "eight pages, and a count of tokens"
+    assert recording.nbytes == cache.layers[0].table.num_heads * (8 * 12 + 4), "eight pages, and a count of tokens"
 
 
 def test_a_recorded_step_is_not_compiled(model):
@@ -280,7 +280,7 @@ def test_resetting_begins_anew_and_a_copy_has_a_copy(model):
         assert not recording.layers[0].entries
         generate(model, prompt(1, 14), cache, 10)
     assert len(recording.history(0, 0).steps) == 9
-    assert len(copied.layers[0].recorder.forwards()) == 29
+    assert len(copied.layers[0].trace.forwards()) == 29
 
 
 def test_layers_and_heads_are_chosen(model):
@@ -376,7 +376,7 @@ def test_an_error_ends_the_recording(model):
     with pytest.raises(KeyError), record(cache):
         generate(model, prompt(1, 14), cache, 5)
         raise KeyError
-    assert cache.layers[0].recorder is None
+    assert cache.layers[0].trace is None
     with record(cache) as recording:
         pass
     assert not recording.recorded
@@ -385,7 +385,7 @@ def test_an_error_ends_the_recording(model):
         generate(model, prompt(1, 14), cache, 5)
         cache.reset()
     generate(model, prompt(1, 14), cache, 5)
-    assert not recording.recorded and all(layer.recorder is None for layer in cache.layers)
+    assert not recording.recorded and all(layer.trace is None for layer in cache.layers)
 
 
 def test_a_dense_recording_is_where_attention_went(model):
