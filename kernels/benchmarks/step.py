@@ -73,7 +73,10 @@ def contenders(shape, options):
     heads, group = shape
     layers = cold_copies(1, BUDGET, options, heads)
     config = LlamaConfig(
-        hidden_size=64, num_attention_heads=heads * group, num_key_value_heads=heads, head_dim=HEAD_SIZE
+        hidden_size=heads * group * HEAD_SIZE,
+        num_attention_heads=heads * group,
+        num_key_value_heads=heads,
+        head_dim=HEAD_SIZE,
     )
     config._attn_implementation = "sdpa"
     attention = LlamaAttention(config, 0).to(options.device, options.dtype).eval()
