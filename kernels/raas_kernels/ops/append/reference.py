@@ -106,9 +106,8 @@ def append_in_graph(
     `torch.compile` traces it into one graph.
     """
     size, device = kv.page_size, key.device
-    if rows is None:
-        rows = torch.arange(key.shape[0], device=device)
-    row, head = rows[:, None], torch.arange(key.shape[1], device=device)  # [R, 1] and [H] index [R, H]
+    row = (torch.arange(key.shape[0], device=device) if rows is None else rows)[:, None]
+    head = torch.arange(key.shape[1], device=device)  # row [R, 1] and head [H] index [R, H]
 
     def put(buffer: Tensor, index: Tensor, new: Tensor) -> None:
         """Write `new` at `index` `[R, H]` or `[R, H, S]` of the buffer's third dimension."""
@@ -116,19 +115,18 @@ def append_in_graph(
         buffer.index_put_((*spread, index), new.to(buffer.dtype))  # inductor does this in place, unlike scatter_
 
     # 1. Advance the clock.
-    clock = kv.clock[row, head] + 1  # [R, H, 2]
-    kv.clock.index_put_((row, head), clock)
+    clock = take_rows(kv.clock, rows) + 1  # [R, H, 2]
+    _put_rows(kv.clock, rows, clock)
     now, offset = clock[..., 0], clock[..., 1] % size  # [R, H]
 
     # 2. If the open page is full, recycle a page: no token, positions to come, no states.
     opening = offset == 0
-    start = torch.where(opening, victim(kv, rows) * size, kv.open_slot[row, head])
-    kv.open_slot.index_put_((row, head), start)
+    start = torch.where(opening, victim(kv, rows) * size, take_rows(kv.open_slot, rows))
+    _put_rows(kv.open_slot, rows, start)
     page, lane = start // size, torch.arange(size, device=device)
     slots = start[..., None] + lane  # [R, H, S]
     at = (row[..., None], head[:, None], slots)
-    positions = torch.where(opening[..., None], (now[..., None] + lane).int(), kv.positions[at])
-    put(kv.positions, slots, positions)
+    put(kv.positions, slots, torch.where(opening[..., None], (now[..., None] + lane).int(), kv.positions[at]))
     shown = torch.ones_like(opening) if visible is None else visible[:, None].expand_as(opening)
     others = torch.where(opening[..., None], float("-inf"), kv.bias[at])
     own = torch.where(shown, 0.0, float("-inf")).to(kv.bias.dtype)
@@ -155,6 +153,14 @@ def append_in_graph(
         ):
             seen = torch.where(shown[..., None], key, empty)
             put(extreme, page, torch.where(opening[..., None], seen, fold(extreme[row, head, page], seen)))
+
+
+def _put_rows(buffer: Tensor, rows: Tensor | None, new: Tensor) -> None:
+    """Write `new` `[R, ...]` into the rows of a buffer `[B, ...]`."""
+    if rows is None:
+        buffer.copy_(new)
+    else:
+        buffer.index_copy_(0, rows, new)
 
 
 def _writes(kv: PagedKV, key: Tensor, value: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
