@@ -1,0 +1,218 @@
+"""The pages are true: numbers are those in docs/results, messages those in the code, links lead somewhere."""
+
+import ast
+import configparser
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_origin
+
+import pytest
+
+import raas_cache
+import raas_cache.eval
+import raas_kernels
+from raas_cache.eval.settings import common_options
+
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+METHODS = (ROOT / "docs" / "methods.md").read_text()
+RESULTS = ROOT / "docs" / "results"
+STUDY = (RESULTS / "study" / "study.md").read_text()
+
+
+def table(text, after):
+    """Body rows of the first Markdown table after some words: cells by header."""
+    lines = text[text.index(after) :].splitlines()
+    start = next(place for place, line in enumerate(lines) if line.startswith("|"))
+    rows = []
+    for line in lines[start:]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip().strip("`") for cell in line.strip().strip("|").split("|")])
+    return [dict(zip(rows[0], row, strict=True)) for row in rows[2:]]
+
+
+def rows_of_the_study():
+    study = {(row["method"], row["budget"]): row for row in table(STUDY, "## Every method")}
+    return study | {(row["method"], row["budget"]): row for row in table(STUDY, "## RaaS, one option")}
+
+
+@pytest.mark.parametrize("page", [README, METHODS], ids=["README", "methods"])
+def test_methods(page):
+    study = rows_of_the_study()
+    shown = table(page, "at half of the tokens")
+    assert len(shown) > 10
+    for row in shown:
+        found = study[row["method"], row["budget"]]
+        assert row == {name: found[name] for name in row}
+
+
+def test_choosing_a_budget():
+    study, page = rows_of_the_study(), (ROOT / "docs" / "choosing-a-budget.md").read_text()
+    starts = [match.start() for match in re.finditer(r"^\| method \| budget", page, re.MULTILINE)]
+    assert len(starts) >= 6
+    for start in starts:
+        for row in table(page[start:], "| method"):
+            found = study[row["method"], row["budget"]]
+            assert row == {name: found[name] for name in row}
+    for method in ("raas:scoring=minmax", "raas:granularity=layer", "raas:top_ratio=0.5"):
+        assert study[method, "384"]["accuracy (95 % interval)"].partition("%")[0] + " %" in page
+
+
+def test_eight_bits():
+    found = table((RESULTS / "eval-h100.md").read_text(), "int8")
+    for row in table(METHODS, "### 8-bit stores"):
+        assert row in [{name: one[name] for name in row} for one in found]
+
+
+def test_study_is_what_the_script_runs():
+    pytest.importorskip("matplotlib")
+    spec = importlib.util.spec_from_file_location("study", ROOT / "examples" / "study.py")
+    study = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(study)
+    for after, of in zip(("## Every method", "## RaaS, one option"), study.sections(quick=False), strict=True):
+        common = common_options(of)
+        wanted = [(one.label_but(common), "all" if one.budget is None else str(one.budget)) for one in of]
+        assert sorted(wanted) == sorted(
+            (row["method"], row["budget"]) for row in table(STUDY, after) if row["method"] != "raas, by layer"
+        )
+
+
+def test_demo():
+    boxed = [[cell.strip() for cell in line.split("│")[1:-1]] for line in STUDY.splitlines() if line.startswith("│")]
+    shown = table(README, "What `make demo` ends with")
+    assert len(shown) == len(boxed) == 4
+    for row, (_, budget, exact, _, _, size, evicted) in zip(shown, boxed, strict=True):
+        assert row["budget"].replace(" ", "") == budget.replace(" ", "")
+        assert (row["chains exact"], row["KV"], row["pages evicted"] or "-") == (exact, size, evicted)
+
+
+@pytest.mark.parametrize(
+    ("shown", "method", "mode"),
+    [
+        ("RaaSCache(budget=2048)", "raas", "compiled"),
+        ("StaticCache`, as long as needed", "StaticCache(seen)", "compiled"),
+        ("StaticCache(max_cache_len=2048)", "StaticCache(budget)", "compiled"),
+    ],
+)
+def test_steps_on_the_gpu(shown, method, mode):
+    rows = json.loads((RESULTS / "bench-h200.json").read_text())["rows"]
+    (line,) = (row for row in table(README, "## What a step costs") if row["cache"] == shown)
+    for seen in (2048, 32_768, 131_072):
+        of = {"method": method, "seen": seen, "mode": mode}
+        (row,) = (row for row in rows if of.items() <= row["case"].items())
+        cell = line[f"after {seen:,}" + " tokens" * (seen == 2048)]
+        assert cell == (f"{row['timing']['median']:.2f} ms" if row["timing"] else "does not fit")
+        if seen == 32_768:
+            assert line["KV at 32,768"] == f"{row['kv_bytes'] / 1e9:.1f} GB"
+
+
+def test_models_served():
+    said = re.search(r"with transformers (\S+)\.\d+: (\d+ of the \d+)", (ROOT / "docs" / "models.md").read_text())
+    for page in ("README.md", "CHANGELOG.md"):
+        text = " ".join((ROOT / page).read_text().split())
+        assert re.search(rf"{said[2]} decoder architectures (in|of) transformers {said[1]} are served", text), page
+
+
+def test_links_lead_somewhere():
+    for page in [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+            assert target.startswith("http") or (page.parent / target).exists(), (page.name, target)
+
+
+def trees():
+    for folder in (ROOT / "src" / "raas_cache", ROOT / "kernels" / "raas_kernels"):
+        for path in sorted(folder.rglob("*.py")):
+            yield path, ast.parse(path.read_text())
+
+
+def template(node):
+    """What a string says, with an ellipsis for what differs."""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else None
+
+
+def messages():
+    """Where an error is raised or a warning given, and what it says, if that is written there."""
+    for path, tree in trees():
+        for node in ast.walk(tree):
+            call = node.exc if isinstance(node, ast.Raise) else node
+            is_warning = isinstance(call, ast.Call) and ast.unparse(call.func) == "warnings.warn"
+            if isinstance(call, ast.Call) and call.args and (isinstance(node, ast.Raise) or is_warning):
+                yield f"{path.name}:{call.lineno}", template(call.args[0])
+
+
+TROUBLES = re.findall(r"^### `(.*)`$", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
+
+
+def test_messages_in_troubleshooting_are_in_the_code():
+    said = {template(node) or "" for _, tree in trees() for node in ast.walk(tree)}
+    assert len(TROUBLES) > 50
+    assert [trouble for trouble in TROUBLES if not any(trouble in text for text in said)] == []
+
+
+def test_messages_in_the_code_are_in_troubleshooting():
+    said = {place: text for place, text in messages() if text and len(re.findall(r"\w+", text)) > 2}
+    assert len(said) > 50
+    missing = {place: text for place, text in said.items() if not any(trouble in text for trouble in TROUBLES)}
+    assert missing == {}, "give each a heading in docs/troubleshooting.md, its constant part in backticks"
+
+
+@pytest.mark.parametrize("package", [raas_cache, raas_cache.eval, raas_kernels], ids=lambda package: package.__name__)
+def test_reference_has_every_public_name(package):
+    page = (ROOT / "docs" / "api.md").read_text()
+    listed = set(re.findall(r"^(?:::: |    +heading: )([\w.]+)$", page, re.MULTILINE))
+    names = {f"{package.__name__}.{name}" for name in package.__all__ if get_origin(getattr(package, name)) is None}
+    assert names <= listed
+
+
+def test_citation_and_changelog_have_the_version():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    version = setup["metadata"]["version"]
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## [{version}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def build(config, site):
+    """Build the site strictly; what it says."""
+    for package in ("mkdocs", "material", "mkdocstrings_handlers.python"):
+        pytest.importorskip(package)
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--config-file", config, "--site-dir", site]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_site_builds_and_asks_no_other_host(tmp_path):
+    result = build(ROOT / "mkdocs.yml", tmp_path)
+    assert result.returncode == 0, result.stderr
+    pages = list(tmp_path.rglob("*.html"))
+    assert len(pages) > 15
+    for page in pages:
+        loaded = re.findall(r"<(?:script|img|iframe|source)[^>]* src=\"?([^\" >]+)", page.read_text())
+        loaded += re.findall(
+            r"<link[^>]* rel=\"?(?:stylesheet|preconnect|icon)[^>]* href=\"?([^\" >]+)", page.read_text()
+        )
+        assert [target for target in loaded if "//" in target] == [], page
+    # What a page links to outside docs/ has come along.
+    assert (tmp_path / "tests" / "cache" / "test_upstream.py").exists()
+    assert (tmp_path / "changelog" / "index.html").exists()
+
+
+def test_broken_links_and_anchors_fail_the_build(tmp_path):
+    for name in ("mkdocs.yml", "CHANGELOG.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("docs", "src", "kernels", "tests"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
+    with (tmp_path / "docs" / "index.md").open("a") as page:
+        page.write("\n[a](no-such-page.md) [b](methods.md#no-such-heading) [c](../src/no_such_file.py)\n")
+    result = build(tmp_path / "mkdocs.yml", tmp_path / "site")
+    assert result.returncode != 0
+    for target in ("no-such-page.md", "#no-such-heading", "no_such_file.py"):
+        assert target in result.stderr

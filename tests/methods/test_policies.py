@@ -1,0 +1,203 @@
+"""Methods by name, a user's own, budgets by layer; and that to add a method takes a file and a line."""
+
+import math
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import raas_cache
+from raas_cache import PagedCache, Policy, RaaSCache, from_name, learn_budgets, list_methods, register_policy
+from raas_cache.common.measure import wilson_interval
+from raas_cache.eval import chain_task, run
+from raas_cache.eval.chains import problems, share_right, tokens_of
+from raas_cache.eval.settings import Setting
+from raas_cache.methods.raas import RaaSPolicy
+from raas_cache.methods.registry import POLICIES
+from raas_cache.sizing.learn_budgets import _deal_out, _interpolated
+
+from ..helpers import generate, prompt, resident_set, tiny_model
+
+
+ROOT = Path(__file__).parents[2]
+NEW_METHOD = """
+from dataclasses import dataclass
+from ..engine.policy import Pages, Policy
+from .registry import register_policy
+
+@register_policy("newest")
+@dataclass(frozen=True)
+class NewestPolicy(Policy):
+    def on_scores(self, pages: Pages) -> None:
+        pass
+"""
+USE = """
+import torch
+from raas_cache import from_name, list_methods
+from tests.helpers import generate, prompt, tiny_model
+cache = from_name("newest", 52, page_size=4)
+generate(tiny_model(), prompt(), cache, 60)
+print("newest" in list_methods(), cache.evicted_pages(0)[0, 0].item())
+"""
+
+
+def code_of(page):
+    return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
+
+
+@pytest.fixture
+def registry():
+    before = dict(POLICIES)
+    yield
+    POLICIES.clear()
+    POLICIES.update(before)
+
+
+def test_the_page_on_new_methods_runs(registry, capsys):
+    blocks = code_of("new-method.md")
+    assert len(blocks) == 2 and len(blocks[0].splitlines()) <= 30
+    names = {"model": tiny_model(), "inputs": prompt(2, 30, (7, 0))}
+    for block in blocks:
+        exec(compile(block, "docs/new-method.md", "exec"), names)
+    assert "FadingAttention(half_life=50.0)" in capsys.readouterr().out
+    assert names["out"].shape == (2, 430) and names["cache"].evicted_pages(1).min() > 20
+    assert "fading" in list_methods()
+    # It is neither a window nor the cache of another half-life.
+    held = resident_set(names["cache"], 1, 0, 0)
+    assert min(t for t in held if t >= 30) < 430 - 256
+    other = from_name("fading", budget=256, half_life=5.0, page_size=4, prompt="pin")
+    generate(names["model"], names["inputs"], other, 400)
+    assert resident_set(other, 1, 0, 0) != held
+
+
+def test_a_method_more_takes_a_file_and_a_line(tmp_path):
+    source = shutil.copytree(ROOT / "src" / "raas_cache", tmp_path / "raas_cache")
+    (source / "methods" / "newest.py").write_text(NEW_METHOD)
+    with (source / "methods" / "__init__.py").open("a") as file:
+        file.write("from .newest import NewestPolicy as NewestPolicy\n")
+    path = {"PYTHONPATH": f"{tmp_path}:{ROOT / 'kernels'}:{ROOT}", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([sys.executable, "-c", USE], capture_output=True, text=True, env=path, cwd=tmp_path)
+    assert result.stdout == "True 7\n", result.stderr
+
+
+def test_each_method_is_one_short_file():
+    folder = ROOT / "src" / "raas_cache" / "methods"
+    files = {path.stem: len(path.read_text().splitlines()) for path in folder.glob("*.py")}
+    assert set(list_methods()) == files.keys() - {"__init__", "registry"}
+    lines = (folder / "__init__.py").read_text().splitlines()
+    for name in list_methods():
+        assert sum(f".{name} " in line for line in lines) == 1
+        assert files[name] < 110, name
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "error", "message"),
+    [
+        ("qest", {}, ValueError, "name='qest' is not a method: did you mean 'quest'?"),
+        ("xyz", {}, ValueError, "name='xyz' is not a method: use one of dense, h2o, quest"),
+        ("h2o", {"recent_ratio": 1.5}, ValueError, r"recent_ratio=1.5 must lie in \[0, 1\]"),
+        ("rkv", {"importance_weight": -1}, ValueError, r"importance_weight=-1 must lie in \[0, 1\]"),
+        ("quest", {"dense_layers": -1}, ValueError, "dense_layers=-1 must be 0 or more"),
+        ("quest", {"prompt": "evict"}, ValueError, "prompt='evict' is not what QuestPolicy can do: .* 'select', 'pin'"),
+        ("dense", {"prompt": "select"}, ValueError, "prompt='select' is not what DensePolicy can do"),
+        ("raas", {"prompt": "keep"}, ValueError, "prompt='keep' is unknown: use one of 'pin', 'select', 'evict'"),
+        ("raas", {"kv_dtype": "int4"}, ValueError, "kv_dtype='int4' is unknown: use one of None, 'int8', 'fp8'"),
+        ("raas", {"top_ratio": "0.5"}, TypeError, "top_ratio='0.5' must be a number, not str"),
+        ("raas", {"budget": [64, 0]}, ValueError, "budget=0 must be positive"),
+        ("raas", {"budget": []}, ValueError, "budget=.. must be an int, or have an int for each layer"),
+        ("h2o", {"alpha": 0.1}, TypeError, "alpha"),
+    ],
+    ids=str,
+)
+def test_bad_arguments(name, kwargs, error, message):
+    with pytest.raises(error, match=message):
+        from_name(name, **{"budget": 64, **kwargs})
+
+
+def test_what_never_evicts_does_not_warn_of_a_long_prompt():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "`past_key_values`", FutureWarning)
+        for name in ("dense", "quest"):
+            generate(tiny_model(), prompt(2, 40), from_name(name, 16), 3)
+
+
+def test_a_policy_that_is_none():
+    with pytest.raises(TypeError, match="policy='raas' must be a raas_cache"):
+        PagedCache(64, policy="raas")
+    with pytest.raises(TypeError, match=r"policy=.* must be a subclass of raas_cache.Policy"):
+        register_policy("mine")(dict)
+
+
+def test_a_name_belongs_to_one_policy(registry):
+    with pytest.raises(ValueError, match="name='raas' belongs to RaaSPolicy already: choose another name"):
+        register_policy("raas")(type("Other", (Policy,), {}))
+    assert register_policy("raas")(RaaSPolicy) is RaaSPolicy
+
+
+def test_evicted_input_is_not_taken_back():
+    cache = from_name("h2o", 64, page_size=4)
+    with pytest.raises(ValueError, match=r"prompt='evict' drops input for good.*use prompt='pin' or 'select'"):
+        generate(tiny_model(), prompt(), cache, 10, sample=False, prompt_lookup_num_tokens=3)
+    cache = from_name("h2o", 64, page_size=4)
+    generate(tiny_model(), prompt(), cache, 10)
+    with pytest.raises(RuntimeError, match="can take back only 0 tokens"):
+        cache.crop(-1)
+
+
+class TestBudgetsByLayer:
+    def test_each_layer_has_its_own(self):
+        cache = RaaSCache([96, 48], page_size=4, min_decode_pages=7)
+        generate(tiny_model(), prompt(), cache, 120)
+        assert [cache.resident_positions(layer).shape[2] for layer in (0, 1)] == [96, 48]
+        assert cache.evicted_pages(0).max() < cache.evicted_pages(1).min()
+        assert repr(cache).startswith("RaaSCache(budget=(96, 48), held=")
+
+    def test_too_few_of_them(self):
+        with pytest.raises(ValueError, match=r"budget=\(96,\) has 1 entries, and the model has a layer 1"):
+            generate(tiny_model(), prompt(), RaaSCache([96], page_size=4), 10)
+
+    def test_pages_go_where_they_save_most(self):
+        flat, near, far = [1.0, 1.0, 1.0, 1.0, 0.0], [9.0, 0.5, 0.2, 0.1, 0.0], [9.0, 9.0, 9.0, 0.0, 0.0]
+        assert _deal_out({0: flat, 1: near, 2: far}, 2) == {0: 1, 1: 2, 2: 3}
+        assert _deal_out({0: [0.0] * 9, 1: [0.0] * 9}, 3) == {0: 3, 1: 3}
+        assert _interpolated([2, 4], [6.0, 2.0], 6) == [6.0, 6.0, 6.0, 4.0, 2.0, 1.0, 0.0]
+
+    def test_learnt_ones_keep_more_of_a_chain_right(self):
+        tokenizer = AutoTokenizer.from_pretrained(raas_cache.embedded_model())
+        model = AutoModelForCausalLM.from_pretrained(raas_cache.embedded_model(), dtype=torch.float32).eval()
+        sample = problems(8, 20, seed=0, split="train")
+        inputs = tokenizer([p.prompt for p in sample], padding=True, return_tensors="pt", return_token_type_ids=False)
+        budget = math.ceil(tokens_of(sample[0]) / 2)
+        budgets = learn_budgets(model, inputs, budget, 250, page_size=4, levels=(0.5, 1.0, 2.0))
+        assert sum(budgets) <= 3 * budget and budgets[1] == max(budgets), "it is layer 1 that looks lines up"
+        fresh, options = chain_task(problems(16, 20, seed=0)), {"page_size": 4, "min_decode_pages": 1}
+        settings = [Setting("raas", size, options) for size in (tuple(budgets), budget)]
+        rows = run(model, tokenizer, fresh, settings, batch_size=16)
+        learnt, same = rows[:16], rows[16:]
+        assert learnt[0].kv_bytes <= same[0].kv_bytes
+        right = [sum(share_right(row.output, row.gold) for row in part) / 16 for part in (learnt, same)]
+        assert right[0] > right[1] + 0.02
+
+    def test_nothing_to_learn_from(self):
+        model = tiny_model(dtype=torch.float32)
+        with pytest.raises(ValueError, match="budget=24 leaves no page of 16 tokens beside a prompt of 20 tokens"):
+            learn_budgets(model, prompt(), 24, 10)
+        with pytest.raises(ValueError, match="budget=256 costs nothing over max_new_tokens=10: generate more"):
+            learn_budgets(model, prompt(), 256, 10)
+
+
+def test_wilson_interval():
+    assert wilson_interval(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+    assert wilson_interval(81, 100) == pytest.approx((0.7222, 0.8749), abs=1e-4)
+
+
+def test_public_names_are_documented():
+    for name in raas_cache.__all__:
+        assert getattr(raas_cache, name).__doc__, name
