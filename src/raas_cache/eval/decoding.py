@@ -52,7 +52,7 @@ class Decoding:
         if self.temperature < 0:
             raise ValueError(f"temperature={self.temperature} must not be negative; 0 is greedy.")
         if self.temperature and not COLDEST <= self.temperature < math.inf:
-            raise ValueError(f"temperature={self.temperature} must be 0, or a finite number from {COLDEST} on.")
+            raise ValueError(f"temperature={self.temperature} must be 0, or a finite number of at least {COLDEST}.")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must be in (0, 1].")
         if not 0 <= self.seed < 1 << 32:

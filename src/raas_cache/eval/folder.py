@@ -70,12 +70,12 @@ def prepare(out: Path, inputs: dict[str, Any], methods: dict[str, str], task: Ta
         for name, theirs, ours in both:
             if theirs != ours:
                 raise ValueError(
-                    f"out={str(out)!r} holds rows with {name}={theirs!r}, this run has {ours!r}: give another folder."
+                    f"out={str(out)!r} contains rows with {name}={theirs!r}, but this run has {ours!r}: give another folder."
                 )
         rows = read_rows(out)
         for row in rows:
             if row.index < len(hashes) and row.prompt_hash != hashes[row.index]:
-                raise ValueError(f"out={str(out)!r} has row {row.index} of another prompt: give another folder.")
+                raise ValueError(f"out={str(out)!r} contains row {row.index} with another prompt: give another folder.")
         _mark_again(out, rows, task, task.marker is not None and task.marker == known_marker)
     else:
         known, known_methods = {}, {}
@@ -125,7 +125,7 @@ def _mark_again(out: Path, rows: list[Row], task: Task, marker_is_same: bool) ->
                 lines[place] = changed[key].to_json().encode("utf-8", "surrogatepass").rstrip(b"\n")
         _write_whole(path, b"\n".join(lines))
     warnings.warn(
-        f"out={str(out)!r}: gold answers or the marker have changed, so rows are marked again: {len(changed)}.",
+        f"out={str(out)!r}: gold answers or the marker have changed, so rows were marked again; changed rows: {len(changed)}.",
         stacklevel=2,
     )
 

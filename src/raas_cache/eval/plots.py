@@ -84,7 +84,7 @@ def plot(folder: Path) -> list[Path]:
     if bench.exists():
         drawn |= report.figures(report.read_json(bench))
     if not drawn:
-        raise ValueError(f"folder='{folder}' holds no results: run raas-cache eval --out {folder} first.")
+        raise ValueError(f"folder='{folder}' contains no results: run raas-cache eval --out {folder} first.")
     return reporting.save(drawn, folder)
 
 

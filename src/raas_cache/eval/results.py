@@ -194,8 +194,8 @@ def read_rows(folder: Path) -> list[Row]:
                 row = Row.from_json(line)
             except ValueError as error:
                 warnings.warn(
-                    f"{path}, line {number} is damaged ({error}): its row is left out. Delete the line to be told no "
-                    "more.",
+                    f"{path}, line {number} is damaged ({error}): its row is ignored. Delete the line to stop "
+                    "this warning.",
                     stacklevel=2,
                 )
                 continue

@@ -83,9 +83,9 @@ def parse_methods(text: str, **common: Any) -> list[tuple[str, dict[str, Any]]]:
                 raise ValueError(f"method={entry.strip()!r}: write {part!r} as {part}=VALUE.")
             option = option.strip()
             if option in options:
-                raise ValueError(f"method={entry.strip()!r}: {option!r} is named twice, leave one out.")
+                raise ValueError(f"method={entry.strip()!r}: {option!r} is given twice: remove one of the two.")
             if option in ("name", "budget", "config"):
-                raise ValueError(f"method={entry.strip()!r}: {option!r} is given for all methods, leave it out here.")
+                raise ValueError(f"method={entry.strip()!r}: {option!r} applies to all methods: remove it here.")
             options[option] = _literal(value.strip())
         methods.append((name, options if name == DYNAMIC else {**common, **options}))
     return methods

@@ -92,8 +92,8 @@ class Task:
             return ids
         except Exception as error:  # tokenizers raises plain exceptions
             raise ValueError(
-                f"The model's tokenizer cannot read {self.name!r} ({error}): take a model of this language; the "
-                "embedded one knows chains only."
+                f"The model's tokenizer cannot read {self.name!r} ({error}): use a model that knows these words; "
+                "the embedded model only knows chains."
             ) from error
 
 
@@ -125,7 +125,7 @@ def load_task(name: str, limit: int | None = None, seed: int = 0) -> Task:
         )
         raise ValueError(f"dataset={name!r} is not a data set: {hint}")
     if entry is None and not Path(name).is_file():
-        raise ValueError(f"dataset={name!r} is not there: check the path.")
+        raise ValueError(f"dataset={name!r} does not exist: check the path.")
     answers.require_math_verify()
     rows = _load_rows(name, entry)
     rows = rows.select(range(min(limit or len(rows), len(rows))))

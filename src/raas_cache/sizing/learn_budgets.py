@@ -68,7 +68,9 @@ def learn_budgets(
     prompt_pages, text_pages = math.ceil(length / page_size), math.ceil((length + max_new_tokens) / page_size) + 1
     pages_each = budget // page_size - prompt_pages
     if pages_each < 1:
-        raise ValueError(f"budget={budget} leaves no page of {page_size} tokens beside a prompt of {length} tokens.")
+        raise ValueError(
+            f"budget={budget} leaves no page of {page_size} tokens beside a prompt of {length} tokens: raise it."
+        )
     everything = RaaSCache(text_pages * page_size, **options)
     greedy = {CACHE_ARGUMENT: everything, "max_new_tokens": max_new_tokens, "do_sample": False}
     text: torch.Tensor = model.generate(**inputs, **greedy)  # type: ignore[operator]
@@ -82,7 +84,7 @@ def learn_budgets(
     tried = [min(max(1, round(level * pages_each)), most) for level in levels]
     lost = {index: [max(0.0, loss({index: pages}) - at_best) for pages in tried] for index in layers}
     if not any(map(any, lost.values())):
-        raise ValueError(f"budget={budget} costs nothing over max_new_tokens={max_new_tokens}: generate more.")
+        raise ValueError(f"budget={budget} loses nothing over max_new_tokens={max_new_tokens}: raise max_new_tokens.")
     dealt = _deal_out({index: _interpolated(tried, curve, most) for index, curve in lost.items()}, pages_each)
     return [(prompt_pages + dealt.get(index, pages_each)) * page_size for index in range(len(everything.layers))]
 

@@ -175,7 +175,7 @@ class _Model:
             if value < 1:
                 raise ValueError(f"{name}={value} must be positive.")
         if tokens < prompt_tokens:
-            raise ValueError(f"tokens={tokens} counts the prompt in: make it at least prompt_tokens={prompt_tokens}.")
+            raise ValueError(f"tokens={tokens} includes the prompt: make it at least prompt_tokens={prompt_tokens}.")
         cache, dynamic = RaaSCache(budget, config=self.config, **options), DynamicCache(config=self.config)
         for either in (cache, dynamic):
             either.layers = [copy.deepcopy(either.layers[place]) for place in self.places]
@@ -218,8 +218,8 @@ class _Model:
         fitting = bisect.bisect_right(budgets, nbytes, key=needed)
         if not fitting:
             raise ValueError(
-                f"nbytes={nbytes:,} is too little: with batch_size={batch_size}, a prompt of {prompt_tokens:,} tokens "
-                f"and the fewest decode pages beside it take {needed(page_size):,} bytes."
+                f"nbytes={nbytes:,} is too small: with batch_size={batch_size}, a prompt of {prompt_tokens:,} tokens "
+                f"and the fewest decode pages need {needed(page_size):,} bytes."
             )
         return budgets[fitting - 1]
 
@@ -251,8 +251,8 @@ def _on_meta(config: PreTrainedConfig) -> Iterator[None]:
     except Exception as error:  # modeling code may raise any error
         reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"config: a token did not get through this {config.model_type!r} without its weights, so the sizes of its "
-            f"K and V are not known ({type(error).__name__}: {reason}). If the model generates with a RaaSCache, read "
+            f"config: this {config.model_type!r} cannot run a token without its weights, so the sizes of its keys and "
+            f"values are unknown ({type(error).__name__}: {reason}). If the model generates with a RaaSCache, read "
             "the cache's nbytes after a few tokens."
         ) from error
 
@@ -294,7 +294,9 @@ def table(
         f"{config.model_type}: {found.paged_layers} of {found.layers} layers are paged. They cache {per_token:,} bytes "
         f"per token in {name}. The prompt has {prompt_tokens:,} tokens, a page {page_size}."
     )
-    over = "Over budget: the prompt leaves fewer than min_decode_pages pages, so the cache exceeds the budget."
+    over = (
+        "Over budget: the prompt leaves fewer than min_decode_pages pages, so the cache holds more: raise the budget."
+    )
     return "\n".join([about, "", markdown(header, lines), *["", over] * is_over_budget])
 
 

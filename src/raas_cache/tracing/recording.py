@@ -131,7 +131,7 @@ class Recording:
             ValueError: nothing was recorded of `layer`.
         """
         if layer not in self.recorded:
-            raise ValueError(f"layer={layer}: nothing was recorded of it, only of the layers {self.recorded}.")
+            raise ValueError(f"layer={layer} was not recorded, only the layers {self.recorded}.")
         return self.layers[layer].heads or ()
 
     def history(self, layer: int, head: int, row: int = 0) -> History:
@@ -148,7 +148,7 @@ class Recording:
         heads = self.heads(layer)
         forwards = self.layers[layer].forwards()
         if head not in heads:
-            raise ValueError(f"head={head}: nothing was recorded of it, only of the KV heads {list(heads)}.")
+            raise ValueError(f"head={head} was not recorded, only the KV heads {list(heads)}.")
         if not 0 <= row < self.rows:
             raise ValueError(f"row={row}: the batch has {self.rows} rows.")
         place = row, heads.index(head)

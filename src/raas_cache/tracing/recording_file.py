@@ -152,8 +152,8 @@ def _check_layer(layer: str, arrays: dict[str, np.ndarray], heads: int, page_siz
     newest, page = step.T
     _check(newest[0] >= 0 and (np.diff(newest) > 0).all(), f"{layer}: the steps do not increase")
     _check(newest[-1] <= np.iinfo(np.int32).max, f"{layer}: step {newest[-1]} is out of range")
-    _check(((page >= -1) & (page <= newest)).all(), f"{layer}: a token is in a page that starts after it")
-    _check(((first >= -1) & (first <= np.repeat(newest, pages))).all(), f"{layer}: a page starts after all tokens")
+    _check(((page >= -1) & (page <= newest)).all(), f"{layer}: the page of a token starts outside the sequence")
+    _check(((first >= -1) & (first <= np.repeat(newest, pages))).all(), f"{layer}: a page starts outside the sequence")
     # Encode forward and page in one number, and sort. Two equal neighbours are the same page twice.
     named = np.sort(first + (np.repeat(np.arange(forwards), pages) << 32), axis=2)
     is_twice = (np.diff(named, axis=2) == 0) & ((named[..., 1:] + 1) & 0xFFFFFFFF != 0)
