@@ -34,6 +34,7 @@ from raas_cache.eval.results import Row, RowFile
 pytest.importorskip("accelerate")
 
 ROOT = Path(__file__).parents[2]
+DYNAMIC = [Setting("dynamic")]
 SMALL = {"page_size": 4, "min_decode_pages": 1}
 MEASURED = ("seconds",)
 """Fields of a row that are times."""

@@ -14,8 +14,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.colors import to_hex
 
 from raas_cache.bench import report
-from raas_cache.bench.steps import Case, Timing
-from raas_cache.bench.steps import StepRow
+from raas_cache.bench.steps import Case, StepRow, Timing
 from raas_cache.common import reporting
 from raas_cache.eval.plots import figures, plot
 from raas_cache.eval.results import Row, Summary

@@ -110,7 +110,7 @@ def test_largest_budget_holds_no_more_than_all_tokens():
 def test_largest_budget_that_cannot_be():
     least = 2 * 32 * 8 * (256 + 8 * 16) * 128 * 2
     assert largest_budget(LLAMA, least) == 256 + 8 * 16
-    with pytest.raises(ValueError, match=f"nbytes={least - 1:,} is too small.* take {least:,} bytes"):
+    with pytest.raises(ValueError, match=f"nbytes={least - 1:,} is too small.* need {least:,} bytes"):
         largest_budget(LLAMA, least - 1)
 
 

@@ -74,8 +74,8 @@ def read_json(path: Path) -> list[StepRow]:
             rows.append(_row(row))
     except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise ValueError(
-            f"{str(path)!r} is not a file that bench wrote ({place}{type(error).__name__}: {error}): run bench --out again, "
-            "or delete it."
+            f"{str(path)!r} is not a file that bench wrote ({place}{type(error).__name__}: {error}): run bench --out "
+            "again, or delete it."
         ) from None
     return rows
 

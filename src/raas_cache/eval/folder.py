@@ -70,7 +70,8 @@ def prepare(out: Path, inputs: dict[str, Any], methods: dict[str, str], task: Ta
         for name, theirs, ours in both:
             if theirs != ours:
                 raise ValueError(
-                    f"out={str(out)!r} contains rows with {name}={theirs!r}, but this run has {ours!r}: give another folder."
+                    f"out={str(out)!r} contains rows with {name}={theirs!r}, but this run has {ours!r}: give another "
+                    "folder."
                 )
         rows = read_rows(out)
         for row in rows:
@@ -125,7 +126,8 @@ def _mark_again(out: Path, rows: list[Row], task: Task, marker_is_same: bool) ->
                 lines[place] = changed[key].to_json().encode("utf-8", "surrogatepass").rstrip(b"\n")
         _write_whole(path, b"\n".join(lines))
     warnings.warn(
-        f"out={str(out)!r}: gold answers or the marker have changed, so rows were marked again; changed rows: {len(changed)}.",
+        f"out={str(out)!r}: gold answers or the marker have changed, so rows were marked again; changed rows: "
+        f"{len(changed)}.",
         stacklevel=2,
     )
 

@@ -294,9 +294,7 @@ def table(
         f"{config.model_type}: {found.paged_layers} of {found.layers} layers are paged. They cache {per_token:,} bytes "
         f"per token in {name}. The prompt has {prompt_tokens:,} tokens, a page {page_size}."
     )
-    over = (
-        "Over budget: the prompt leaves fewer than min_decode_pages pages, so the cache holds more: raise the budget."
-    )
+    over = "Over budget: the prompt leaves fewer than min_decode_pages pages. The cache holds more: raise the budget."
     return "\n".join([about, "", markdown(header, lines), *["", over] * is_over_budget])
 
 
