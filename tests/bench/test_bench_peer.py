@@ -15,7 +15,7 @@ from raas_cache.bench import Peer, Plan, build_model, read_json, run, steps, tab
 from .. import kvpress_stand_in
 from ..docs.test_docs import RESULTS
 from ..docs.test_docs import table as table_of
-from .test_bench import BUDGET, CONFIG, CPU, PAGE, TOKEN_BYTES, command
+from .tiny import BUDGET, CONFIG, CPU, PAGE, TOKEN_BYTES, command
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from raas_cache import from_name
 
 from ..helpers import VOCAB, prompt, tiny_model
 from ..oracle import OracleCache
-from .test_methods import EVICTING, MODES, assert_same_residents
+from .against_oracle import EVICTING, MODES, assert_same_residents
 
 
 IS_FRESH = "RAAS_RANDOM_SETTINGS" in os.environ

@@ -1,26 +1,22 @@
 """What `record` takes down is what happened: against the oracle, against the cache itself, and leaving no trace."""
 
-import copy
-import io
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from torch.nn.functional import cross_entropy
 from transformers import DynamicCache
 
-from raas_cache import DenseCache, RaaSCache, Recording, from_name, read, record
+from raas_cache import DenseCache, RaaSCache, Recording, from_name, record
 
 from ..architectures import build, require
 from ..engine.test_step_ops import PAGE, Recorder, layer_steps
 from ..helpers import compile_anywhere, generate, prompt, resident_set, tiny_model
 from ..oracle import OracleCache
+from .recorded import NEVER_PADDING, SMALL, one_by_one
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:budget=")
-SMALL = {"budget": 48, "page_size": 4, "min_decode_pages": 5}
-NEVER_PADDING = {"suppress_tokens": [0]}
 METHODS = [
     ("raas", {"alpha": 0.1}), ("raas", {"top_ratio": 0.5}), ("h2o", {}), ("tova", {}), ("rkv", {}),
     ("raas", {"alpha": 0.1, "scoring": "minmax"}),
@@ -39,26 +35,6 @@ def recorded(model):
     with record(cache) as recording:
         tokens = generate(model, prompt(2, 14, padding=(0, 6)), cache, 120, **NEVER_PADDING)
     return cache, recording, tokens
-
-
-def one_by_one(model, tokens, cache, start):
-    """Read `tokens` through `cache`, the first `start` at once; yields the index of the newest token."""
-    with torch.no_grad():
-        for end in range(start, tokens.shape[1] + 1):
-            model(tokens[:, :end] if end == start else tokens[:, end - 1 : end], past_key_values=cache)
-            yield end - 1
-
-
-def assert_same(one, other):
-    """Two recordings of the same forwards."""
-    assert one.layers.keys() == other.layers.keys()
-    for layer in one.layers:
-        pairs = zip(one.layers[layer].forwards(), other.layers[layer].forwards(), strict=True)
-        for ours, theirs in pairs:
-            assert (ours.step, ours.page) == (theirs.step, theirs.page)
-            for name in ("first", "stamp", "resident"):
-                np.testing.assert_array_equal(*([getattr(f, name)] for f in (ours, theirs)), err_msg=name)
-            np.testing.assert_allclose(ours.score, theirs.score, rtol=1e-5, atol=1e-6)
 
 
 class NotingOracle(OracleCache):
@@ -184,103 +160,11 @@ def test_a_recorded_step_is_not_compiled(model):
     assert torch.equal(tokens, expected) and len(recording.history(0, 0).steps) == 19
 
 
-def test_what_was_taken_back_is_forgotten(model):
-    """After assisted decoding, the recording is that of plain decoding."""
-    cache, firsts = RaaSCache(**SMALL, alpha=0.1), []
-    crop = cache.crop
-
-    def noting(tokens_to_remove):
-        crop(tokens_to_remove)
-        firsts.append(cache.get_seq_length())
-
-    cache.crop = noting
-    with record(cache) as recording:
-        options = {"prompt_lookup_num_tokens": 6, "max_matching_ngram_size": 1}
-        tokens = generate(model, prompt(1, 12), cache, 120, sample=False, **options)
-    plain = RaaSCache(**SMALL, alpha=0.1)
-    with record(plain) as expected:
-        for _ in one_by_one(model, tokens[:, : cache.get_seq_length()], plain, start=firsts[0]):
-            pass
-    assert_same(recording, expected)
-    assert len(firsts) > 20
-
-
-def test_a_beam_comes_with_its_own_past(model, monkeypatch):
-    """The recording of a search is that of reading the tokens of each beam as it stands at the end."""
-    cache, plain = (RaaSCache(**SMALL, alpha=0.1) for _ in range(2))
-    forward, reorder, seen, moved = model.forward, cache.reorder_cache, [], []
-
-    def noting_forward(input_ids=None, **kwargs):
-        seen.append(input_ids)
-        return forward(input_ids=input_ids, **kwargs)
-
-    def noting_reorder(rows):
-        reorder(rows)
-        seen[:] = [torch.cat(seen, 1)[rows]]
-        moved.append((rows != torch.arange(3)).any().item())
-
-    monkeypatch.setattr(model, "forward", noting_forward)
-    monkeypatch.setattr(cache, "reorder_cache", noting_reorder)
-    with record(cache) as recording:
-        generate(model, prompt(1, 12), cache, 80, sample=False, num_beams=3)
-    monkeypatch.undo()
-    with record(plain) as expected:
-        for _ in one_by_one(model, torch.cat(seen, 1), plain, start=12):
-            pass
-    assert_same(recording, expected)
-    assert sum(moved) > 10
-
-
-def test_a_chat_goes_on(model):
-    """A later turn is pinned: its tokens belong to no page that can go."""
-    tokens = prompt(1, 150, seed=4)["input_ids"]
-    cache = RaaSCache(**SMALL, alpha=0.1)
-    with record(cache) as recording:
-        for _ in one_by_one(model, tokens[:, :61], cache, start=13):
-            pass
-        with torch.no_grad():
-            model(tokens[:, 61:72], past_key_values=cache)
-            for position in range(72, 150):
-                model(tokens[:, position : position + 1], past_key_values=cache)
-    pages, history = recording.pages_of_tokens(0), recording.history(0, 1)
-    gone = {**dict(zip(history.first.tolist(), history.evicted.tolist(), strict=True)), -1: np.nan}
-    assert (pages[61:72] == -1).all() and (pages[13:61] >= 13).all()
-    assert {token for token in range(150) if np.isnan(gone[pages[token]])} == resident_set(cache, 0, 0, 1)
-
-
-def test_begun_in_the_midst(model):
-    tokens = prompt(1, 150, seed=4)["input_ids"]
-    cache = RaaSCache(**SMALL, alpha=0.1)
-    assert list(one_by_one(model, tokens[:, :100], cache, start=12)) == list(range(11, 100))
-    with record(cache) as recording, torch.no_grad():
-        for position in range(100, 150):
-            model(tokens[:, position : position + 1], past_key_values=cache)
-    pages, history = recording.pages_of_tokens(1), recording.history(1, 0)
-    gone = dict(zip(history.first.tolist(), history.evicted.tolist(), strict=True))
-    assert -2 in pages
-    assert {token for token in range(150) if np.isnan(gone.get(pages[token], 0))} == resident_set(cache, 1, 0, 0)
-    assert history.steps.tolist() == list(range(100, 150))
-
-
 def test_padding_is_in_no_page(recorded):
     _, recording, _ = recorded
     assert recording.history(0, 0, row=0).first[0] == 0
     assert recording.history(0, 0, row=1).first[0] == 4  # of six tokens of padding, four fill a page
     assert recording.history(0, 0, row=1).resident[0] == 14 - 6 + 1
-
-
-def test_resetting_begins_anew_and_a_copy_has_a_copy(model):
-    cache = RaaSCache(**SMALL)
-    with record(cache) as recording:
-        generate(model, prompt(1, 14), cache, 30)
-        copied = copy.deepcopy(cache)
-        buffer = io.BytesIO()
-        torch.save(cache, buffer)
-        cache.reset()
-        assert not recording.layers[0].entries
-        generate(model, prompt(1, 14), cache, 10)
-    assert len(recording.history(0, 0).steps) == 9
-    assert len(copied.layers[0].recorder.forwards()) == 29
 
 
 def test_layers_and_heads_are_chosen(model):
@@ -408,27 +292,6 @@ def test_a_dense_recording_is_where_attention_went(model):
             for page in np.flatnonzero(history.held[at]):
                 expected = of_group[step, history.first[page] : ends[page]].sum()
                 assert history.score[at, page] == pytest.approx(expected, abs=1e-6)
-
-
-@pytest.mark.parametrize("padding", [(), (0, 5)])
-def test_reading_is_what_one_forward_says(model, padding):
-    """Nothing evicted: the log-likelihood of a text is that of a plain forward."""
-    inputs, text = prompt(2, 14, padding=padding), prompt(2, 30, seed=5)["input_ids"]
-    ids = torch.cat([inputs["input_ids"], text], 1)
-    mask = torch.cat([inputs["attention_mask"], torch.ones_like(text)], 1)
-    with torch.no_grad():
-        logits = model(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)).logits[:, 13:-1]
-    expected = cross_entropy(logits.transpose(1, 2).float(), text, reduction="none")
-    cache = RaaSCache(budget=128)
-    losses = read(model, ids, 14, cache, inputs["attention_mask"] if padding else None)
-    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
-    assert cache.get_seq_length() == 43
-
-
-@pytest.mark.parametrize("length", [0, 20, 21])
-def test_nothing_to_read_is_refused(model, length):
-    with pytest.raises(ValueError, match=f"prompt={length} must be less than the 20 tokens of ids"):
-        read(model, prompt(1, 20)["input_ids"], length, RaaSCache(**SMALL))
 
 
 @pytest.mark.gpu

@@ -1,15 +1,11 @@
-"""What the figures of a recording hold, artist by artist, and what the HTML of a text and of a cache says."""
+"""What the figures of a recording hold, artist by artist."""
 
 import subprocess
 import sys
-from html.parser import HTMLParser
 from itertools import pairwise
 
 import numpy as np
 import pytest
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, TokenizersBackend
 
 
 pytest.importorskip("matplotlib")
@@ -17,68 +13,14 @@ from matplotlib import colormaps, pyplot
 from matplotlib.collections import LineCollection, QuadMesh
 from matplotlib.patches import StepPatch
 
-from raas_cache import DenseCache, RaaSCache, Recording, embedded_model, read, record, viz
-from raas_cache.eval.chains import problems
+from raas_cache import RaaSCache, Recording, record, viz
 from raas_cache.methods.raas import DEFAULT_ALPHA
-from raas_cache.tracing.layer_trace import Forward, LayerRecording
-from raas_cache.viz import html
 
-from ..architectures import build
 from ..helpers import generate, prompt, tiny_model
+from .by_hand import HELD, PLACE, SCORES, Words, recording_of
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:budget=")
-PLACE = {"layer": 1, "head": 0}
-
-
-def recording_of(pages, scores=None, start=3, page_size=2, method="RaaSPolicy()", pinned=2):
-    """A recording made by hand: what is held at each step from `start` on, by the pages' first tokens.
-
-    `scores` has those that are not 0, by step and page; the first `pinned` pages are pinned.
-    """
-    entries = []
-    for step, held in enumerate(pages, start):
-        score = [(scores or {}).get((step, page), 0) for page in held]
-        stamp = [np.nan] * pinned + [step] * (len(held) - pinned)
-        arrays = (np.array([[of]], kind) for of, kind in ((held, "i4"), (score, "f4"), (stamp, "f4")))
-        entries.append(Forward(step, held[-1], *arrays, np.array([[len(held) * page_size]])))
-    return Recording(method, 8, page_size, "pin", {1: LayerRecording((0,), entries)})
-
-
-# A prompt of 3 tokens and 8 generated ones in pages of 2: page 5 is evicted at step 7, page 3 at step 9.
-HELD = [[0, 2, 3]] * 2 + [[0, 2, 3, 5]] * 2 + [[0, 2, 3, 7]] * 2 + [[0, 2, 7, 9]] * 2
-SCORES = {(3, 3): 0.5, (4, 3): 0.75, (8, 3): 0.25, (5, 5): 0.125, (7, 7): 1, (10, 0): 0.5}
-MASS = {(6, 5): 0.5, (7, 5): 0.25, (8, 3): 0.5, (9, 5): 0.125, (9, 3): 0.5, (10, 5): 0.0625, (10, 9): 0.5}
-
-
-@pytest.fixture
-def by_hand():
-    return recording_of(HELD, SCORES)
-
-
-@pytest.fixture
-def dense_by_hand():
-    held = [[first for first in (0, 2, 3, 5, 7, 9) if first <= step] for step in range(3, 11)]
-    return recording_of(held, MASS, method="DensePolicy()")
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(embedded_model())
-
-
-@pytest.fixture(scope="module")
-def embedded(tokenizer):
-    """Recordings of RaaS and of dense, of a chain of the embedded model, and its ids."""
-    model = AutoModelForCausalLM.from_pretrained(embedded_model()).eval()
-    (problem,) = problems(1, num_lines=50, seed=0)
-    inputs = tokenizer(problem.prompt, return_tensors="pt", return_token_type_ids=False)
-    cache, dense = RaaSCache(384, page_size=4), DenseCache(384, page_size=4)
-    with record(cache) as recording:
-        (ids,) = model.generate(**inputs, past_key_values=cache)
-    with record(dense, layers=[1], heads=[0]) as everything:
-        read(model, ids[None], inputs["input_ids"].shape[1], dense)
-    return recording, everything, ids
 
 
 def image(figure):
@@ -289,125 +231,6 @@ def test_what_cannot_be_compared_is_refused(by_hand, dense_by_hand):
                 function(by_hand, dense, **PLACE)
 
 
-class Pieces(HTMLParser):
-    """`(tag, title, text)` of all that has a title; checks that tags are closed, and that all they need is in them."""
-
-    def __init__(self, source):
-        super().__init__()
-        self.found, self.open = [], []
-        self.feed(source)
-        assert not self.open and not {"script", "style", "link", "img"} & {tag for tag, _, _ in self.found}
-        assert "http" not in source and "var(" not in source and source.isascii()
-
-    def handle_starttag(self, tag, attrs):
-        self.open.append((tag, dict(attrs).get("title")))
-        if self.open[-1][1]:
-            self.found.append((*self.open[-1], ""))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop()[0] == tag
-
-    def handle_data(self, data):
-        if self.open and self.open[-1][1]:
-            tag, title, text = self.found[-1]
-            self.found[-1] = tag, title, text + data
-
-
-@pytest.mark.parametrize("place", [{}, {"layer": 1}, PLACE], ids=str)
-def test_tokens_of_a_chain(embedded, tokenizer, place):
-    """Each token, against whether its page was held, step by step and head by head."""
-    recording, _, ids = embedded
-    shown = viz.tokens(recording, tokenizer, ids, **place)
-    assert isinstance(shown, str) and shown._repr_html_() == shown
-    found = Pieces(shown).found
-    assert "".join(text for *_, text in found) == tokenizer.decode(ids) and len(found) == len(ids)
-    layers = [place["layer"]] if "layer" in place else [0, 1, 2]
-    heads = [(layer, head) for layer in layers for head in ([0] if "head" in place else [0, 1])]
-    histories, pages = {of: recording.history(*of) for of in heads}, recording.pages_of_tokens(layers[0]).tolist()
-    of_heads = "1 KV head" if "head" in place else f"{len(heads)} KV heads"
-    assert f"it was held, mean of {of_heads}: " in shown
-    steps = histories[heads[0]].steps
-    struck = 0
-    for token, (tag, title, _) in enumerate(found[:-1]):
-        after = steps >= token
-        held = [history.held[after, history.first.tolist().index(pages[token])] for history in histories.values()]
-        evicting = sum(not one[-1] for one in held)
-        kept = np.mean([one.sum() for one in held])
-        said = f"held for {kept:.0f} of {after.sum()} steps, evicted by {evicting} of {of_heads}"
-        assert title == f"token {token}: {said}"
-        assert tag == ("del" if evicting == len(heads) else "span")
-        struck += tag == "del"
-    assert found[-1][:2] == ("span", f"token {len(ids) - 1}: not in the cache yet") and struck > 100
-    before, since = shown.split("Since then")
-    assert 'title="token 161:' in before and 'title="token 162:' in since, "the prompt is marked off"
-
-
-def test_shades_of_tokens_by_hand(by_hand):
-    """Page 3 goes at step 9, so token 3 was held for 6 of 8 steps, and token 4 for 5 of 7; page 5 goes at step 7."""
-    shown = viz.tokens(by_hand, Words(), range(12))
-    shades = dict.fromkeys((0, 2, 7, 10, 11), 1) | {3: 6 / 8, 4: 5 / 7, 5: 2 / 6, 6: 1 / 5}
-    for token, share in shades.items():
-        tag = "del" if token in (3, 4, 5, 6) else "span"
-        (piece,) = (line for line in shown.split("<") if f'title="token {token}:' in line)
-        assert piece.startswith(tag) and f"rgba(128,128,128,{0.6 * share:.2f})" in piece
-    assert "token 4: held for 5 of 7 steps, evicted by 1 of 1 KV head" in shown
-
-
-class Words:
-    """A tokenizer whose tokens are words of their own, some of them HTML."""
-
-    pad_token_id = 99
-
-    def decode(self, ids, **options):
-        return " ".join(f"<b>&{token}\n" for token in ids)
-
-
-def test_text_is_escaped(by_hand):
-    shown = viz.tokens(by_hand, Words(), list(range(11)))
-    assert "<b>" not in shown and "&lt;b&gt;&amp;10\n" in shown and "white-space:pre-wrap" in shown
-    assert [text for *_, text in Pieces(shown).found][3] == " <b>&3\n"
-
-
-def test_padding_is_left_out_and_pages_gone_before_are_struck(by_hand):
-    padded = [99, 99, *range(2, 11)]
-    assert len(Pieces(viz.tokens(by_hand, Words(), padded)).found) == 9
-    midst = recording_of([[0, 2, 40, 42]] * 2, start=42)
-    found = Pieces(viz.tokens(midst, Words(), range(44))).found
-    assert [tag for tag, *_ in found] == ["span"] * 4 + ["del"] * 36 + ["span"] * 4
-    assert found[20][1] == "token 20: held for 0 of 2 steps, evicted by 1 of 1 KV head"
-
-
-@pytest.mark.parametrize("kind", ["bytes", "metaspace"])
-def test_a_character_of_several_tokens_is_whole(kind):
-    """Whatever the tokenizer does with bytes and spaces, the pieces make up the text."""
-    text = "Zo\u00eb says: \U0001f642 \u2264 \u4e2d\u6587!\n  Two  spaces"
-    core = Tokenizer(models.BPE(byte_fallback=kind == "metaspace", unk_token="<unk>"))
-    if kind == "bytes":
-        core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<unk>"])
-    else:
-        core.pre_tokenizer = pre_tokenizers.Metaspace()
-        core.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
-        trainer = trainers.BpeTrainer(special_tokens=["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))])
-    core.train_from_iterator(["says: Two spaces Zo Zo"] * 3, trainer)
-    tokenizer = TokenizersBackend(tokenizer_object=core)
-    ids = tokenizer(text)["input_ids"]
-    held = [list(range(step + 1)) for step in range(3, len(ids))]
-    found = Pieces(viz.tokens(recording_of(held, page_size=1), tokenizer, ids)).found
-    assert "".join(piece for *_, piece in found) == text
-    assert not any("\ufffd" in piece for *_, piece in found)
-    (smile,) = (title for _, title, piece in found if "\U0001f642" in piece)
-    assert smile.startswith("tokens ") and smile.count(" to ") == 1
-
-
-def test_ids_of_another_length_are_refused(by_hand, embedded, tokenizer):
-    for ids, shape in ((range(10), r"\[10\]"), (range(13), r"\[13\]"), (torch.zeros(1, 11), r"\[1, 11\]")):
-        with pytest.raises(ValueError, match=f"ids is of shape {shape}, and the recording has seen 11 tokens: give"):
-            viz.tokens(by_hand, Words(), ids)
-    with pytest.raises(ValueError, match=r"ids is of shape \[1, 767\]"):
-        viz.tokens(embedded[0], tokenizer, embedded[2][None])
-
-
 FIGURES = {
     "waterfall": viz.waterfall, "lifetimes": viz.lifetimes,
     "lost_mass": lambda recording, **place: viz.lost_mass(recording, recording, **place),
@@ -490,58 +313,3 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch, by_hand, dense_by_ha
 def test_importing_needs_no_matplotlib():
     code = "import sys; sys.modules.update(matplotlib=None); import raas_cache.viz"
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def card(cache):
-    shown = cache._repr_html_()
-    Pieces(shown)
-    return shown
-
-
-def widths(shown):
-    """Widths of the bars' parts, in %."""
-    return [float(part.partition("%")[0]) for part in shown.split("width:")[1:] if "%" in part[:6]]
-
-
-def test_a_cache_at_a_glance():
-    model, cache = tiny_model(), RaaSCache(48, page_size=4, min_decode_pages=5)
-    assert card(cache).endswith(">empty</div>") and "budget=48, page_size=4" in card(cache)
-    generate(model, prompt(2, 14), cache, 60)
-    shown = card(cache)
-    assert f"{cache.nbytes:,} bytes" in shown and "RaaSPolicy(alpha=0.2" in shown
-    assert "layers 0 to 1: 45 of 73 tokens held, budget 48" in shown
-    assert f"{cache.evicted_pages(0)[0, 0]} evicted by each KV head in each of 2 rows" in shown
-    assert all(said in shown for said in ("4 pinned", "8 evictable", "0 free"))
-    assert widths(shown) == [33.3, 66.7, 0]
-    assert "over budget" not in shown
-
-
-def test_budgets_by_layer_have_a_bar_each():
-    cache = RaaSCache([48, 96], page_size=4, min_decode_pages=5)
-    generate(tiny_model(), prompt(1, 14), cache, 60)
-    shown = card(cache)
-    assert "layer 0: 45 of 73 tokens held, budget 48" in shown and "layer 1: 73 of 73 tokens held, budget 96" in shown
-    assert "budget=(48, 96)" in shown and widths(shown) == [16.7, 33.3, 0, 16.7, 62.5, 20.8]
-
-
-def test_what_bounds_nothing_or_is_exceeded_says_so():
-    dense, over = DenseCache(48, page_size=4), RaaSCache(16, page_size=4)
-    for cache in (dense, over):
-        generate(tiny_model(), prompt(1, 34), cache, 40)
-    assert "73 of 73 tokens held; pages" in card(dense) and "over budget" not in card(dense)
-    assert "<b>over budget</b>: the prompt leaves less room than min_decode_pages" in card(over)
-
-
-def test_layers_without_pages_are_named():
-    model = build("gemma3_text")
-    cache = RaaSCache(48, page_size=4, config=model.config)
-    assert "DynamicSlidingWindowLayer, no pages" in card(cache) and "PagedLayer, no pages" in card(cache)
-    generate(model, prompt(1, 14), cache, 60)
-    shown = card(cache)
-    assert "layer 0: DynamicSlidingWindowLayer, no pages" in shown and "layer 1: 45 of 73 tokens held" in shown
-
-
-def test_names_are_escaped():
-    piece = html.Piece("<script>", 1, False, '"><script>')
-    shown = html.of_text([piece], [], "<all>")
-    assert "<script>" not in shown and "<all>" not in shown
