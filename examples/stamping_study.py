@@ -106,10 +106,10 @@ def main() -> None:
         """The rows of each setting."""
         return list(by_setting(run(model, tokenizer, task, list(wanted), batch_size=args.batch_size)).values())
 
-    (dense,) = measure(test, Setting("dense"))
+    (dynamic,) = measure(test, Setting("dynamic"))
     print(f"{args.validate} validation problems and {args.test} test problems of {total} tokens,", end=" ")
     print(f"with pages of {args.page_size} tokens.")
-    print(f"With a dense cache, {shares(dense)[0]:.1%} of the test chains are exact.")
+    print(f"With DynamicCache, {shares(dynamic)[0]:.1%} of the test chains are exact.")
     common = {"page_size": args.page_size, "min_decode_pages": 1}
     said = [f"{name}={value}" for name, value in common.items()]
     for share in args.budget:

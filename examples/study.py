@@ -22,7 +22,7 @@ from raas_cache import embedded_model, learn_budgets
 from raas_cache.bench import report
 from raas_cache.bench import run as run_bench
 from raas_cache.bench.filling import build_model, load_config
-from raas_cache.bench.steps import Plan
+from raas_cache.bench.steps import Grid
 from raas_cache.common.reporting import save
 from raas_cache.eval import Setting, by_setting, load_task, parse_methods, run, settings, summarize, table
 from raas_cache.eval.chains import problems, share_right
@@ -32,7 +32,7 @@ from raas_cache.eval.runner import processes
 
 COMMON = {"page_size": 4, "min_decode_pages": 1}
 METHODS = (
-    "dense,quest,raas,raas:alpha=1e-4,streaming_llm,streaming_llm:prompt=pin,h2o,h2o:prompt=pin,"
+    "dynamic,quest,raas,raas:alpha=1e-4,streaming_llm,streaming_llm:prompt=pin,h2o,h2o:prompt=pin,"
     "tova:prompt=pin,rkv:prompt=pin"
 )
 """The methods that the RaaS paper compares with, as in their papers; and methods with a pinned prompt, as in RaaS."""
@@ -111,7 +111,7 @@ def sections(quick: bool) -> tuple[list[Setting], list[Setting]]:
     """Settings of the comparison of methods, and settings of the ablations of RaaS."""
     methods, budgets, ablations, at = METHODS, BUDGETS, ABLATIONS, ABLATION_BUDGETS
     if quick:
-        methods, budgets, at = "dense,quest,streaming_llm,h2o,raas", BUDGETS[::2], ABLATION_BUDGETS[:1]
+        methods, budgets, at = "dynamic,quest,streaming_llm,h2o,raas", BUDGETS[::2], ABLATION_BUDGETS[:1]
         ablations = {"alpha": (1e-4, 0.03, 0.5), "page_size": (8, 16)}
     alone = [("raas", {**COMMON, option: value}) for option, values in ablations.items() for value in values]
     return settings(parse_methods(methods, **COMMON), budgets), settings([("raas", COMMON), *alone], at)
@@ -135,8 +135,8 @@ def bench(args) -> str:
     """Time a step of each cache on the CPU after different numbers of tokens; write the figures, return the table."""
     device = torch.device("cpu")
     seen = (1024, 8192) if args.quick else (1024, 2048, 4096, 8192, 16384, 32768)
-    plan = Plan(("raas", "quest", "h2o", "streaming_llm"), seen, steps=10 if args.quick else 30)
-    rows = [row for cell in run_bench(build_model(load_config("small"), device, torch.float32), plan) for row in cell]
+    grid = Grid(("raas", "quest", "h2o", "streaming_llm"), seen, steps=10 if args.quick else 30)
+    rows = [row for cell in run_bench(build_model(load_config("small"), device, torch.float32), grid) for row in cell]
     report.write_json(args.out / "bench.json", {"model": "small", **report.about(device, torch.float32)}, rows)
     report.plot(rows, args.out)
     return report.table(rows)

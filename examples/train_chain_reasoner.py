@@ -154,7 +154,7 @@ def greedy_exact(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, sample: list[ChainProblem], batch_size: int
 ) -> int:
     """Number of problems for which greedy decoding with transformers' default cache gets every token right."""
-    rows = run(model, tokenizer, chain_task(sample), [Setting("dense")], batch_size=batch_size)
+    rows = run(model, tokenizer, chain_task(sample), [Setting("dynamic")], batch_size=batch_size)
     return sum(row.correct for row in rows)
 
 

@@ -106,14 +106,14 @@ def full_budget(name: str) -> Outcome:
         outcome.refusal = str(error)
         return outcome
     outcome.layers = [type(layer).__name__ for layer in cache.layers]
-    dense = DynamicCache(config=model.config)
-    expected = generate_quietly(model, inputs, dense, 40)
+    dynamic = DynamicCache(config=model.config)
+    expected = generate_quietly(model, inputs, dynamic, 40)
     assert torch.equal(tokens, expected), f"{name}: other tokens than with DynamicCache"
     if outcome.paged and name not in UNPLANNED:
         # The last of the 40 tokens is not cached.
         of_run = {"batch_size": 2, "prompt_tokens": 12, "tokens": 12 + 39, "dtype": dtype_of(name, padded=True)}
         planned = plan(tiny_config(name), 512, **of_run)
-        assert (planned.nbytes, planned.dense_nbytes) == (cache.nbytes, kv_nbytes(dense)), f"{name}: another plan"
+        assert (planned.nbytes, planned.dynamic_nbytes) == (cache.nbytes, kv_nbytes(dynamic)), f"{name}: another plan"
     return outcome
 
 

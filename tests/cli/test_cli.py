@@ -37,12 +37,12 @@ def test_demo_streams_a_chain_and_compares():
     assert result.exit_code == 0, result.output
     assert "Traceback" not in result.output
 
-    dense, small, large = table_rows(result.output)
-    assert dense[0] == "Dense" and small[0] == large[0] == "RaaS"
+    dynamic, small, large = table_rows(result.output)
+    assert dynamic[0] == "dynamic" and small[0] == large[0] == "raas"
     assert (small[1], large[1]) == ("72 (37%)", "256 (130%)")
-    assert dense[2] == large[2], "nothing evicted: RaaS is dense"
-    assert dense[-1] == "-" and int(small[-1].replace(",", "")) > 0 and large[-1] == "0"
-    assert float(small[-2].split()[0]) < float(dense[-2].split()[0])
+    assert dynamic[2] == large[2], "nothing evicted: equal to DynamicCache"
+    assert dynamic[-1] == "-" and int(small[-1].replace(",", "")) > 0 and large[-1] == "0"
+    assert float(small[-2].split()[0]) < float(dynamic[-2].split()[0])
 
 
 def test_demo_shows_the_chain_line_by_line():

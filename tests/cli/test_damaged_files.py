@@ -85,13 +85,13 @@ BENCHES = [
 def test_bench_json(data, tmp_path):
     (tmp_path / "bench.json").write_bytes(data)
     with pytest.raises(
-        ValueError, match=r"bench\.json' is not what bench writes \(.+\): run bench --out again"
+        ValueError, match=r"bench\.json' is not a file that bench wrote \(.+\): run bench --out again"
     ) as found:
         read_json(tmp_path / "bench.json")
     if data in BENCHES[2:]:
         assert "(row 3: " in str(found.value)
     pytest.importorskip("matplotlib")
-    assert "bench.json' is not what bench writes" in error_of(command("plot", tmp_path))
+    assert "bench.json' is not a file that bench wrote" in error_of(command("plot", tmp_path))
 
 
 def test_bench_json_with_flipped_bits(tmp_path):
@@ -104,7 +104,7 @@ def test_bench_json_with_flipped_bits(tmp_path):
         try:
             rows = read_json(tmp_path / "bench.json")
         except ValueError as error:
-            assert "bench.json' is not what bench writes" in str(error)
+            assert "bench.json' is not a file that bench wrote" in str(error)
             refused += 1
         else:
             assert len(rows) == 12 and all(row.timing is None or sum(row.timing.steps) > 0 for row in rows)

@@ -60,16 +60,16 @@ METHODS = {
     "h2o:recent=0.5": "name='h2o' has no option 'recent': did you mean 'recent_ratio'?",
     "quest:alpha=1": "name='quest' has no option 'alpha': use one of config, dense_layers, granularity,",
     "raas:self=1": "name='raas' has no option 'self'",
-    "raas:budget=64": "method='raas:budget=64': 'budget' is given for all methods, leave it out here",
-    "raas:config=1": "'config' is given for all methods",
-    "raas:name=1": "'name' is given for all methods",
-    "raas:alpha=0.1:alpha=0.2": "'alpha' is named twice, leave one out",
+    "raas:budget=64": "method='raas:budget=64': 'budget' applies to all methods: remove it here",
+    "raas:config=1": "'config' applies to all methods",
+    "raas:name=1": "'name' applies to all methods",
+    "raas:alpha=0.1:alpha=0.2": "'alpha' is given twice: remove one of the two",
     "raas:alpha": "write 'alpha' as alpha=VALUE",
     "raas:alpha=" + "-" * 20_000 + "1": "alpha='---",
     "raas:alpha={[]:1}": "write '1}' as 1}=VALUE",
     "raas:page_size=2.5": "page_size=2.5 must be an int",
     "raas:page_size=6": "page_size=6 must be a power of two",
-    "dense:alpha=1": "method='dense' takes neither",
+    "dynamic:alpha=1": "method='dynamic' takes neither",
 }
 
 
@@ -111,7 +111,7 @@ def test_out_that_cannot_be_written_to(command, path, tmp_path, monkeypatch):
     ):
         monkeypatch.setattr(work, lambda *args, **kwargs: pytest.fail("at work already"))
     error = refused(invoke(command, "--out", path))
-    assert "for --out:" in error and "cannot be written to" in error and error.endswith("give a folder that can.")
+    assert "for --out:" in error and "cannot be written to" in error and error.endswith("give another folder.")
     assert (tmp_path / "file").read_text() == "kept"
 
 
@@ -155,7 +155,7 @@ def test_code_that_comes_with_a_config_is_neither_run_nor_asked_for(command, tmp
     (folder / "configuration_mine.py").write_text("import pathlib\npathlib.Path('ran').touch()\nclass Mine: pass\n")
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asked"))
     error = refused(invoke(command, "--model", folder))
-    assert "for --model:" in error and "brings code of its own, which is not run" in error
+    assert "for --model:" in error and "needs code of its own, which this command does not run" in error
     # A model that transformers knows itself is served, whatever code comes with it.
     small = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     known = {"model_type": "llama", "auto_map": of, "vocab_size": 64, **small}
@@ -195,7 +195,7 @@ def test_damaged_files_of_a_folder_are_named(tmp_path):
     assert f"{rows}, line 2 is damaged (column 2" in warning
     (folder / "bench.json").write_text('{"rows": [{"case": {}}]}')
     error = refused(invoke("plot", folder))
-    assert f"'{folder / 'bench.json'}' is not what bench writes (row 0: TypeError: " in error
+    assert f"'{folder / 'bench.json'}' is not a file that bench wrote (row 0: TypeError: " in error
     (folder / "settings.json").write_text("{")
     assert "has a damaged settings.json (Expecting property name" in refused(invoke("plot", folder))
     error = refused(invoke("eval", "--out", folder))
@@ -205,7 +205,7 @@ def test_damaged_files_of_a_folder_are_named(tmp_path):
 
 def test_too_little_memory_is_said_and_other_faults_are_not_hidden():
     with (
-        pytest.raises(typer.BadParameter, match="the memory does not suffice") as refusal,
+        pytest.raises(typer.BadParameter, match="there is not enough memory") as refusal,
         arguments.refusing("--budget"),
     ):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate\nmore")

@@ -102,7 +102,7 @@ def evaluate(folder: Path) -> None:
     task = load_task("chains", limit=8)
     assert_type(task, Task)
     model = AutoModelForCausalLM.from_pretrained(embedded_model())
-    wanted = settings(parse_methods("dense,raas:alpha=1e-4"), [256, 512])
+    wanted = settings(parse_methods("dynamic,raas:alpha=1e-4"), [256, 512])
     assert_type(wanted, list[Setting])
     rows = run(model, tokenizer, task, wanted, out=folder)
     assert_type(rows, list[Row])

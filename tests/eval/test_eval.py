@@ -34,6 +34,7 @@ from raas_cache.eval.results import Row, RowFile
 pytest.importorskip("accelerate")
 
 ROOT = Path(__file__).parents[2]
+DYNAMIC = [Setting("dynamic")]
 SMALL = {"page_size": 4, "min_decode_pages": 1}
 MEASURED = ("seconds",)
 """Fields of a row that are times."""
@@ -63,16 +64,18 @@ def same(rows, but=MEASURED):
 class TestRun:
     def test_dense_solves_and_a_small_budget_does_not(self, model, tokenizer):
         task = chain_task(problems(6, 12, seed=0))
-        wanted = settings(parse_methods("dense,raas", **SMALL), [60, 400])
-        dense, small, large = by_setting(run(model, tokenizer, task, wanted)).values()
-        assert all(row.correct and not row.truncated and row.budget is None for row in dense)
-        assert [row.output for row in large] == [row.output for row in dense] == task.golds
+        wanted = settings(parse_methods("dynamic,raas", **SMALL), [60, 400])
+        dynamic, small, large = by_setting(run(model, tokenizer, task, wanted)).values()
+        assert all(row.correct and not row.truncated and row.budget is None for row in dynamic)
+        assert [row.output for row in large] == [row.output for row in dynamic] == task.golds
         assert sum(row.correct for row in small) < 3
-        assert [row.tokens for row in dense] == [len(gold.split()) + 1 for gold in task.golds], "end token included"
-        assert all(row.evictions > 0 for row in small) and not any(row.evictions for row in dense + large)
+        assert [row.tokens for row in dynamic] == [len(gold.split()) + 1 for gold in task.golds], "end token included"
+        assert all(row.evictions > 0 for row in small) and not any(row.evictions for row in dynamic + large)
         # 3 layers of 2 KV heads, K and V of 64 float32.
         assert {row.kv_bytes for row in small} == {60 * 3 * 2 * 2 * 64 * 4}
-        assert {row.kv_bytes for row in dense} == {(dense[0].prompt_tokens + dense[0].tokens - 1) * 3 * 2 * 2 * 64 * 4}
+        assert {row.kv_bytes for row in dynamic} == {
+            (dynamic[0].prompt_tokens + dynamic[0].tokens - 1) * 3 * 2 * 2 * 64 * 4
+        }
 
     @pytest.mark.parametrize("page_size", [4, 16])
     @pytest.mark.parametrize(
@@ -90,7 +93,7 @@ class TestRun:
         assert len({row.prompt_tokens for row in one}) > 3
         assert len({row.batch for row in many}) < len({row.batch for row in one})
         # The bytes of a cache that grows are those of its batch.
-        but = (*MEASURED, "batch", "kv_bytes") if setting.method in ("dense", "quest") else (*MEASURED, "batch")
+        but = (*MEASURED, "batch", "kv_bytes") if setting.method in ("dynamic", "quest") else (*MEASURED, "batch")
         assert same(one, but) == same(many, but)
 
     def test_batches_share_prompts_that_fill_as_many_pages(self, model, tokenizer):
@@ -103,7 +106,7 @@ class TestRun:
 
     def test_limit_of_new_tokens_truncates(self, model, tokenizer):
         task = chain_task(problems(3, 8, seed=0))
-        rows = run(model, tokenizer, task, [Setting("dense")], decoding=Decoding(max_new_tokens=20))
+        rows = run(model, tokenizer, task, [Setting("dynamic")], decoding=Decoding(max_new_tokens=20))
         assert all(row.truncated and row.tokens == 20 and not row.correct for row in rows)
         assert all(task.golds[row.index].startswith(row.output) for row in rows)
 
@@ -114,13 +117,20 @@ class TestRun:
         assert all(row.over_budget for row in tight) and not any(row.over_budget for row in wide)
         # 48 tokens of prompt and the floor of 8 pages, not the budget.
         assert tight[0].kv_bytes == (48 + 8 * 4) * 3 * 2 * 2 * 64 * 4
-        assert "16 (prompts over it: 2)" in table(summarize(tight + wide))
+        assert "16 (exceeded in 2 rows)" in table(summarize(tight + wide))
         assert not [warning for warning in recwarn if "budget" in str(warning.message)]
 
     def test_sampling_is_seeded(self, model, tokenizer):
         task = chain_task(problems(4, 8, seed=0))
         first, again, other = (
-            run(model, tokenizer, task, [Setting("dense")], batch_size=2, decoding=Decoding(temperature=5.0, seed=seed))
+            run(
+                model,
+                tokenizer,
+                task,
+                [Setting("dynamic")],
+                batch_size=2,
+                decoding=Decoding(temperature=5.0, seed=seed),
+            )
             for seed in (0, 0, 1)
         )
         assert same(first) == same(again) != same(other)
@@ -140,7 +150,7 @@ class TestRun:
             (lambda: Decoding(temperature=-1), "temperature=-1 must not be negative"),
             (lambda: Decoding(top_p=0), r"top_p=0 must be in \(0, 1\]"),
             (lambda: run(None, None, None, [], batch_size=0), "batch_size=0 must be at least 1"),
-            (lambda: settings([("dense", {"alpha": 0.1})], [64]), "method='dense' takes neither"),
+            (lambda: settings([("dynamic", {"alpha": 0.1})], [64]), "method='dynamic' takes neither"),
             (lambda: settings([("rass", {})], [64]), "did you mean 'raas'"),
             (lambda: parse_methods("raas:alpha"), "write 'alpha' as alpha=VALUE"),
         ],
@@ -150,19 +160,19 @@ class TestRun:
             call()
 
     def test_methods_are_read_with_their_options(self):
-        assert parse_methods("dense, raas:alpha=1e-4:prompt=pin,h2o:page_size=8", page_size=4) == [
-            ("dense", {}),
+        assert parse_methods("dynamic, raas:alpha=1e-4:prompt=pin,h2o:page_size=8", page_size=4) == [
+            ("dynamic", {}),
             ("raas", {"page_size": 4, "alpha": 1e-4, "prompt": "pin"}),
             ("h2o", {"page_size": 8}),
         ]
-        both = settings(parse_methods("dense,raas,raas"), [64, 128])
-        assert [setting.key for setting in both] == [("dense", None), ("raas", 64), ("raas", 128)]
+        both = settings(parse_methods("dynamic,raas,raas"), [64, 128])
+        assert [setting.key for setting in both] == [("dynamic", None), ("raas", 64), ("raas", 128)]
         assert Setting("raas", 64, {"page_size": 4, "alpha": 0.1}).label == "raas:alpha=0.1:page_size=4"
 
 
 class TestResume:
     def test_rows_are_run_once(self, model, tokenizer, tmp_path, monkeypatch):
-        task, wanted = chain_task(problems(5, 6, seed=0)), settings(parse_methods("dense,raas", **SMALL), [64])
+        task, wanted = chain_task(problems(5, 6, seed=0)), settings(parse_methods("dynamic,raas", **SMALL), [64])
         first = run(model, tokenizer, task, wanted, out=tmp_path, batch_size=2)
         calls = count_calls(monkeypatch, model)
         assert same(run(model, tokenizer, task, wanted, out=tmp_path, batch_size=2), ()) == same(first, ())
@@ -186,19 +196,21 @@ class TestResume:
         task, seen = mixed_lengths(), []
         append = RowFile.append
         monkeypatch.setattr(RowFile, "append", lambda file, row: (append(file, row), seen.append(read_rows(tmp_path))))
-        rows = run(model, tokenizer, task, [Setting("dense")], out=tmp_path, batch_size=9)
+        rows = run(model, tokenizer, task, [Setting("dynamic")], out=tmp_path, batch_size=9)
         assert [len(found) for found in seen] == list(range(1, len(task.golds) + 1))
         assert {row.seconds for row in rows if row.batch == rows[0].batch} != {rows[0].seconds}
 
     def test_a_folder_of_other_rows_is_refused(self, model, tokenizer, tmp_path):
-        task, dense = chain_task(problems(2, 6, seed=0)), [Setting("dense")]
-        run(model, tokenizer, task, dense, out=tmp_path, about={"model": "this"})
-        with pytest.raises(ValueError, match=r"holds rows with model='this', this run has 'that': give another folder"):
-            run(model, tokenizer, task, dense, out=tmp_path, about={"model": "that"})
-        with pytest.raises(ValueError, match="max_new_tokens=115, this run has 9: give another folder"):
-            run(model, tokenizer, task, dense, out=tmp_path, decoding=Decoding(max_new_tokens=9))
-        with pytest.raises(ValueError, match="has row 0 of another prompt: give another folder"):
-            run(model, tokenizer, chain_task(problems(2, 6, seed=1)), dense, out=tmp_path)
+        task, wanted = chain_task(problems(2, 6, seed=0)), [Setting("dynamic")]
+        run(model, tokenizer, task, wanted, out=tmp_path, about={"model": "this"})
+        with pytest.raises(
+            ValueError, match=r"contains rows with model='this', but this run has 'that': give another folder"
+        ):
+            run(model, tokenizer, task, wanted, out=tmp_path, about={"model": "that"})
+        with pytest.raises(ValueError, match="max_new_tokens=115, but this run has 9: give another folder"):
+            run(model, tokenizer, task, wanted, out=tmp_path, decoding=Decoding(max_new_tokens=9))
+        with pytest.raises(ValueError, match="contains row 0 with another prompt: give another folder"):
+            run(model, tokenizer, chain_task(problems(2, 6, seed=1)), wanted, out=tmp_path)
 
     def test_whatever_text_comes_back(self, tmp_path):
         row = Row(0, "", "raas", 512, {}, "a\r\n\u2028\x85\ud83d {", None, "é", True, 5, 9, False, False, 2.0, 0, 10, 4)
@@ -209,12 +221,12 @@ class TestResume:
     def test_a_file_is_no_folder(self, model, tokenizer, tmp_path):
         (tmp_path / "rows").write_text("")
         with pytest.raises(ValueError, match="is a file: give a folder"):
-            run(model, tokenizer, chain_task(problems(1, 6, seed=0)), [Setting("dense")], out=tmp_path / "rows")
+            run(model, tokenizer, chain_task(problems(1, 6, seed=0)), [Setting("dynamic")], out=tmp_path / "rows")
 
     def test_kill_at_a_random_row(self, tmp_path):
         """`kill -9`, again and again, then to the end: the table of a run that nobody disturbed."""
         options = ["--dataset", "chains-12", "--limit", 10, "--budget", "64,128", "--page-size", 4, "--batch-size", 2]
-        options += ["--method", "dense,raas", "--out"]
+        options += ["--method", "dynamic,raas", "--out"]
         whole = command(*options, tmp_path / "whole")
         assert whole.returncode == 0, whole.stderr
         rng, cut, kills = random.Random(time.time_ns()), tmp_path / "cut", 0
@@ -238,7 +250,7 @@ class TestResume:
 class TestProcesses:
     def test_two_give_row_for_row_what_one_gives(self, tmp_path):
         options = ["--dataset", "chains-8", "--limit", 7, "--budget", "48", "--page-size", 4, "--batch-size", 2]
-        options += ["--method", "dense,raas,h2o", "--out"]
+        options += ["--method", "dynamic,raas,h2o", "--out"]
         one = command(*options, tmp_path / "one", CUDA_VISIBLE_DEVICES="")
         launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2]
         launch += ["--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0]
@@ -263,7 +275,7 @@ class TestSummary:
         assert summary.kv_bytes == 3000 and summary.evictions == 6
         assert summary.interval == pytest.approx((0.2077, 0.9385), abs=1e-4)
         assert table([summary]).splitlines()[-1] == (
-            "| raas | 512 (prompts over it: 1) | 66.7% (20.8% to 93.9%) | 167 | 33.3% | 100 | 3,000 | 6 |"
+            "| raas | 512 (exceeded in 1 rows) | 66.7% (20.8% to 93.9%) | 167 | 33.3% | 100 | 3,000 | 6 |"
         )
 
 

@@ -21,7 +21,7 @@ from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from raas_cache import RaaSCache, embedded_model, list_methods
+from raas_cache import DenseCache, RaaSCache, embedded_model, list_methods
 from raas_cache.common.upstream import CACHE_ARGUMENT
 from raas_cache.eval.chains import problems
 from raas_cache.eval.harness import RaaSLM, option_names
@@ -95,22 +95,22 @@ def lm(**arguments):
 
 
 class TestGeneration:
-    def test_dense_solves_all(self, evaluate):
-        exact, texts, config = evaluate(method="dense")
+    def test_dynamic_solves_all(self, evaluate):
+        exact, texts, config = evaluate(method="dynamic")
         assert (exact, texts) == (1.0, [problem.chain for problem in SAMPLE])
-        assert (config["cache"], config["budget"], config["pages_evicted"]) == ("dense", None, 0)
+        assert (config["cache"], config["budget"], config["pages_evicted"]) == ("dynamic", None, 0)
 
-    @pytest.mark.parametrize("method", [name for name in list_methods() if name in CACHES and name != "dense"])
-    def test_large_budget_is_dense(self, evaluate, method):
+    @pytest.mark.parametrize("method", [name for name in list_methods() if name in CACHES])
+    def test_large_budget_equals_dynamic(self, evaluate, method):
         exact, texts, config = evaluate(method=method, budget=LARGE, page_size=4)
-        assert (exact, texts) == evaluate(method="dense")[:2]
+        assert (exact, texts) == evaluate(method="dynamic")[:2]
         assert (config["cache"], config["budget"]) == (f"{method}:page_size=4", LARGE)
         assert config["pages_evicted"] == 0
 
     def test_small_budget_evicts(self, evaluate):
         exact, texts, config = evaluate(method="raas", budget=SMALL, page_size=4, min_decode_pages=4)
         assert config["pages_evicted"] > 0
-        assert exact < 1.0 and texts != evaluate(method="dense")[1]
+        assert exact < 1.0 and texts != evaluate(method="dynamic")[1]
 
     def test_options_reach_the_method(self, evaluate):
         common = {"method": "raas", "budget": SMALL, "page_size": 4, "min_decode_pages": 4}
@@ -123,7 +123,9 @@ class TestGeneration:
         common = {"method": method, "budget": SMALL, "page_size": page_size, "min_decode_pages": 1}
         assert evaluate(1, **common)[:2] == evaluate(4, **common)[:2]
 
-    @pytest.mark.parametrize(("method", "kind"), [("raas", RaaSCache), ("dense", DynamicCache)])
+    @pytest.mark.parametrize(
+        ("method", "kind"), [("raas", RaaSCache), ("dynamic", DynamicCache), ("dense", DenseCache)]
+    )
     def test_each_call_gets_a_new_cache(self, monkeypatch, method, kind):
         model = lm(batch_size=2) if method == "raas" else RaaSLM(embedded_model(), method, device="cpu", batch_size=2)
         caches, generate = [], model.model.generate
@@ -157,8 +159,8 @@ class TestLogLikelihood:
         assert found == HFLM(embedded_model(), device="cpu", batch_size=4).loglikelihood(self.requests)
 
     @pytest.mark.filterwarnings("error:method=")
-    def test_dense_has_nothing_to_warn_of(self):
-        RaaSLM(embedded_model(), "dense", device="cpu").loglikelihood(self.requests[:1])
+    def test_dynamic_gives_no_warning(self):
+        RaaSLM(embedded_model(), "dynamic", device="cpu").loglikelihood(self.requests[:1])
 
     @pytest.mark.filterwarnings("error:method=")
     def test_generation_has_nothing_to_warn_of(self):
@@ -190,8 +192,8 @@ class TestArguments:
             ({"page_size": 6}, ValueError, "page_size=6 must be a power of two"),
             ({"alpha": 2.0}, ValueError, "alpha=2.0 must lie in"),
             ({"method": "h2o", "alpha": 0.1}, TypeError, "'h2o' has no option 'alpha'"),
-            ({"method": "dense"}, ValueError, "method='dense' takes neither a budget nor options.*page_size"),
-            ({"aplha": 0.1}, TypeError, "'aplha': this is no argument of the model.*alpha"),
+            ({"method": "dynamic"}, ValueError, "method='dynamic' takes neither a budget nor options.*page_size"),
+            ({"aplha": 0.1}, TypeError, "'aplha': neither the model nor the cache has it.*alpha"),
         ],
         ids=str,
     )
@@ -201,7 +203,7 @@ class TestArguments:
 
     def test_unknown_argument_with_a_loaded_model(self):
         model = lm()
-        with pytest.raises(TypeError, match=r"aplha=0\.1: this is no argument of the model"):
+        with pytest.raises(TypeError, match=r"aplha=0\.1: neither the model nor the cache has it"):
             lm(pretrained=model.model, tokenizer=model.tokenizer, aplha=0.1)
 
     def test_encoder_decoder(self):

@@ -14,8 +14,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.colors import to_hex
 
 from raas_cache.bench import report
-from raas_cache.bench.steps import Case, Timing
-from raas_cache.bench.steps import Row as BenchRow
+from raas_cache.bench.steps import Case, StepRow, Timing
 from raas_cache.common import reporting
 from raas_cache.eval.plots import figures, plot
 from raas_cache.eval.results import Row, Summary
@@ -77,13 +76,13 @@ def test_accuracy_against_budget_with_intervals():
         summary("raas", 256, correct=0),
         summary("quest", 256, correct=70),
         summary("quest", 1024, correct=100),
-        summary("dense", correct=90),
+        summary("dynamic", correct=90),
     ]
     figure = figures(found)["accuracy"]
     (axis,) = figure.axes
     drawn = lines(axis)
     assert drawn["raas"] == ([256, 1024], [0.0, 0.8]) and drawn["quest"] == ([256, 1024], [0.7, 1.0])
-    assert drawn["dense"][1] == [0.9, 0.9] and legend(figure) == ["dense", "raas", "quest"]
+    assert drawn["dynamic"][1] == [0.9, 0.9] and legend(figure) == ["dynamic", "raas", "quest"]
     for label, ones in (("raas", found[1::-1]), ("quest", found[2:4])):
         expected = [(one.setting.budget, *one.interval) for one in ones]
         np.testing.assert_allclose(bars(axis)[colours(axis)[label]], expected, rtol=0, atol=1e-12)
@@ -114,29 +113,29 @@ def test_ticks_are_the_budgets(name, budgets, scale):
 
 def test_chain_length_shows_who_was_stopped():
     found = [
-        summary("dense", tokens=800, truncated=10),
+        summary("dynamic", tokens=800, truncated=10),
         summary("h2o", 256, tokens=1900, truncated=51),
         summary("h2o", 512, tokens=1500, truncated=50),
     ]
     figure = figures(found)["chain_length"]
     (axis,) = figure.axes
     drawn = lines(axis)
-    assert drawn["h2o"] == ([256, 512], [1900, 1500]) and drawn["dense"][1] == [800, 800]
+    assert drawn["h2o"] == ([256, 512], [1900, 1500]) and drawn["dynamic"][1] == [800, 800]
     hollow = [line for line in axis.get_lines() if line.get_markerfacecolor() == "white" and len(line.get_xdata())]
     assert [(list(line.get_xdata()), list(line.get_ydata())) for line in hollow] == [([256], [1900])]
     assert to_hex(hollow[0].get_color()) == colours(axis)["h2o"]
-    assert legend(figure)[:2] == ["dense", "h2o"] and legend(figure)[2].startswith("hollow")
+    assert legend(figure)[:2] == ["dynamic", "h2o"] and legend(figure)[2].startswith("hollow")
 
 
 def test_dense_can_be_stopped_too():
-    (axis,) = figures([summary("dense", truncated=60), summary("raas", 256)])["chain_length"].axes
-    (line,) = (line for line in axis.get_lines() if line.get_label() == "dense")
+    (axis,) = figures([summary("dynamic", truncated=60), summary("raas", 256)])["chain_length"].axes
+    (line,) = (line for line in axis.get_lines() if line.get_label() == "dynamic")
     assert line.get_markerfacecolor() == "white"
 
 
 def test_nothing_is_hollow_where_most_came_to_their_end():
-    figure = figures([summary("dense"), summary("raas", 256, truncated=50)])["chain_length"]
-    assert legend(figure) == ["dense", "raas"]
+    figure = figures([summary("dynamic"), summary("raas", 256, truncated=50)])["chain_length"]
+    assert legend(figure) == ["dynamic", "raas"]
 
 
 @pytest.mark.parametrize("budgets", [(256,), BUDGETS])
@@ -178,10 +177,10 @@ def test_common_options_are_said_once():
     found = [summary(method, budget, **common) for method in ("raas", "h2o") for budget in BUDGETS]
     found += [summary("raas", 256, correct=30, **{**common, "page_size": size}) for size in (16, 8)]
     found += [summary("raas", budget, **common, alpha=0.5) for budget in (256, 512)]
-    drawn = figures([*found, summary("dense")], title="math500, a model")
+    drawn = figures([*found, summary("dynamic")], title="math500, a model")
     assert drawn.keys() == {"accuracy", "chain_length", "ablation_page_size", "ablation_alpha"}
     for name in ("accuracy", "chain_length"):
-        assert legend(drawn[name]) == ["dense", "raas", "h2o", "raas:alpha=0.5"], "page sizes have one budget"
+        assert legend(drawn[name]) == ["dynamic", "raas", "h2o", "raas:alpha=0.5"], "page sizes have one budget"
         assert drawn[name].get_suptitle() == (
             "math500, a model, 100 problems\nunless said otherwise: min_decode_pages=1, page_size=4"
         )
@@ -239,7 +238,7 @@ def test_more_panels_than_a_line_holds():
 
 def test_up_to_nine_methods_have_colours_of_their_own_and_more_have_dashes():
     several = [summary("raas", budget, alpha=alpha / 50) for alpha in range(1, 21) for budget in (256, 512)]
-    (axis,) = figures([summary("dense"), *several])["accuracy"].axes
+    (axis,) = figures([summary("dynamic"), *several])["accuracy"].axes
     looks = [(to_hex(line.get_color()), line.get_marker(), line.get_linestyle()) for line in axis.get_lines()]
     assert len(looks) == len(set(looks)) == 21
     assert len({colour for colour, _, _ in looks[:9]}) == len({marker for _, marker, _ in looks[:9]}) == 9
@@ -247,7 +246,7 @@ def test_up_to_nine_methods_have_colours_of_their_own_and_more_have_dashes():
 
 def test_the_legend_hides_nothing():
     several = [summary("raas", budget, alpha=alpha / 50) for alpha in range(1, 26) for budget in (256, 512)]
-    for found in (several, [summary("raas", 256), summary("dense")]):
+    for found in (several, [summary("raas", 256), summary("dynamic")]):
         figure = figures(found, title="a data set of a rather long name, " * 3)["accuracy"]
         figure.draw_without_rendering()
         box = figure.legends[0].get_window_extent()
@@ -258,10 +257,10 @@ def test_the_legend_hides_nothing():
 @pytest.mark.parametrize(
     "found",
     [
-        [summary("dense")],
+        [summary("dynamic")],
         [summary("raas", 256)],
-        [summary("raas", 256), summary("dense")],
-        [summary("raas", 256, alpha=0.1), summary("raas", 256, alpha=0.3), summary("dense")],
+        [summary("raas", 256), summary("dynamic")],
+        [summary("raas", 256, alpha=0.1), summary("raas", 256, alpha=0.3), summary("dynamic")],
     ],
 )
 def test_one_budget_or_none(found, tmp_path):
@@ -286,7 +285,7 @@ def test_how_many_problems_is_said():
 
 @pytest.fixture
 def folder(tmp_path):
-    rows = [row(index, "dense", correct=index < 3) for index in range(4)]
+    rows = [row(index, "dynamic", correct=index < 3) for index in range(4)]
     rows += [row(index, "raas", budget, correct=index < 1) for budget in (256, 512) for index in range(4)]
     rows += [row(index, "raas", 256, alpha=0.5) for index in range(4)]
     (tmp_path / "rows-0.jsonl").write_text("".join(one.to_json() for one in rows[:5]))
@@ -299,8 +298,8 @@ def folder(tmp_path):
 def bench_rows():
     timing = Timing.of([1.0, 2.0, 4.0])
     return [
-        BenchRow(Case("raas", 1, 64, seen, "eager"), "eager", 640, timing, {"DynamicCache": 0.5}) for seen in (64, 128)
-    ] + [BenchRow(Case("quest", 1, 64, 128, "eager"), "does not fit", 6400, None, {"DynamicCache": None})]
+        StepRow(Case("raas", 1, 64, seen, "eager"), "eager", 640, timing, {"DynamicCache": 0.5}) for seen in (64, 128)
+    ] + [StepRow(Case("quest", 1, 64, 128, "eager"), "does not fit", 6400, None, {"DynamicCache": None})]
 
 
 EVALUATED, BENCHED = ("accuracy", "chain_length", "ablation_alpha"), ("ms_per_token", "kv_bytes")
@@ -361,7 +360,7 @@ def test_command_prints_what_it_wrote(folder):
 @pytest.mark.parametrize("name", ["", "missing"])
 def test_nothing_to_plot_is_one_line_and_exit_code_2(name, tmp_path):
     error = refused(command(tmp_path / name))
-    assert f"'{tmp_path / name}' holds no results: run raas-cache eval --out {tmp_path / name} first" in error
+    assert f"'{tmp_path / name}' contains no results: run raas-cache eval --out {tmp_path / name} first" in error
     assert not list(tmp_path.iterdir())
 
 

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ from ..helpers import refused
 
 pytest.importorskip("accelerate")
 
-DENSE = [Setting("dense")]
+DYNAMIC = [Setting("dynamic")]
 ROW = Row(0, "", "raas", 512, {"page_size": 4}, "", None, "é", True, 5, 9, False, False, 2.0, 0, 10, 4)
 
 
@@ -75,43 +75,43 @@ class TestGold:
         return parts(task, golds=golds)
 
     def test_rows_are_marked_again(self, model, tokenizer, task, changed, tmp_path, monkeypatch):
-        rows = run(model, tokenizer, task, DENSE, out=tmp_path)
+        rows = run(model, tokenizer, task, DYNAMIC, out=tmp_path)
         assert [row.correct for row in rows] == [True] * 3
         monkeypatch.setattr(model, "generate", never)
-        with pytest.warns(UserWarning, match=r"rows are marked again: 1\."):
-            rows = run(model, tokenizer, changed, DENSE, out=tmp_path)
+        with pytest.warns(UserWarning, match=r"rows were marked again; changed rows: 1\."):
+            rows = run(model, tokenizer, changed, DYNAMIC, out=tmp_path)
         assert [row.correct for row in rows] == [False, True, True]
         assert [row.gold for row in rows] == changed.golds
         kept = {row.index: row for row in read_rows(tmp_path)}
         assert [asdict(kept[row.index]) for row in rows] == [asdict(row) for row in rows], "on disk, too, for plot"
-        run(model, tokenizer, changed, DENSE, out=tmp_path)  # without a warning
+        run(model, tokenizer, changed, DYNAMIC, out=tmp_path)  # without a warning
 
     def test_of_all_settings_and_of_rows_that_are_not_asked_for(self, model, tokenizer, task, changed, tmp_path):
-        run(model, tokenizer, task, [*DENSE, Setting("raas", 256, {"page_size": 4})], out=tmp_path)
-        with pytest.warns(UserWarning, match=r"rows are marked again: 2\."):
-            run(model, tokenizer, changed, DENSE, out=tmp_path)
+        run(model, tokenizer, task, [*DYNAMIC, Setting("raas", 256, {"page_size": 4})], out=tmp_path)
+        with pytest.warns(UserWarning, match=r"rows were marked again; changed rows: 2\."):
+            run(model, tokenizer, changed, DYNAMIC, out=tmp_path)
         assert sorted(row.index for row in read_rows(tmp_path) if not row.correct) == [0, 0]
 
     def test_another_marker(self, model, tokenizer, task, tmp_path, monkeypatch):
-        run(model, tokenizer, task, DENSE, out=tmp_path)
+        run(model, tokenizer, task, DYNAMIC, out=tmp_path)
         monkeypatch.setattr(model, "generate", never)
         stricter = parts(task, mark=lambda output, gold: ("never", False), marker="stricter")
-        with pytest.warns(UserWarning, match=r"rows are marked again: 3\."):
-            rows = run(model, tokenizer, stricter, DENSE, out=tmp_path)
+        with pytest.warns(UserWarning, match=r"rows were marked again; changed rows: 3\."):
+            rows = run(model, tokenizer, stricter, DYNAMIC, out=tmp_path)
         assert [(row.answer, row.correct) for row in rows] == [("never", False)] * 3
 
     def test_a_marker_of_unknown_version_marks_all(self, model, tokenizer, task, tmp_path):
-        run(model, tokenizer, parts(task, marker=None), DENSE, out=tmp_path)
+        run(model, tokenizer, parts(task, marker=None), DYNAMIC, out=tmp_path)
         other = parts(task, marker=None, mark=lambda output, gold: (None, False))
-        with pytest.warns(UserWarning, match=r"rows are marked again: 3\."):
-            assert not any(row.correct for row in run(model, tokenizer, other, DENSE, out=tmp_path))
+        with pytest.warns(UserWarning, match=r"rows were marked again; changed rows: 3\."):
+            assert not any(row.correct for row in run(model, tokenizer, other, DYNAMIC, out=tmp_path))
 
     def test_damaged_lines_stay_where_they_are(self, model, tokenizer, task, changed, tmp_path):
-        run(model, tokenizer, task, DENSE, out=tmp_path)
+        run(model, tokenizer, task, DYNAMIC, out=tmp_path)
         path = tmp_path / "rows-0.jsonl"
         path.write_bytes(b"{damaged\n" + path.read_bytes())
         with pytest.warns(UserWarning, match="marked again|line 1 is damaged"):
-            run(model, tokenizer, changed, DENSE, out=tmp_path)
+            run(model, tokenizer, changed, DYNAMIC, out=tmp_path)
         lines = path.read_bytes().splitlines()
         assert lines[0] == b"{damaged" and len(lines) == 4
 
@@ -141,22 +141,22 @@ class TestInputs:
         ],
     )
     def test_of_the_model(self, model, tokenizer, task, tmp_path, name, change):
-        run(model, tokenizer, task, DENSE, out=tmp_path)
+        run(model, tokenizer, task, DYNAMIC, out=tmp_path)
         change(model, tokenizer)
-        with pytest.raises(ValueError, match=rf"^out=.* holds rows with {name}=.*give another folder"):
-            run(model, tokenizer, task, DENSE, out=tmp_path)
+        with pytest.raises(ValueError, match=rf"^out=.* contains rows with {name}=.*give another folder"):
+            run(model, tokenizer, task, DYNAMIC, out=tmp_path)
 
     @pytest.mark.parametrize("name", ["transformers", "torch", "raas_cache", "kernels"])
     def test_of_the_code(self, model, tokenizer, task, tmp_path, monkeypatch, name):
-        run(model, tokenizer, task, DENSE, out=tmp_path)
+        run(model, tokenizer, task, DYNAMIC, out=tmp_path)
         if name == "raas_cache":
             monkeypatch.setattr(inputs, "of_package", lambda: "0.0.1")
         elif name == "kernels":
             monkeypatch.setattr(inputs.raas_kernels, "engine", lambda device: torch)
         else:
             monkeypatch.setattr(getattr(inputs, name), "__version__", "4.0")
-        with pytest.raises(ValueError, match=f"holds rows with {name}=.*give another folder"):
-            run(model, tokenizer, task, DENSE, out=tmp_path)
+        with pytest.raises(ValueError, match=f"contains rows with {name}=.*give another folder"):
+            run(model, tokenizer, task, DYNAMIC, out=tmp_path)
 
     @pytest.mark.parametrize(
         ("name", "other"),
@@ -168,9 +168,9 @@ class TestInputs:
         ],
     )
     def test_of_sampling(self, model, tokenizer, task, tmp_path, name, other):
-        run(model, tokenizer, task, DENSE, out=tmp_path, decoding=Decoding(temperature=1.0))
-        with pytest.raises(ValueError, match=f"holds rows with {name}=.*give another folder"):
-            run(model, tokenizer, task, DENSE, out=tmp_path, **other)
+        run(model, tokenizer, task, DYNAMIC, out=tmp_path, decoding=Decoding(temperature=1.0))
+        with pytest.raises(ValueError, match=f"contains rows with {name}=.*give another folder"):
+            run(model, tokenizer, task, DYNAMIC, out=tmp_path, **other)
 
     def test_of_a_method_of_ones_own(self, model, tokenizer, task, tmp_path, monkeypatch):
         """Edited, it is another method, and its rows are others; those of the other methods stay."""
@@ -181,42 +181,42 @@ class TestInputs:
         path.write_text(METHOD)
         module = importlib.import_module("my_method")
         monkeypatch.setitem(POLICIES, "mine", module.Mine)  # which takes it away in the end
-        run(model, tokenizer, task, [*DENSE, *mine], out=out)
+        run(model, tokenizer, task, [*DYNAMIC, *mine], out=out)
         assert len(run(model, tokenizer, task, mine, out=out)) == 3
         path.write_text(METHOD + "    edited = True\n")
         linecache.checkcache()
         importlib.reload(module)
-        with pytest.raises(ValueError, match="holds rows with mine="):
+        with pytest.raises(ValueError, match="contains rows with mine="):
             run(model, tokenizer, task, mine, out=out)
-        assert len(run(model, tokenizer, task, DENSE, out=out)) == 3
+        assert len(run(model, tokenizer, task, DYNAMIC, out=out)) == 3
 
     def test_of_a_method_without_a_file(self, monkeypatch):
         """Typed in, nobody can say that it is the same the next time."""
         names = {"__name__": "typed_in"}
         exec(METHOD, names)
         monkeypatch.setitem(POLICIES, "mine", names["Mine"])
-        (first,) = inputs.of_methods([Setting("mine", 64), *DENSE, Setting("raas", 64)]).values()
+        (first,) = inputs.of_methods([Setting("mine", 64), *DYNAMIC, Setting("raas", 64)]).values()
         inputs._of_policy.cache_clear()
         assert inputs.of_methods([Setting("mine", 64)]) != {"mine": first}
 
     def test_an_unknown_origin_is_refused(self, model, tokenizer, task, tmp_path):
-        run(model, tokenizer, task, DENSE, out=tmp_path)
+        run(model, tokenizer, task, DYNAMIC, out=tmp_path)
         (tmp_path / "settings.json").unlink()
-        with pytest.raises(ValueError, match="holds rows with task=None, this run has 'chains'"):
-            run(model, tokenizer, task, DENSE, out=tmp_path)
+        with pytest.raises(ValueError, match="contains rows with task=None, but this run has 'chains'"):
+            run(model, tokenizer, task, DYNAMIC, out=tmp_path)
 
     def test_a_folder_without_rows_takes_any(self, model, tokenizer, task, tmp_path):
         (tmp_path / "settings.json").write_text('{"task": "gsm8k"}')
-        assert len(run(model, tokenizer, task, DENSE, out=tmp_path)) == 3
+        assert len(run(model, tokenizer, task, DYNAMIC, out=tmp_path)) == 3
 
     def test_what_stays_the_same(self, model, tokenizer, task, tmp_path):
         """A model that was saved and loaded elsewhere, a tokenizer that has padded meanwhile, another greedy batch."""
-        run(model, tokenizer, task, DENSE, out=tmp_path / "rows")
+        run(model, tokenizer, task, DYNAMIC, out=tmp_path / "rows")
         model.save_pretrained(tmp_path / "model")
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
         tokenizer(["v1", "v1 v2"], padding=True, truncation=True, max_length=9)
         again.generate = never
-        assert len(run(again, tokenizer, task, DENSE, out=tmp_path / "rows", batch_size=1)) == 3
+        assert len(run(again, tokenizer, task, DYNAMIC, out=tmp_path / "rows", batch_size=1)) == 3
 
     def test_weights_wherever_they_are(self, model):
         from accelerate import cpu_offload
@@ -254,19 +254,27 @@ DAMAGED = {
     b"\x00\x00\x00": "line 2 is damaged (column 1: Expecting value",
     b"\xff\xff\xff": "line 2 is damaged (",
     b"[" * 100_000: "line 2 is damaged (",
-    b"[1, 2]": "line 2 is damaged (it is no object in braces)",
-    b"5": "line 2 is damaged (it is no object in braces)",
+    b"[1, 2]": "line 2 is damaged (it is not a JSON object)",
+    b"5": "line 2 is damaged (it is not a JSON object)",
     b"{}": "line 2 is damaged (it has no 'index')",
-    ROW.to_json().replace('"tokens": 9', '"tokens": "9"').encode(): "(tokens='9' is impossible)",
-    ROW.to_json().replace('"tokens": 9', '"tokens": -9').encode(): "(tokens=-9 is impossible)",
-    ROW.to_json().replace('"tokens": 9', '"tokens": true').encode(): "(tokens=True is impossible)",
-    ROW.to_json().replace('"correct": true', '"correct": 1').encode(): "(correct=1 is impossible)",
-    ROW.to_json().replace("2.0", "NaN").encode(): "(seconds=nan is impossible)",
-    ROW.to_json().replace("512", "[]").encode(): "(budget=[] is impossible)",
-    ROW.to_json().replace("512", '[64, "x"]').encode(): "(budget=[64, 'x'] is impossible)",
+    ROW.to_json().replace('"tokens": 9', '"tokens": "9"').encode(): "(tokens='9' is not a valid value)",
+    ROW.to_json().replace('"tokens": 9', '"tokens": -9').encode(): "(tokens=-9 is not a valid value)",
+    ROW.to_json().replace('"tokens": 9', '"tokens": true').encode(): "(tokens=True is not a valid value)",
+    ROW.to_json().replace('"correct": true', '"correct": 1').encode(): "(correct=1 is not a valid value)",
+    ROW.to_json().replace("2.0", "NaN").encode(): "(seconds=nan is not a valid value)",
+    ROW.to_json().replace("512", "[]").encode(): "(budget=[] is not a valid value)",
+    ROW.to_json().replace("512", '[64, "x"]').encode(): "(budget=[64, 'x'] is not a valid value)",
     ROW.to_json().replace('"gold"', '"told"').encode(): "(it has no 'gold')",
-    ROW.to_json().replace("{", '{"more": 1, ', 1).encode(): "('more' is no field of a row)",
+    ROW.to_json().replace("{", '{"more": 1, ', 1).encode(): "('more' is not a field of a row)",
 }
+
+
+def test_dense_without_a_budget_was_dynamic(tmp_path):
+    """Before `dynamic` had its name, `dense` meant `DynamicCache`, and `DenseCache` has a budget."""
+    old = replace(ROW, method="dense", budget=None, options={})
+    ours = replace(ROW, method="dense", index=1)
+    (tmp_path / "rows-0.jsonl").write_text(old.to_json() + ours.to_json(), encoding="utf-8")
+    assert [row.setting for row in read_rows(tmp_path)] == [Setting("dynamic"), Setting("dense", 512, {"page_size": 4})]
 
 
 class TestDamage:
@@ -284,12 +292,12 @@ class TestDamage:
         assert str(path) in str(warning.message) and reason in str(warning.message)
 
     def test_its_row_runs_again(self, model, tokenizer, task, tmp_path):
-        first = run(model, tokenizer, task, DENSE, out=tmp_path)
+        first = run(model, tokenizer, task, DYNAMIC, out=tmp_path)
         path = tmp_path / "rows-0.jsonl"
         lines = path.read_bytes().splitlines(keepends=True)
         path.write_bytes(lines[0] + b"{" + lines[1] + lines[2])
         with pytest.warns(UserWarning, match="line 2 is damaged") as told:
-            again = run(model, tokenizer, task, DENSE, out=tmp_path)
+            again = run(model, tokenizer, task, DYNAMIC, out=tmp_path)
         assert len(told) == 1, "said once"
         assert [row.output for row in again] == [row.output for row in first]
         with pytest.warns(UserWarning, match="line 2 is damaged"):
@@ -297,10 +305,10 @@ class TestDamage:
 
     @pytest.mark.parametrize("text", ['{"task": ', "[1]", "", "\xff"])
     def test_settings_are_named(self, model, tokenizer, task, tmp_path, text):
-        run(model, tokenizer, task, DENSE, out=tmp_path)
+        run(model, tokenizer, task, DYNAMIC, out=tmp_path)
         (tmp_path / "settings.json").write_bytes(text.encode("latin-1"))
         with pytest.raises(ValueError, match=r"^folder=.* has a damaged settings.json \(.*\): restore it, or give"):
-            run(model, tokenizer, task, DENSE, out=tmp_path)
+            run(model, tokenizer, task, DYNAMIC, out=tmp_path)
 
 
 class TestTwoAtOnce:
@@ -310,7 +318,7 @@ class TestTwoAtOnce:
 
         from raas_cache.cli import app
 
-        options = ["--dataset", "chains-30", "--limit", "4", "--method", "dense", "--batch-size", "1"]
+        options = ["--dataset", "chains-30", "--limit", "4", "--method", "dynamic", "--batch-size", "1"]
         options += ["--out", str(tmp_path)]
         words = [sys.executable, "-m", "raas_cache.eval", *options]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -323,28 +331,28 @@ class TestTwoAtOnce:
         output, errors = first.communicate()
         assert first.returncode == 0, errors
         assert "--out" in error and "is being written to by another run: wait until it has ended" in error
-        assert len((tmp_path / "rows-0.jsonl").read_text().splitlines()) == 4 and "| dense | all | 100.0%" in output
+        assert len((tmp_path / "rows-0.jsonl").read_text().splitlines()) == 4 and "| dynamic | all | 100.0%" in output
 
     def test_all_processes_of_a_run_are_refused(self, tmp_path):
         """The main process alone looks at the folder; the others must not wait for it."""
         pytest.importorskip("typer")
         RowFile(tmp_path, 0).append(ROW)
         words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        words += ["-m", "raas_cache.eval", "--dataset", "chains-4", "--method", "dense", "--out", str(tmp_path)]
+        words += ["-m", "raas_cache.eval", "--dataset", "chains-4", "--method", "dynamic", "--out", str(tmp_path)]
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         environment["PYTHONPATH"] = os.pathsep.join(sys.path)
         both = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300)
-        assert both.returncode != 0 and "holds rows with task=None, this run has 'chains-4'" in both.stderr
+        assert both.returncode != 0 and "contains rows with task=None, but this run has 'chains-4'" in both.stderr
         assert len(read_rows(tmp_path)) == 1
 
     def test_a_run_that_failed_lets_go(self, model, tokenizer, task, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(model, "generate", never)
             with pytest.raises(AssertionError):
-                run(model, tokenizer, task, DENSE, out=tmp_path)
-        assert len(run(model, tokenizer, task, DENSE, out=tmp_path)) == 3
+                run(model, tokenizer, task, DYNAMIC, out=tmp_path)
+        assert len(run(model, tokenizer, task, DYNAMIC, out=tmp_path)) == 3
 
     def test_settings_say_what_rows_depend_on(self, model, tokenizer, task, tmp_path):
-        run(model, tokenizer, task, DENSE, out=tmp_path)
+        run(model, tokenizer, task, DYNAMIC, out=tmp_path)
         kept = json.loads((tmp_path / "settings.json").read_text())
         assert kept["task"] == "chains" and len(kept["weights"]) == 16 and kept["marker"] == task.marker

@@ -108,7 +108,7 @@ class TestFiles:
                 (GOOD + "\n" + '{"question": "1\n' + GOOD).encode(),
                 "line 3, column 14: Unterminated string",
             ),
-            ("list.jsonl", (GOOD + "[1]\n").encode(), "line 2: this is no object in braces"),
+            ("list.jsonl", (GOOD + "[1]\n").encode(), "line 2: this is not a JSON object"),
             ("half.jsonl", (GOOD + GOOD.replace("1+1", "\\ud83d")).encode(), "line 2: 'utf-8' codec can't encode"),
             ("nul.jsonl", GOOD.encode() + b"\0\0\0\n", "line 2, column 1: Expecting value"),
             ("deep.jsonl", GOOD.encode() + b"[" * 100_000 + b"\n", "line 2: "),
@@ -132,7 +132,9 @@ class TestFiles:
     def test_broken_or_empty(self, tmp_path):
         for name, text in (("broken.jsonl", '{"question": "1'), ("empty.jsonl", "")):
             (tmp_path / name).write_text(text)
-            with pytest.raises(ValueError, match=f"{name}' cannot be loaded .*is it of the format its name says"):
+            with pytest.raises(
+                ValueError, match=f"{name}' cannot be loaded .*check that the format matches the file name"
+            ):
                 load_task(str(tmp_path / name))
 
 
@@ -162,7 +164,7 @@ class TestHub:
             raise ConnectionError("Couldn't reach the Hub\nand much more")
 
         monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-        message = "dataset='gsm8k' cannot be loaded (ConnectionError: Couldn't reach the Hub): give a local file"
+        message = "dataset='gsm8k' cannot be loaded (ConnectionError: Couldn't reach the Hub): use a local file"
         with pytest.raises(ValueError, match=re.escape(message)):
             load_task("gsm8k")
 
@@ -205,7 +207,7 @@ class TestPrompts:
                 None,
                 "dataset='poetry' is not a data set: use gsm8k, math500, aime24, aime25, chains, org/name",
             ),
-            ("nowhere.jsonl", None, "dataset='nowhere.jsonl' is not there: check the path"),
+            ("nowhere.jsonl", None, "dataset='nowhere.jsonl' does not exist: check the path"),
             ("gsm8k", 0, "limit=0 must be at least 1"),
             ("chains-500", None, "num_lines=500"),
         ],
@@ -221,15 +223,15 @@ class TestCommand:
         tiny_model(dtype=torch.float32, vocab_size=258).save_pretrained(tmp_path / "model")
         tokenizer.save_pretrained(tmp_path / "model")
         path = write(tmp_path / "robes.jsonl", [GSM8K, {"question": MATH500["problem"], "answer": MATH500["answer"]}])
-        options = ["--model", tmp_path / "model", "--dataset", path, "--method", "dense,raas:alpha=0.3"]
+        options = ["--model", tmp_path / "model", "--dataset", path, "--method", "dynamic,raas:alpha=0.3"]
         options += ["--budget", 32, "--max-new-tokens", 12, "--page-size", 4, "--out", tmp_path / "rows"]
         result = invoke(*options)
         assert result.exit_code == 0, result.output
-        assert "| dense | all | 0.0% (0.0% to 65.8%) | 12 | 100.0% |" in result.output
-        assert "| raas | 32 (prompts over it: 2) | 0.0%" in result.output
+        assert "| dynamic | all | 0.0% (0.0% to 65.8%) | 12 | 100.0% |" in result.output
+        assert "| raas | 32 (exceeded in 2 rows) | 0.0%" in result.output
         assert "Unless said otherwise: alpha=0.3, page_size=4." in result.output
         rows = [json.loads(line) for line in (tmp_path / "rows" / "rows-0.jsonl").read_text().splitlines()]
-        assert [row["gold"] for row in rows if row["method"] == "dense"] == [MATH500["answer"], "3"], "longest first"
+        assert [row["gold"] for row in rows if row["method"] == "dynamic"] == [MATH500["answer"], "3"], "longest first"
 
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -255,7 +257,7 @@ class TestCommand:
     def test_a_model_of_another_language(self, tmp_path):
         path = write(tmp_path / "robes.jsonl", [GSM8K])
         result = invoke("--dataset", path, "--out", tmp_path / "rows")
-        assert result.exit_code == 2 and "cannot read" in result.output and "knows chains only" in result.output
+        assert result.exit_code == 2 and "cannot read" in result.output and "only knows chains" in result.output
         assert not (tmp_path / "rows").exists()
 
     def test_a_folder_without_a_model(self, tmp_path):
@@ -263,10 +265,13 @@ class TestCommand:
         assert result.exit_code == 2 and "give a folder with config.json" in result.output
 
     def test_folder_of_other_rows(self, tmp_path):
-        options = ["--dataset", "chains-4", "--limit", 1, "--method", "dense", "--out", tmp_path / "rows"]
+        options = ["--dataset", "chains-4", "--limit", 1, "--method", "dynamic", "--out", tmp_path / "rows"]
         assert invoke(*options).exit_code == 0
         result = invoke(*options, "--seed", 1)
-        assert result.exit_code == 2 and "holds rows with seed=0, this run has 1: give another folder" in result.output
+        assert (
+            result.exit_code == 2
+            and "contains rows with seed=0, but this run has 1: give another folder" in result.output
+        )
 
 
 def invoke(*options):

@@ -20,7 +20,7 @@ def test_llama_3_8b():
     """32 layers, 8 KV heads of 128: 4.3 GB and 68.7 GB in bfloat16, as README has them."""
     assert plan(LLAMA, 2048, batch_size=16) == Plan(
         nbytes=4_294_967_296,
-        dense_nbytes=68_719_476_736,
+        dynamic_nbytes=68_719_476_736,
         bytes_per_token=2_097_152,
         saves_from=2049,
         decode_tokens=2048 - 256,
@@ -34,7 +34,7 @@ def test_llama_3_8b():
 def test_int8_takes_a_byte_each_and_a_scale_a_token():
     planned = plan(LLAMA, 2048, kv_dtype="int8")
     assert planned.nbytes == 2 * 32 * 8 * 2048 * (128 + 4)
-    assert planned.dense_nbytes == 2 * 32 * 8 * 32_768 * 128 * 2, "in the model's dtype"
+    assert planned.dynamic_nbytes == 2 * 32 * 8 * 32_768 * 128 * 2, "in the model's dtype"
     assert planned.saves_from == 1057
 
 
@@ -56,19 +56,20 @@ def test_int8_takes_a_byte_each_and_a_scale_a_token():
 @pytest.mark.filterwarnings("ignore:budget=16 leaves")
 def test_plan_is_what_a_run_allocates(name, budget, options):
     model, options = build(name), {"page_size": 4, "min_decode_pages": 3, **options}
-    cache, dense = RaaSCache(budget, config=model.config, **options), DynamicCache(config=model.config)
-    for each in (cache, dense):
+    cache, dynamic = RaaSCache(budget, config=model.config, **options), DynamicCache(config=model.config)
+    for each in (cache, dynamic):
         generate(model, prompt(3, 21), each, 60, sample=False)
 
     planned = plan(
         tiny_config(name), budget, batch_size=3, prompt_tokens=21, tokens=21 + 59, dtype=torch.float32, **options
     )
     assert planned.nbytes == cache.nbytes
-    assert planned.dense_nbytes == kv_nbytes(dense)
+    assert planned.dynamic_nbytes == kv_nbytes(dynamic)
     assert planned.is_over_budget == cache.is_over_budget == (budget == 16 and options.get("prompt") != "evict")
     paged = [layer for layer in cache.layers if hasattr(layer, "decode_pages") and layer.is_initialized]
-    assert planned.decode_tokens == min(int(layer.table.counts.limit.min()) * layer.settings.page_size for layer in paged)
-    assert (planned.paged_layers, planned.layers) == (len(paged), len(dense.layers))
+    decode_pages = (int(layer.table.counts.limit.min()) * layer.settings.page_size for layer in paged)
+    assert planned.decode_tokens == min(decode_pages)
+    assert (planned.paged_layers, planned.layers) == (len(paged), len(dynamic.layers))
 
 
 @pytest.mark.parametrize("kv_dtype", [None, "int8"])
@@ -76,7 +77,7 @@ def test_a_dense_cache_is_larger_from_saves_from_on(kv_dtype):
     of = {"prompt_tokens": 4, "page_size": 4, "min_decode_pages": 1, "kv_dtype": kv_dtype, "dtype": torch.float32}
     first = plan(tiny_config("gemma3_text"), 64, **of).saves_from
     at, before = (plan(tiny_config("gemma3_text"), 64, tokens=tokens, **of) for tokens in (first, first - 1))
-    assert before.dense_nbytes <= before.nbytes and at.nbytes < at.dense_nbytes
+    assert before.dynamic_nbytes <= before.nbytes and at.nbytes < at.dynamic_nbytes
 
 
 def test_dtype_is_the_config_s_and_else_bfloat16():
@@ -110,7 +111,7 @@ def test_largest_budget_holds_no_more_than_all_tokens():
 def test_largest_budget_that_cannot_be():
     least = 2 * 32 * 8 * (256 + 8 * 16) * 128 * 2
     assert largest_budget(LLAMA, least) == 256 + 8 * 16
-    with pytest.raises(ValueError, match=f"nbytes={least - 1:,} is too little.* take {least:,} bytes"):
+    with pytest.raises(ValueError, match=f"nbytes={least - 1:,} is too small.* need {least:,} bytes"):
         largest_budget(LLAMA, least - 1)
 
 
@@ -122,13 +123,13 @@ def test_largest_budget_that_cannot_be():
         ("llama", {"budget": 64.0}, TypeError, "budget=64.0 must be an int"),
         ("llama", {"batch_size": 0}, ValueError, "batch_size=0 must be positive"),
         ("llama", {"prompt_tokens": 0}, ValueError, "prompt_tokens=0 must be positive"),
-        ("llama", {"tokens": 100}, ValueError, "tokens=100 counts the prompt in: make it at least prompt_tokens=256"),
+        ("llama", {"tokens": 100}, ValueError, "tokens=100 includes the prompt: make it at least prompt_tokens=256"),
         ("llama", {"kv_dtype": "int4"}, ValueError, "kv_dtype='int4' is unknown"),
         ("mistral", {}, ValueError, "no layer of this 'mistral' has full attention"),
-        ("bloom", {}, ValueError, "did not get through this 'bloom'.*did not read the paged cache"),
+        ("bloom", {}, ValueError, "this 'bloom' cannot run a token.*did not read the paged cache"),
         ("deepseek_v32", {}, ValueError, "layer 0 of 'deepseek_v32' needs a DynamicIndexedLayer"),
         # Its experts count their tokens on the CPU: an error and no guess where a forward does not come to its end.
-        ("jetmoe", {}, ValueError, "did not get through this 'jetmoe'.*read the cache's nbytes"),
+        ("jetmoe", {}, ValueError, "this 'jetmoe' cannot run a token.*read the cache's nbytes"),
     ],
 )
 def test_what_cannot_be_planned(name, options, error, message):
@@ -161,9 +162,9 @@ def rows(output):
 def test_command():
     result = run("--model", "llama-3-8b", "--batch", "1,16", "--budget", "1024,2048")
     assert result.exit_code == 0, result.output
-    assert result.output.startswith("llama: 32 of 32 layers are paged, and cache 131,072 bytes of a token in bfloat16.")
+    assert result.output.startswith("llama: 32 of 32 layers are paged. They cache 131,072 bytes per token in bfloat16.")
     header, _, *lines = rows(result.output)
-    assert header[4] == "dense at 32,768" and len(lines) == 2 * 2 * 2
+    assert header[4] == "dynamic at 32,768" and len(lines) == 2 * 2 * 2
     assert lines[6] == ["16", "2,048", "bfloat16", "4.29 GB", "68.72 GB", "16.0", "2,049", "1,792"]
     assert lines[7][2:6] == ["int8", "2.21 GB", "68.72 GB", "31.0"]
 
@@ -195,7 +196,7 @@ def test_command_says_where_the_prompt_is_over_the_budget():
         (["--tokens", 10], "tokens=10"),
         (["--page-size", 12], "page_size=12"),
         (["--dtype", "int4"], "--dtype"),
-        (["--memory", 0.001], "nbytes=1,000,000 is too little"),
+        (["--memory", 0.001], "nbytes=1,000,000 is too small"),
         (["--memory", 1, "--budget", 512], "--budget"),
     ],
 )

@@ -62,7 +62,7 @@ def refused_or_equal(path, expected):
     try:
         loaded = Recording.load(path)
     except ValueError as error:
-        assert str(error).startswith(f"path={str(path)!r} is no recording, or a damaged one: ")
+        assert str(error).startswith(f"path={str(path)!r} is not a recording, or is damaged: ")
         assert str(error).endswith(". Give a file that Recording.save wrote.")
         return True
     assert content(loaded) == expected
@@ -188,7 +188,7 @@ def test_what_is_wrong_is_said(path):
         (FOREIGN["npz"], "it is an archive without a member 'about'"),
         (FOREIGN["newer"], "it has format 3, and this version reads 1 and 2"),
         (FOREIGN["no checksum"], "it has no checksum"),
-        (FOREIGN["wrong checksum"], "its content is not what its checksum vouches for"),
+        (FOREIGN["wrong checksum"], "its content does not match its checksum"),
     ):
         path.write_bytes(data)
         with pytest.raises(ValueError, match=wrong):
@@ -251,24 +251,24 @@ def other_batch(about, arrays):
 
 
 FORGED = [
-    (say("method", 3), "method=3 is no text"),
-    (say("page_size", 0), "page_size=0 is no power of two"),
-    (say("page_size", 6), "page_size=6 is no power of two"),
-    (say("page_size", True), "page_size=True is no power of two"),
-    (say("page_size", 4.0), "page_size=4.0 is no power of two"),
-    (say("budget", -1), "budget=-1 is no number of tokens"),
-    (say("budget", []), r"budget=\[\] is no number of tokens"),
-    (say("budget", [48, "64"]), "budget=.* is no number of tokens"),
-    (say("budget", {}), "budget=.* is no number of tokens"),
+    (say("method", 3), "method=3 is not a string"),
+    (say("page_size", 0), "page_size=0 is not a power of two"),
+    (say("page_size", 6), "page_size=6 is not a power of two"),
+    (say("page_size", True), "page_size=True is not a power of two"),
+    (say("page_size", 4.0), "page_size=4.0 is not a power of two"),
+    (say("budget", -1), "budget=-1 is not a number of tokens"),
+    (say("budget", []), r"budget=\[\] is not a number of tokens"),
+    (say("budget", [48, "64"]), "budget=.* is not a number of tokens"),
+    (say("budget", {}), "budget=.* is not a number of tokens"),
     (say("prompt", "keep"), "prompt='keep' is unknown"),
     (say("prompt", []), r"prompt=\[\] is unknown"),
     (say("heads", [1]), r"heads=\[1\] has no layers"),
-    (say("heads", {"one": [0]}), "layer 'one' is no index"),
-    (say("heads", {"01": [0]}), "layer '01' is no index"),
-    (say("heads", {"-1": [0]}), "layer '-1' is no index"),
-    (say("heads", {"0": []}), r"heads=\[\] of layer 0 are no indices"),
-    (say("heads", {"0": [-1]}), r"heads=\[-1\] of layer 0 are no indices"),
-    (say("heads", {"0": [0, 1]}), "its arrays are not those of its layers: .*1/step.* differ"),
+    (say("heads", {"one": [0]}), "layer 'one' is not an index"),
+    (say("heads", {"01": [0]}), "layer '01' is not an index"),
+    (say("heads", {"-1": [0]}), "layer '-1' is not an index"),
+    (say("heads", {"0": []}), r"heads=\[\] of layer 0 are not indices"),
+    (say("heads", {"0": [-1]}), r"heads=\[-1\] of layer 0 are not indices"),
+    (say("heads", {"0": [0, 1]}), "its arrays do not match its layers: .*1/step.* differ"),
     (say("heads", {"0": [0], "1": [0]}), r"layer 0: resident has shape \(59, 2, 2\) instead of \(59, 2, 1\)"),
     (say("colour", "red"), "its member 'about' has .*colour"),
     (lambda about, _: about.pop("method"), "its member 'about' has .* instead of .*method"),
@@ -287,17 +287,17 @@ FORGED = [
     (put("0/pages", 3, 1), "layer 0: it has 708 pages, not 697"),
     (put("0/pages", slice(0, 2), [24, 0]), "layer 0: it has 708 pages"),
     (put("0/pages", slice(0, 2), [2**62, 2**62]), "layer 0: it has 708 pages"),
-    (put("0/step", (5, 0), 3), "layer 0: the steps do not go forward"),
-    (put("0/step", (0, 0), -1), "layer 0: the steps do not go forward"),
+    (put("0/step", (5, 0), 3), "layer 0: the steps do not increase"),
+    (put("0/step", (0, 0), -1), "layer 0: the steps do not increase"),
     (put("0/step", (-1, 0), 2**31), "layer 0: step 2147483648 is out of range"),
-    (put("0/step", (5, 1), 60), "layer 0: a token went to a page that is yet to come"),
-    (put("0/step", (5, 1), -2), "layer 0: a token went to a page that is yet to come"),
-    (put("0/first", (0, 0, 0), 15), "layer 0: a page begins where no token is"),
-    (put("0/first", (0, 0, 0), -2), "layer 0: a page begins where no token is"),
+    (put("0/step", (5, 1), 60), "layer 0: the page of a token starts outside the sequence"),
+    (put("0/step", (5, 1), -2), "layer 0: the page of a token starts outside the sequence"),
+    (put("0/first", (0, 0, 0), 15), "layer 0: a page starts outside the sequence"),
+    (put("0/first", (0, 0, 0), -2), "layer 0: a page starts outside the sequence"),
     (put("0/first", (0, 0, 0), 4), "layer 0: a page is held twice at one step"),
-    (put("0/resident", (0, 0, 0), 999), "layer 0: more or less is held than its pages"),
-    (put("0/resident", (0, 0, 0), 0), "layer 0: more or less is held than its pages"),
-    (put("1/first", (0, 0, slice(None)), -1), "layer 1: more or less is held than its pages"),
+    (put("0/resident", (0, 0, 0), 999), "layer 0: resident does not match the pages"),
+    (put("0/resident", (0, 0, 0), 0), "layer 0: resident does not match the pages"),
+    (put("1/first", (0, 0, slice(None)), -1), "layer 1: resident does not match the pages"),
     (put("0/score", (0, 0, 0), -0.5), "layer 0: a score is negative or infinite"),
     (put("0/score", (0, 0, 0), np.inf), "layer 0: a score is negative or infinite"),
 ]
@@ -319,5 +319,5 @@ def test_exchanged_members_are_refused(path):
     arrays["0/score"], arrays["1/score"] = arrays["1/score"], arrays["0/score"]
     with path.open("wb") as file:
         np.savez(file, **arrays)
-    with pytest.raises(ValueError, match="not what its checksum vouches for"):
+    with pytest.raises(ValueError, match="does not match its checksum"):
         Recording.load(path)

@@ -1,4 +1,4 @@
-"""Caches as they are after any number of tokens: random K and V, put in without a forward of the model."""
+"""Fill caches as after any number of tokens, with random keys and values and without running the model."""
 
 import copy
 from collections.abc import Iterable
@@ -24,27 +24,27 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
     },
 }  # fmt: skip
-"""Llama shapes by name."""
+"""Shapes of Llama models, by name."""
 
 SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
-"""What is counted in a config, if it has it at all."""
+"""Fields of a config that must be positive, if the config has them."""
 
 PROMPT = 64
-"""Tokens of the prompt that a cache which evicts has seen, if the budget has room for them."""
+"""Prompt length of a filled cache that evicts, if the budget has room for it."""
 
 
 def read_config(name: str) -> PreTrainedConfig:
-    """The config of one of `MODELS`, or that `AutoConfig.from_pretrained(name)` finds: in a folder, or on the Hub.
+    """Read a config: one of `MODELS`, or the result of `AutoConfig.from_pretrained(name)` (a folder, or the Hub).
 
-    No code of the model's own is run.
+    Code that comes with the config is never run.
 
     Raises:
-        ValueError: there is none, transformers cannot read it, or no model can have its sizes.
+        ValueError: there is no config, transformers cannot read it, or its sizes are impossible.
     """
     if name in MODELS:
         return LlamaConfig(**MODELS[name], max_position_embeddings=1 << 18)
     try:
-        # False, not None: at None it asks on the terminal whether to run the code that comes with a config.
+        # With None, transformers would ask on the terminal whether to run the code that comes with the config.
         config: PreTrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=False)
         of_text = config.get_text_config(decoder=True)
         counts = {size: value for size in SIZES if isinstance(value := getattr(of_text, size, None), int)}
@@ -54,10 +54,10 @@ def read_config(name: str) -> PreTrainedConfig:
             wrong.append(f"{heads} query heads cannot share {kv_heads} KV heads")
         if wrong:
             raise ValueError(wrong[0])
-    except Exception as error:  # whatever the Hub client, the JSON and the config's own checks raise
+    except Exception as error:  # the Hub client, the JSON and the config raise many kinds of errors
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         if "trust_remote_code" in str(error):
-            reason = "this one brings code of its own, which is not run for its config"
+            reason = "it needs code of its own, which this command does not run"
         raise ValueError(
             f"model={name!r} must be one of {', '.join(MODELS)}, a folder with the config.json of a model that "
             f"transformers knows, or a name on the Hub ({reason})."
@@ -66,17 +66,16 @@ def read_config(name: str) -> PreTrainedConfig:
 
 
 def load_config(name: str) -> PreTrainedConfig:
-    """As `read_config`, for models whose caches can be filled.
+    """Like `read_config`, but only for models whose caches can be filled.
 
     Raises:
-        ValueError: there is no such config, no model can be built from it, or a layer has no full attention to fill the
-            cache of.
+        ValueError: there is no such config, no model can be built from it, or a layer has no full attention.
     """
     config = read_config(name)
     try:
         kinds = {type(layer).__name__ for layer in DynamicCache(config=config).layers}
         build_model(copy.deepcopy(config), torch.device("meta"), torch.bfloat16)
-    except Exception as error:  # whatever anyone's modeling code may raise
+    except Exception as error:  # modeling code may raise any error
         reason = f"{type(error).__name__}: {str(error).strip()}".partition("\n")[0]
         raise ValueError(
             f"model={name!r} ({config.model_type}) cannot be built from its config ({reason}): use the config of a "
@@ -91,14 +90,14 @@ def load_config(name: str) -> PreTrainedConfig:
 
 
 def kv_shape(config: PreTrainedConfig) -> tuple[int, int, int, int]:
-    """(layers, query heads, KV heads, head size) of a config whose layers all cache plain keys and values."""
+    """Return (layers, query heads, KV heads, head size) of a config whose layers all cache plain keys and values."""
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     return config.num_hidden_layers, heads, kv_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
 
 
 def build_model(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype, seed: int = 0) -> PreTrainedModel:
-    """A model of random weights, made where and as it is to be: no copy of it in float32 on the host."""
+    """Build a model with random weights, directly on its device and in its dtype."""
     torch.manual_seed(seed)
     with device:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
@@ -106,15 +105,15 @@ def build_model(config: PreTrainedConfig, device: torch.device, dtype: torch.dty
 
 
 class Filler:
-    """Makes caches of one model that have seen as many tokens as asked for.
+    """Creates caches of one model that have seen a given number of tokens.
 
     Args:
-        config: the model's; all layers have full attention.
-        batch: rows.
-        budget: tokens to hold for each row, layer and KV head; at least two pages, one for input and one to evict.
-        page_size: tokens a page.
-        dtype, device: of K and V.
-        seed: of all that is random.
+        config: config of the model. All layers have full attention.
+        batch: number of rows.
+        budget: tokens that each row, layer and KV head holds; at least two pages, one for the prompt and one to evict.
+        page_size: tokens per page.
+        dtype, device: dtype and device of keys and values.
+        seed: seed of all random numbers.
     """
 
     config: PreTrainedConfig
@@ -147,7 +146,7 @@ class Filler:
         self._full: dict[str, PagedCache] = {}
 
     def nbytes(self, tokens: int) -> int:
-        """Bytes of K and V of `tokens` tokens of each row."""
+        """Bytes of keys and values of `tokens` tokens in each row."""
         return tokens * 2 * self.batch * self.layers * self.kv_heads * self.head_dim * self.dtype.itemsize
 
     @torch.no_grad()
@@ -170,10 +169,10 @@ class Filler:
         return torch.randn(size, generator=self.generator, dtype=self.dtype, device=self.device)
 
     def paged(self, method: str, seen: int) -> PagedCache:
-        """A cache of `from_name(method)` that has seen `seen` tokens.
+        """Create a cache with `from_name(method)` that has seen `seen` tokens.
 
-        One that never evicts gets them as one prompt. One that evicts decodes them after a short prompt, until every
-        page is full and some were recycled; the rest of the way is `fast_forward`.
+        A cache that never evicts gets all tokens as one prompt. A cache that evicts decodes after a short prompt, until
+        every page is full and some pages have been recycled. Then `fast_forward` sets it forward.
         """
         pages = self.budget // self.page_size
         prompt, full = min(PROMPT, pages // 2 * self.page_size, seen), (pages + 2) * self.page_size
@@ -196,7 +195,7 @@ class Filler:
         return cache
 
     def _feed_alike(self, cache: PagedCache, forwards: list[int]) -> None:
-        """Feed so many tokens, forward by forward: to one layer of each policy, and make the others copies of it."""
+        """Feed forwards of these lengths to one layer per policy, and copy this layer to the other layers."""
         policies = [layer.settings.policy for layer in cache.layers if isinstance(layer, PagedLayer)]
         sources = [policies.index(policy) for policy in policies]
         for tokens in forwards:
@@ -207,10 +206,10 @@ class Filler:
 
 
 def fast_forward(cache: PagedCache, pages: int) -> None:
-    """Put a cache, whose pages are all held, forward by so many pages of tokens, as if they had been like its own.
+    """Set a full cache forward by a number of pages, as if it had decoded more tokens like the tokens that it holds.
 
-    What is pinned stays; the evictable pages, their priorities and the clock move on. That serves policies whose
-    priority is a time, and those that rank all pages anew at every step.
+    Pinned pages do not change. The positions and priorities of the other pages and the clock increase. This is correct
+    for policies whose priority is a time, and for policies that rank all pages again at every step.
     """
     for layer in cache.layers:
         if not isinstance(layer, PagedLayer):

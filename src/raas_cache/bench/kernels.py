@@ -1,4 +1,4 @@
-"""The attention kernel alone: bytes of K and V a second, against a plain copy and the best dense decode kernel."""
+"""The attention kernel alone: bytes of K and V per second, compared with a copy and with the best dense kernel."""
 
 import time
 import warnings
@@ -34,15 +34,15 @@ Kernel = Callable[..., torch.Tensor]
 
 @dataclass(frozen=True)
 class KernelRow:
-    """What was found for one shape; times in ms, bandwidths in bytes a second.
+    """The measurement of one shape. Times are in milliseconds, bandwidths in bytes per second.
 
     Args:
-        group: query heads of a KV head.
-        bytes_read: K and V of all resident tokens, `2 * batch * kv_heads * budget * head_dim` elements.
-        timing: calls of `raas_kernels.attend`, which gives the output and the pages' scores.
-        copy_bandwidth: of `copy_` between two large tensors, bytes read and bytes written counted.
-        dense: name of the fastest dense kernel over the same tokens, which gives no scores.
-        dense_timing: of its calls.
+        group: query heads per KV head.
+        bytes_read: bytes of keys and values of all tokens: `2 * batch * kv_heads * budget * head_dim` elements.
+        timing: time of calls of `raas_kernels.attend`, which returns the output and the page scores.
+        copy_bandwidth: bandwidth of `copy_` between two large tensors, counting bytes read and bytes written.
+        dense: name of the fastest dense attention kernel over the same tokens. It returns no scores.
+        dense_timing: time of calls of that kernel.
     """
 
     batch: int
@@ -64,7 +64,7 @@ class KernelRow:
 
     @property
     def share(self) -> float:
-        """Of the copy's bandwidth."""
+        """Bandwidth as a share of the copy bandwidth."""
         return self.bandwidth / self.copy_bandwidth
 
 
@@ -80,15 +80,18 @@ def run_kernels(
     device: torch.device,
     seed: int = 0,
 ) -> list[KernelRow]:
-    """Time one layer's `raas_kernels.attend`, for each batch and budget, on as many buffers as no cache can hold.
+    """Time `raas_kernels.attend` of one layer, for each batch and budget.
+
+    The calls use several buffers in turn, which together do not fit in the last-level cache of the device.
 
     Args:
-        config: gives KV heads, query heads and head size.
-        budgets: resident tokens, whole pages.
-        repeats: calls to time of each kernel, at least 2.
+        config: config with the numbers of KV heads and query heads, and the head size.
+        budgets: numbers of tokens, multiples of `page_size`.
+        repeats: timed calls of each kernel, at least 2.
 
     Raises:
-        ValueError: a budget is no multiple of `page_size`, that is no power of two, or a number is too small.
+        ValueError: a budget is not a multiple of `page_size`, `page_size` is not a power of two, or a number is too
+            small.
     """
     if page_size < 1 or page_size & (page_size - 1):
         raise ValueError(f"page_size={page_size} must be a power of two: try 16.")
@@ -138,7 +141,7 @@ def _attend(query: torch.Tensor, kv: PagedKV, scale: float) -> torch.Tensor:
 
 
 def last_level_cache(device: torch.device) -> int:
-    """Bytes of the processor's largest cache; 64 MiB where the system does not say."""
+    """Size in bytes of the largest cache of the device; 64 MiB if the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
     sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
@@ -146,7 +149,7 @@ def last_level_cache(device: torch.device) -> int:
 
 
 def _timing(kernel: Callable[..., object], turns: Iterator[tuple[Any, ...]], repeats: int) -> Timing:
-    """Of `repeats` calls, each on the next of `turns`, after a few that do not count."""
+    """Time `repeats` calls, each with the next inputs from `turns`, after a few untimed calls."""
     calls = list(islice(turns, WARMUP + repeats))
     device = calls[0][0].device
     if device.type != "cuda":
@@ -160,7 +163,7 @@ def _timing(kernel: Callable[..., object], turns: Iterator[tuple[Any, ...]], rep
         kernel(*inputs)
     torch.cuda.synchronize(device)
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-    torch.cuda._sleep(1_000_000 * repeats)  # the host gets ahead, so that the device never waits for it
+    torch.cuda._sleep(1_000_000 * repeats)  # the host queues all calls during this sleep, so the device never waits
     for inputs, (start, end) in zip(calls[WARMUP:], events, strict=True):
         start.record()
         kernel(*inputs)
@@ -176,14 +179,17 @@ def _copy_bandwidth(size: int, repeats: int, device: torch.device) -> float:
 
 
 def _dense_kernels(inputs: Inputs) -> dict[str, Kernel]:
-    """Attention of one query head each over the whole of K and V, by each kernel that accepts these inputs."""
+    """All dense attention kernels that accept these inputs: query, keys and values.
+
+    Query `[batch, heads, 1, head_dim]`; keys and values `[batch, kv_heads, tokens, head_dim]`.
+    """
 
     def sdpa(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, backend: SDPBackend) -> torch.Tensor:
         with sdpa_kernel(backend):
             return scaled_dot_product_attention(query, keys, values, enable_gqa=True)
 
     def packed(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, backend: SDPBackend) -> torch.Tensor:
-        # The query heads of a KV head as so many queries of it: kernels that know no groups read K and V once too.
+        # Treat the query heads of a KV head as several queries, so that kernels without GQA read K and V once, too.
         with sdpa_kernel(backend):
             grouped = query.view(*keys.shape[:2], -1, query.shape[-1])
             return scaled_dot_product_attention(grouped, keys, values).view_as(query)
@@ -196,21 +202,21 @@ def _dense_kernels(inputs: Inputs) -> dict[str, Kernel]:
         kernels["flex_attention"] = partial(torch.compile(flex_attention, dynamic=False), enable_gqa=True)
     accepting: dict[str, Kernel] = {}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # why a backend refuses
+        warnings.simplefilter("ignore")  # a backend warns why it refuses the inputs
         for name, kernel in kernels.items():
             try:
                 kernel(*inputs)
-            except Exception:  # RuntimeError of a backend, anything of a compiler
+            except Exception:  # a backend raises RuntimeError, a compiler many kinds of errors
                 continue
             accepting[name] = kernel
     return accepting
 
 
 def kernel_table(rows: list[KernelRow]) -> str:
-    """A line a shape."""
+    """A Markdown table with one line per shape."""
     header = [
         "batch x KV heads x group x head", "budget", "page", "dtype", "us (p10 to p90)", "GB/s", "copy GB/s", "share",
-        "best dense kernel", "its us", "ratio",
+        "best dense kernel", "dense us", "ratio",
     ]  # fmt: skip
     lines = [
         [

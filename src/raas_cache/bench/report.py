@@ -1,4 +1,4 @@
-"""Tables, JSON and plots of what was timed."""
+"""Tables, JSON files and plots of the measurements."""
 
 import json
 import math
@@ -12,7 +12,7 @@ import transformers
 
 from ..common.reporting import STYLES, markdown, require_matplotlib, save
 from .kernels import KernelRow
-from .steps import BASELINES, Case, Row, Timing
+from .steps import BASELINES, Case, StepRow, Timing
 
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def about(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """The machine and its software."""
+    """The device and the versions of its software."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "threads": torch.get_num_threads(),
@@ -30,8 +30,8 @@ def about(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def table(rows: list[Row]) -> str:
-    """A line a row: time of a step, its ratios to the baselines, and bytes."""
+def table(rows: list[StepRow]) -> str:
+    """A Markdown table with one line per row: time of a step, ratios to the baselines, and bytes."""
     header = ["method", "batch", "budget", "seen", "mode", "ran", "ms/token (p10 to p90)"]
     header += [f"/ {base}" for base in BASELINES] + ["KV bytes"]
     lines = []
@@ -44,56 +44,56 @@ def table(rows: list[Row]) -> str:
     return markdown(header, lines)
 
 
-def write_json(path: Path, of: dict[str, Any], rows: Sequence[Row | KernelRow]) -> None:
-    """Write rows of either kind, every time measured included.
+def write_json(path: Path, about: dict[str, Any], rows: Sequence[StepRow | KernelRow]) -> None:
+    """Write rows of either kind, including every measured time.
 
     Args:
-        of: what the numbers depend on, such as `about` and the plan.
+        about: values that the measurements depend on, such as the result of `about` and the grid.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # In one piece: a run that is cut off meanwhile leaves the old file or the new one.
+    # Replace the file at once: a run that is killed in between leaves the old file or the new file.
     whole = path.with_name(f"{path.name}.new")
-    whole.write_text(json.dumps({**of, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+    whole.write_text(json.dumps({**about, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
     whole.replace(path)
 
 
-def read_json(path: Path) -> list[Row]:
-    """The rows of a `bench.json`.
+def read_json(path: Path) -> list[StepRow]:
+    """Read the rows of a `bench.json`.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is damaged, or is something else; names the file, and the row if there is one.
+        ValueError: the file is damaged or has another format. The message names the file, and the row if there is one.
     """
     place = ""
     try:
         found = json.loads(path.read_bytes())
         _check(isinstance(found, dict) and isinstance(found.get("rows"), list), "it has no list of rows")
         rows = []
-        for index, of in enumerate(found["rows"]):
+        for index, row in enumerate(found["rows"]):
             place = f"row {index}: "
-            rows.append(_row(of))
+            rows.append(_row(row))
     except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise ValueError(
-            f"{str(path)!r} is not what bench writes ({place}{type(error).__name__}: {error}): run bench --out again, "
-            "or delete it."
+            f"{str(path)!r} is not a file that bench wrote ({place}{type(error).__name__}: {error}): run bench --out "
+            "again, or delete it."
         ) from None
     return rows
 
 
-def _row(of: Any) -> Row:
-    case, timing = Case(**of["case"]), None if of["timing"] is None else Timing(**of["timing"])
-    row = Row(case, of["ran"], of["kv_bytes"], timing, of["ratios"])
-    _check(all(isinstance(text, str) for text in (case.method, case.mode, row.ran)), "a name is no text")
+def _row(found: Any) -> StepRow:
+    case, timing = Case(**found["case"]), None if found["timing"] is None else Timing(**found["timing"])
+    row = StepRow(case, found["ran"], found["kv_bytes"], timing, found["ratios"])
+    _check(all(isinstance(text, str) for text in (case.method, case.mode, row.ran)), "a name is not a string")
     counts = case.batch, case.budget, case.seen, row.kv_bytes
-    _check(all(type(count) is int and count > 0 for count in counts), "a count is no positive number")
+    _check(all(type(count) is int and count > 0 for count in counts), "a count is not a positive integer")
     if timing:
-        _check(isinstance(timing.steps, list), "steps is no list")
+        _check(isinstance(timing.steps, list), "steps is not a list")
         times = timing.median, timing.p10, timing.p90, *timing.steps
         _check(
-            all(type(time) in (int, float) and 0 < time < math.inf for time in times), "a time is no positive number"
+            all(type(time) in (int, float) and 0 < time < math.inf for time in times), "a time is not a positive number"
         )
     ratios = row.ratios.values() if isinstance(row.ratios, dict) else ["none"]
-    _check(all(ratio is None or type(ratio) in (int, float) for ratio in ratios), "a ratio is no number")
+    _check(all(ratio is None or type(ratio) in (int, float) for ratio in ratios), "a ratio is not a number")
     return row
 
 
@@ -102,8 +102,8 @@ def _check(holds: bool, wrong: str) -> None:
         raise ValueError(wrong)
 
 
-def figures(rows: list[Row]) -> dict[str, "Figure"]:
-    """`ms_per_token` and `kv_bytes` against the tokens seen: a panel for each batch, budget and mode, a line a method.
+def figures(rows: list[StepRow]) -> dict[str, "Figure"]:
+    """Draw `ms_per_token` and `kv_bytes` against the tokens seen: a panel per batch, budget and mode, one line each.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -115,7 +115,7 @@ def figures(rows: list[Row]) -> dict[str, "Figure"]:
     panels = list(dict.fromkeys((row.case.batch, row.case.budget, row.case.mode) for row in rows))
     styles = dict(zip(dict.fromkeys(row.case.method for row in rows), STYLES * len(rows), strict=False))
     drawn = {}
-    for name, unit in (("ms_per_token", "ms/token (a step of the batch)"), ("kv_bytes", "K and V held")):
+    for name, unit in (("ms_per_token", "ms per step (one token for each row)"), ("kv_bytes", "K and V held")):
         figure = Figure(figsize=(1.5 + 4.5 * len(panels), 4.2), layout="constrained")
         axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for axis, panel in zip(axes, panels, strict=True):
@@ -142,6 +142,6 @@ def figures(rows: list[Row]) -> dict[str, "Figure"]:
     return drawn
 
 
-def plot(rows: list[Row], folder: Path) -> list[Path]:
-    """Save `figures` as PNG and SVG; returns where. Raises as `figures` does."""
+def plot(rows: list[StepRow], folder: Path) -> list[Path]:
+    """Save the `figures` as PNG and SVG files. Returns their paths. Raises the same errors as `figures`."""
     return save(figures(rows), folder)

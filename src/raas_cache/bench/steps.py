@@ -1,4 +1,4 @@
-"""Times decode steps of one model with different caches, which take turns step by step."""
+"""Time decode steps of one model with different caches, which take turns step by step."""
 
 import gc
 import statistics
@@ -23,33 +23,33 @@ from .filling import Filler
 from .peer import Peer
 
 
-DENSE, STATIC_SEEN, STATIC_BUDGET = BASELINES = "DynamicCache", "StaticCache(seen)", "StaticCache(budget)"
+DYNAMIC, STATIC_SEEN, STATIC_BUDGET = BASELINES = "dynamic", "StaticCache(seen)", "StaticCache(budget)"
 KVPRESS = "kvpress"
 MODES = ("eager", "compiled")
 WARMUP = 3
-"""Steps of each copy before time counts: compilation, and the runs that record a CUDA graph."""
+"""Untimed first steps of each copy: compilation, and the runs that record a CUDA graph."""
 ONE_COPY = 1 << 30
-"""Bytes of K and V from which a cache needs no second copy: a step that reads so much leaves none of it warm."""
+"""From this size in bytes, one copy of a cache is enough: keys and values do not fit in the processor's cache."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What to time: every combination of `seen`, `batches`, `budgets` and `modes` is a cell.
+class Grid:
+    """The measurements to make. Each combination of `seen`, `batches`, `budgets` and `modes` is a cell.
 
     Args:
-        methods: names that `from_name` takes. `BASELINES` are always timed.
-        seen: tokens that the caches have seen before their first step.
-        batches: rows.
-        budgets: tokens to hold for each row, layer and KV head.
-        modes: `"eager"`, `"compiled"`: the caches that can be compiled are, the others take their turns eagerly.
-        page_size: tokens a page.
-        steps: steps to time of each method.
-        copies: caches of each method and cell, used in turn, so that none is warm from the step before; above
-            `ONE_COPY` bytes there is one.
-        seed: of all that is random.
+        methods: names that `from_name` accepts. `BASELINES` are always timed and need not be named.
+        seen: numbers of tokens that the caches have seen before the first step.
+        batches: numbers of rows.
+        budgets: numbers of tokens that each row, layer and KV head holds.
+        modes: `"eager"` or `"compiled"`. In `"compiled"`, caches that cannot be compiled run eagerly.
+        page_size: tokens per page.
+        steps: timed steps per method.
+        copies: caches per method and cell. They are used in turn, so that keys and values of the last step are not in
+            the processor's cache. A cache above `ONE_COPY` bytes has a single copy.
+        seed: seed of all random numbers.
 
     Raises:
-        ValueError: a method or mode is unknown, or a number cannot be.
+        ValueError: a method or mode is unknown, or a number is out of range.
     """
 
     methods: tuple[str, ...]
@@ -65,9 +65,11 @@ class Plan:
     def __post_init__(self) -> None:
         if KVPRESS in self.methods:
             raise ValueError(
-                "method='kvpress' runs on an older transformers than this package: leave it out, and name the Python "
-                "of an environment that has kvpress with --peer-python, or as peer=Peer(python) of run."
+                "method='kvpress' runs on an older transformers than this package: leave it out, and pass the Python "
+                "of an environment with kvpress as --peer-python, or as peer=Peer(python) to run."
             )
+        methods = tuple(name for name in dict.fromkeys(self.methods) if name not in BASELINES)
+        object.__setattr__(self, "methods", methods)
         for method in self.methods:
             from_name(method, max(self.budgets), page_size=self.page_size)
         for mode in self.modes:
@@ -82,19 +84,18 @@ class Plan:
         ):
             for value in values:
                 if value < least:
-                    why = " (two pages, and more than the steps of one cache)" if name == "budget" else ""
+                    why = " (two pages, and more than the steps of a cell)" if name == "budget" else ""
                     raise ValueError(f"{name}={value} must be at least {least}{why}.")
-        object.__setattr__(self, "methods", tuple(dict.fromkeys(self.methods)))
 
     @property
     def turns(self) -> int:
-        """Steps of a cell, those before time counts included."""
+        """Number of steps of each method in a cell, including the untimed steps."""
         return WARMUP * self.copies + self.steps
 
 
 @dataclass(frozen=True)
 class Case:
-    """What a row is about: a method of the plan, one of `BASELINES` or `"kvpress"`, in one cell."""
+    """What a row measures: a method of the grid, one of `BASELINES` or `"kvpress"`, in one cell."""
 
     method: str
     batch: int
@@ -105,7 +106,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of decode steps, each a token for every row: median, 10th and 90th percentile, all in order."""
+    """Milliseconds per decode step (one token for every row): median, 10th and 90th percentile, and all steps."""
 
     median: float
     p10: float
@@ -114,20 +115,20 @@ class Timing:
 
     @classmethod
     def of(cls, steps: list[float]) -> "Timing":
-        """Of at least two steps."""
+        """The timing of at least two steps."""
         deciles = statistics.quantiles(steps, n=10, method="inclusive")
         return cls(statistics.median(steps), deciles[0], deciles[-1], steps)
 
 
 @dataclass(frozen=True)
-class Row:
-    """What was found.
+class StepRow:
+    """The measurement of one method in one cell.
 
     Args:
         ran: `"eager"`, `"compiled"` or `"does not fit"`.
-        kv_bytes: bytes of K and V that one cache holds before its first step; about what it would hold if it fitted.
-        timing: None if it did not fit.
-        ratios: baseline -> median of the ratios to its step in the same turn; None where one of the two did not fit.
+        kv_bytes: bytes of keys and values that one cache holds before its first step; an estimate if it does not fit.
+        timing: None if the cache does not fit in memory.
+        ratios: baseline -> median ratio to the baseline's step in the same turn; None if one of the two does not fit.
     """
 
     case: Case
@@ -139,12 +140,12 @@ class Row:
 
 Forward = Callable[..., object]
 Step = Callable[[int, int], float]
-"""Takes which of the copies of a cache is to step, and the token's position; gives milliseconds."""
+"""Arguments: the index of the copy of the cache, and the position of the token. Returns milliseconds."""
 
 
 @dataclass
 class _Contestant:
-    """A method in a cell: how many copies of its cache there are, how they step, and the times so far."""
+    """A method in a cell: the number of copies of its cache, the function that runs a step, and the times so far."""
 
     copies: int
     step: Step
@@ -153,7 +154,7 @@ class _Contestant:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that new tensors on `device` can take; on the CPU what Linux calls available, elsewhere no limit."""
+    """Bytes that new tensors on `device` can use. On a CPU: `MemAvailable` of Linux, or no limit elsewhere."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     meminfo = Path("/proc/meminfo")
@@ -161,45 +162,47 @@ def free_bytes(device: torch.device) -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), sys.maxsize)
 
 
-def run(model: PreTrainedModel, plan: Plan, peer: Peer | None = None) -> Iterator[list[Row]]:
-    """Time every cell of the plan.
+def run(model: PreTrainedModel, grid: Grid, peer: Peer | None = None) -> Iterator[list[StepRow]]:
+    """Time every cell of the grid.
 
     Args:
-        peer: joins every cell as the method `"kvpress"`.
+        peer: is timed in every cell as the method `"kvpress"`.
 
     Yields:
-        A cell's rows, as soon as they are there: `BASELINES`, then the methods.
+        The rows of each cell when the cell is complete: `BASELINES`, then the methods.
 
     Raises:
         ValueError: the process of `peer` has ended.
     """
     if peer is not None:
-        peer.build(model, plan.seed)
-    for batch, budget in product(plan.batches, plan.budgets):
+        peer.build(model, grid.seed)
+    for batch, budget in product(grid.batches, grid.budgets):
         filler = Filler(
             model.config,
             batch=batch,
             budget=budget,
-            page_size=plan.page_size,
+            page_size=grid.page_size,
             dtype=model.dtype,
             device=model.device,
-            seed=plan.seed,
+            seed=grid.seed,
         )
-        for seen, mode in product(plan.seen, plan.modes):
-            yield _run_cell(model, plan, filler, seen, mode, peer)
+        for seen, mode in product(grid.seen, grid.modes):
+            yield _run_cell(model, grid, filler, seen, mode, peer)
             torch._dynamo.reset()
             gc.collect()
             if model.device.type == "cuda":
                 torch.cuda.empty_cache()
 
 
-def _run_cell(model: PreTrainedModel, plan: Plan, filler: Filler, seen: int, mode: str, peer: Peer | None) -> list[Row]:
-    tokens = {DENSE: seen, STATIC_SEEN: seen, STATIC_BUDGET: filler.budget}
-    tokens |= {method: filler.budget if POLICIES[method].evicts else seen for method in plan.methods}
+def _run_cell(
+    model: PreTrainedModel, grid: Grid, filler: Filler, seen: int, mode: str, peer: Peer | None
+) -> list[StepRow]:
+    tokens = {DYNAMIC: seen, STATIC_SEEN: seen, STATIC_BUDGET: filler.budget}
+    tokens |= {method: filler.budget if POLICIES[method].evicts else seen for method in grid.methods}
     if peer is not None:
         tokens[KVPRESS] = filler.budget
     needed = {name: filler.nbytes(held) for name, held in tokens.items()}
-    copies = {name: 1 if size >= ONE_COPY else plan.copies for name, size in needed.items()}
+    copies = {name: 1 if size >= ONE_COPY else grid.copies for name, size in needed.items()}
     fitting = _that_fit(model, {name: copies[name] * size for name, size in needed.items()})
 
     contestants: dict[str, _Contestant] = {}
@@ -210,13 +213,13 @@ def _run_cell(model: PreTrainedModel, plan: Plan, filler: Filler, seen: int, mod
                 needed[name] = peer.fill(batch=filler.batch, budget=filler.budget, seen=seen, copies=copies[name])
                 contestants[name] = _Contestant(copies[name], peer.step, "eager")
                 continue
-            caches = [_new_cache(filler, name, seen, -(-plan.turns // copies[name])) for _ in range(copies[name])]
+            caches = [_new_cache(filler, name, seen, -(-grid.turns // copies[name])) for _ in range(copies[name])]
             forward, ran = (compiled, "compiled") if compiled and caches[0].is_compileable else (model, "eager")
             needed[name] = kv_nbytes(caches[0])
             contestants[name] = _Contestant(len(caches), partial(_step, filler, caches, forward), ran)
-        # The process of a peer has weights of its own: what runs next finds those here as if there had been none.
+        # A peer process has its own weights. Read the weights here before each turn, as a step of this process would.
         between = partial(_read_weights, model, filler) if KVPRESS in contestants else None
-        _take_turns(list(contestants.values()), plan, seen, between)
+        _take_turns(list(contestants.values()), grid, seen, between)
 
     rows = []
     for name, size in needed.items():
@@ -224,16 +227,16 @@ def _run_cell(model: PreTrainedModel, plan: Plan, filler: Filler, seen: int, mod
         ours = contestants.get(name)
         ratios = {base: _ratio(ours, contestants.get(base)) for base in BASELINES}
         timing = Timing.of(ours.steps) if ours else None
-        rows.append(Row(case, ours.ran if ours else "does not fit", size, timing, ratios))
+        rows.append(StepRow(case, ours.ran if ours else "does not fit", size, timing, ratios))
     return rows
 
 
 def _that_fit(model: PreTrainedModel, needed: dict[str, int]) -> list[str]:
-    """Those that have room beside each other, the small ones first, if a tenth of the memory is left to the steps."""
+    """The caches that fit in memory together, smallest first. A tenth of the memory stays free for the steps."""
     weights = sum(tensor.nbytes for tensor in chain(model.parameters(), model.buffers()))
     room, fitting = 0.9 * (free_bytes(model.device) + weights) - weights, set()
-    # Of two as large, StaticCache goes first: it is the dense cache that is compiled.
-    for name, size in sorted(needed.items(), key=lambda item: (item[1], item[0] == DENSE)):
+    # If two caches have the same size, StaticCache comes before DynamicCache, because it can be compiled.
+    for name, size in sorted(needed.items(), key=lambda item: (item[1], item[0] == DYNAMIC)):
         if size <= room:
             fitting.add(name)
             room -= size
@@ -241,13 +244,13 @@ def _that_fit(model: PreTrainedModel, needed: dict[str, int]) -> list[str]:
 
 
 def _new_cache(filler: Filler, name: str, seen: int, steps: int) -> Cache:
-    """A filled cache of a method or baseline, with room for `steps` more tokens."""
+    """Create and fill the cache of a method or baseline, with room for `steps` more tokens."""
     cache: Cache
     if name == STATIC_SEEN:
         cache = StaticCache(config=filler.config, max_cache_len=seen + steps)
     elif name == STATIC_BUDGET:
         cache, seen = StaticCache(config=filler.config, max_cache_len=filler.budget), min(seen, filler.budget - steps)
-    elif name == DENSE:
+    elif name == DYNAMIC:
         cache = DynamicCache(config=filler.config)
     else:
         return filler.paged(name, seen)
@@ -256,7 +259,7 @@ def _new_cache(filler: Filler, name: str, seen: int, steps: int) -> Cache:
 
 
 def _compiled(model: PreTrainedModel, stack: ExitStack) -> Forward:
-    """The model's forward, compiled once for all caches of a cell: each shape is a specialisation of its own."""
+    """Compile the model's forward once for all caches of a cell. Each shape is compiled separately."""
     stack.enter_context(torch._dynamo.config.patch(recompile_limit=64))
     mode = "reduce-overhead" if model.device.type == "cuda" else "default"
     forward = torch.compile(model.forward, fullgraph=True, dynamic=False, mode=mode)
@@ -270,10 +273,10 @@ def _compiled(model: PreTrainedModel, stack: ExitStack) -> Forward:
 
 @torch.no_grad()
 def _step(filler: Filler, caches: list[Cache], forward: Forward, copy: int, position: int) -> float:
-    """A decode step with one of the caches: milliseconds from an idle device to an idle device."""
+    """Run a decode step with one copy of a cache. Returns milliseconds, with a synchronized device before and after."""
     device = filler.device
     synchronize: Callable[[], None] = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
-    token = torch.ones(filler.batch, 1, dtype=torch.int64, device=device)
+    token = torch.ones(filler.batch, 1, dtype=torch.int64, device=device)  # [batch, 1]
     inputs = {"input_ids": token, "position_ids": torch.full_like(token, position), CACHE_ARGUMENT: caches[copy]}
     synchronize()
     started = time.perf_counter()
@@ -284,21 +287,21 @@ def _step(filler: Filler, caches: list[Cache], forward: Forward, copy: int, posi
 
 @torch.no_grad()
 def _read_weights(model: PreTrainedModel, filler: Filler) -> None:
-    """A forward of one token without a cache."""
+    """Run a forward of one token without a cache."""
     model(input_ids=torch.ones(filler.batch, 1, dtype=torch.int64, device=filler.device), use_cache=False)
 
 
 def _take_turns(
-    contestants: list[_Contestant], plan: Plan, seen: int, between: Callable[[], None] | None = None
+    contestants: list[_Contestant], grid: Grid, seen: int, between: Callable[[], None] | None = None
 ) -> None:
-    """One step of each contestant after the other, so that a busy machine slows all alike; `between` runs untimed."""
-    for turn in range(plan.turns):
+    """Run one step of each method in turn, so that other load slows all methods equally. `between` is not timed."""
+    for turn in range(grid.turns):
         if between is not None:
             between()
         for contestant in contestants:
             step, copy = divmod(turn, contestant.copies)
             elapsed = contestant.step(copy, seen + step)
-            if turn >= WARMUP * plan.copies:
+            if turn >= WARMUP * grid.copies:
                 contestant.steps.append(elapsed)
 
 

@@ -1,3 +1,3 @@
-"""The command line `raas-cache`: it reads options and prints results. No other folder may import this one."""
+"""The command line `raas-cache`: reads options and prints results. No other folder may import this folder."""
 
 from .commands import app as app

@@ -1,5 +1,5 @@
-"""The command line: `raas-cache demo` shows the embedded model reason in a bounded cache, `eval` measures accuracy,
-`plan` says what a budget takes, `bench` times the caches, `plot` draws what was found."""
+"""The command line. `raas-cache demo` shows the embedded model with a bounded cache, `eval` measures accuracy, `plan`
+computes the memory of a budget, `bench` times decode steps, and `plot` draws the results."""
 
 import math
 import sys
@@ -28,7 +28,7 @@ from ..bench import kernels as kernel_bench
 from ..bench import report
 from ..bench.filling import build_model, load_config, read_config
 from ..bench.peer import Peer
-from ..bench.steps import Plan, Row, run
+from ..bench.steps import Grid, StepRow, run
 from ..common import arguments
 from ..common.measure import kv_nbytes
 from ..common.reporting import require_matplotlib
@@ -41,14 +41,14 @@ from ..sizing import plan as planning
 
 
 PAGE_SIZE = typer.Option(
-    min=1, max=arguments.LARGEST, callback=arguments.power_of_two, help="Tokens a page, a power of two."
+    min=1, max=arguments.LARGEST, callback=arguments.power_of_two, help="Tokens per page, a power of two."
 )
 DEMO_PAGE_SIZE = 4
 DEMO_SHARES = (0.75, 0.5, 0.33)
-"""The default budgets, as shares of a problem's tokens, prompt and chain."""
+"""The default budgets, as shares of the tokens of prompt and chain."""
 MOST_STEPS = 1_000_000
 MOST_PROBLEMS, MOST_TOKENS = 10_000, 100_000
-"""The demo is for a look: a batch of more, or a budget that no chain of it can fill, has no use."""
+"""Upper limits of the demo: a larger batch takes too long, and no chain can fill a larger budget."""
 
 app: typer.Typer = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None)
 app.command("eval")(evaluate)
@@ -62,40 +62,40 @@ def main() -> None:
 @app.command()
 def demo(
     problems: Annotated[
-        int, typer.Option(min=1, max=MOST_PROBLEMS, help="Problems in the table, generated as one batch.")
+        int, typer.Option(min=1, max=MOST_PROBLEMS, help="Problems in the table. They run as one batch.")
     ] = 24,
-    lines: Annotated[int, typer.Option(min=1, help="Steps of a problem; the model writes 12 tokens for each.")] = 50,
+    lines: Annotated[int, typer.Option(min=1, help="Lines of a problem. The model writes 12 tokens per line.")] = 50,
     budget: Annotated[
         list[int] | None,
         typer.Option(
             max=MOST_TOKENS,
-            help="Tokens to hold for each problem, prompt included; repeat for several.",
-            show_default=", ".join(f"{share:.0%}" for share in DEMO_SHARES) + " of its tokens",
+            help="Tokens that the cache holds per problem, prompt included. Repeat the option for several budgets.",
+            show_default=", ".join(f"{share:.0%}" for share in DEMO_SHARES) + " of the tokens",
         ),
     ] = None,
-    alpha: Annotated[float, typer.Option(help="Attention weight that makes a page a milestone.")] = DEFAULT_ALPHA,
+    alpha: Annotated[float, typer.Option(help="Attention weight from which a page is a milestone.")] = DEFAULT_ALPHA,
     page_size: Annotated[int, PAGE_SIZE] = DEMO_PAGE_SIZE,
     seed: Annotated[
-        int, typer.Option(min=0, max=arguments.LARGEST_SEED, help="Which held-out problems are drawn.")
+        int, typer.Option(min=0, max=arguments.LARGEST_SEED, help="Seed of the problems (held out from training).")
     ] = 0,
 ) -> None:
-    """Stream one chain of thought, then compare RaaS with a dense cache."""
+    """Stream one chain of thought, then compare RaaS with transformers' DynamicCache."""
     with arguments.refusing("--lines"):
         sample = chains.problems(problems, lines, seed)
-    # The model is too small to share among cores: it gains little, and on a busy machine the waiting costs 20 times.
+    # The model is too small for several cores: threads save little, and on a busy machine they can cost a factor of 20.
     torch.set_num_threads(1)
     disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(embedded_model())
         model = AutoModelForCausalLM.from_pretrained(embedded_model(), dtype=torch.float32).eval()
-    except Exception as error:  # whatever the readers of JSON and safetensors raise
+    except Exception as error:  # the readers of JSON and safetensors raise many kinds of errors
         raise typer.BadParameter(
             f"the embedded model in {embedded_model()!r} cannot be loaded ({type(error).__name__}: {error}): install "
             "raas-cache again."
         ) from None
 
     prompt, chain = len(tokenizer(sample[0].prompt)["input_ids"]), completion_length(sample)
-    # The prompt and the one decode page that a cache must have: a smaller budget would not be kept to.
+    # The smallest budget: the prompt and one decode page. With a smaller budget, the cache would exceed it.
     least = (math.ceil(prompt / page_size) + 1) * page_size
     budgets = budget or [max(round(share * (prompt + chain)), least) for share in DEMO_SHARES]
     if min(budgets) < least:
@@ -107,12 +107,12 @@ def demo(
     console = Console(highlight=False)
     console.print(f"[bold]A problem[/], {prompt} tokens:\n\n{sample[0].prompt}\n")
     shown = caches[len(caches) // 2]
-    console.print(f"[bold]The model's chain[/] under RaaSCache(budget={shown.budget}, {page_size=}, {alpha=}):\n")
+    console.print(f"[bold]The model's chain[/] with RaaSCache(budget={shown.budget}, {page_size=}, {alpha=}):\n")
     _generate(model, tokenizer, sample[:1], shown, _ChainPrinter(console, tokenizer, sample[0], shown))
     shown.reset()
 
-    table = Table(title=f"\n{problems} problems of {prompt} + {chain} tokens, in one batch; Dense is DynamicCache")
-    table.caption = "Exact: every token of the chain is right. Budget and KV include the prompt."
+    table = Table(title=f"\n{problems} problems of {prompt} + {chain} tokens in one batch; dynamic is DynamicCache")
+    table.caption = "Exact: every token of the chain is correct. Budget and KV include the prompt."
     for header in ("Cache", "Budget", "Exact", "Answers", "Tokens/s", "KV", "Pages evicted"):
         table.add_column(header, justify="left" if header == "Cache" else "right")
     for cache in (DynamicCache(), *caches):
@@ -120,9 +120,9 @@ def demo(
             completions, speed = _generate(model, tokenizer, sample, cache)
         exact = sum(map(chains.is_exact, completions, sample))
         right = sum(chains.answer_of(text) == problem.answer for text, problem in zip(completions, sample, strict=True))
-        name, limit, size, evicted = "Dense", "none", kv_nbytes(cache), "-"
+        name, limit, size, evicted = "dynamic", "none", kv_nbytes(cache), "-"
         if isinstance(cache, RaaSCache) and isinstance(cache.budget, int):
-            name, limit = "RaaS", f"{cache.budget} ({cache.budget / (prompt + chain):.0%})"
+            name, limit = "raas", f"{cache.budget} ({cache.budget / (prompt + chain):.0%})"
             evicted = f"{problems * cache.evictions:,}"
         counts = f"{exact}/{problems}", f"{right}/{problems}"
         table.add_row(name, limit, *counts, f"{speed:,.0f}", f"{size / 1e6:.1f} MB", evicted)
@@ -134,27 +134,29 @@ def plan(
     model: Annotated[
         str,
         typer.Option(
-            help="small, llama-3-8b, a folder with a config.json, or a name on the Hub; only the config is read."
+            help="small, llama-3-8b, a folder with a config.json, or a name on the Hub. Only the config is read."
         ),
     ],
     budget: Annotated[
-        str | None, typer.Option(help="Tokens to hold, comma-separated.", show_default="1024,2048,4096")
+        str | None, typer.Option(help="Budgets in tokens, separated by commas.", show_default="1024,2048,4096")
     ] = None,
     memory: Annotated[
-        float | None, typer.Option(help="Instead of --budget: GB (1e9 bytes) to find the largest budget for.")
+        float | None, typer.Option(help="Instead of --budget: find the largest budget for this many GB (1e9 bytes).")
     ] = None,
-    batch: Annotated[str, typer.Option(help="Rows, comma-separated.")] = "1",
-    prompt: Annotated[int, typer.Option(max=arguments.LARGEST, help="Tokens of the prompt.")] = planning.DEFAULT_PROMPT,
+    batch: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1",
+    prompt: Annotated[
+        int, typer.Option(max=arguments.LARGEST, help="Prompt length in tokens.")
+    ] = planning.DEFAULT_PROMPT,
     tokens: Annotated[
         int,
-        typer.Option(max=arguments.LARGEST, help="Tokens, prompt and generated, to measure the dense cache at."),
+        typer.Option(max=arguments.LARGEST, help="Length of prompt and chain together, for the size of DynamicCache."),
     ] = planning.DEFAULT_TOKENS,
     page_size: Annotated[int, PAGE_SIZE] = 16,
     dtype: Annotated[
-        str | None, typer.Option(help="Of the model.", show_default="what the config says, else bfloat16")
+        str | None, typer.Option(help="dtype of the model.", show_default="from the config, otherwise bfloat16")
     ] = None,
 ) -> None:
-    """Say what a budget takes and saves with a model, from the model's config alone."""
+    """Compute from a model's config how much memory a budget needs and saves."""
     if budget is not None and memory is not None:
         raise typer.BadParameter("leave it out: --memory finds the budget.", param_hint="--budget")
     if memory is not None and not 0 < memory <= arguments.LARGEST:
@@ -182,50 +184,50 @@ def plan(
 
 @app.command()
 def bench(
-    method: Annotated[str, typer.Option(help="Methods, comma-separated.")] = "raas,quest,h2o,streaming_llm",
-    seen: Annotated[str, typer.Option(help="Tokens seen before the first step, comma-separated.")] = ",".join(
+    method: Annotated[str, typer.Option(help="Methods, separated by commas.")] = "raas,quest,h2o,streaming_llm",
+    seen: Annotated[str, typer.Option(help="Tokens seen before the first step, separated by commas.")] = ",".join(
         str(1024 << doublings) for doublings in range(8)
     ),
     batch: Annotated[
-        str | None, typer.Option(help="Rows, comma-separated.", show_default="1; kernels on a GPU: 32")
+        str | None, typer.Option(help="Batch sizes, separated by commas.", show_default="1; kernels on a GPU: 32")
     ] = None,
     budget: Annotated[
         str | None,
-        typer.Option(help="Tokens to hold, comma-separated.", show_default="1024; kernels on a GPU: 2048,8192"),
+        typer.Option(help="Budgets in tokens, separated by commas.", show_default="1024; kernels on a GPU: 2048,8192"),
     ] = None,
     mode: Annotated[
-        str | None, typer.Option(help="eager, compiled or both, comma-separated.", show_default="eager; on a GPU both")
+        str | None, typer.Option(help="eager, compiled, or eager,compiled.", show_default="eager; on a GPU both")
     ] = None,
     model: Annotated[
         str | None,
         typer.Option(
-            help="small, llama-3-8b, a folder with a config.json or a name on the Hub; the weights are random.",
+            help="small, llama-3-8b, a folder with a config.json, or a name on the Hub. The weights are random.",
             show_default="small; on a GPU llama-3-8b",
         ),
     ] = None,
     page_size: Annotated[int, PAGE_SIZE] = 16,
     steps: Annotated[
-        int, typer.Option(min=2, max=MOST_STEPS, help="Steps to time of each method, or calls of each kernel.")
+        int, typer.Option(min=2, max=MOST_STEPS, help="Timed steps per method, or timed calls per kernel.")
     ] = 40,
-    copies: Annotated[int, typer.Option(min=1, max=MOST_STEPS, help="Caches of each method, which take turns.")] = 2,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="cuda if there is one")] = None,
+    copies: Annotated[int, typer.Option(min=1, max=MOST_STEPS, help="Caches per method, which take turns.")] = 2,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="cuda if available")] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Of weights, K and V.", show_default="float32; on a GPU bfloat16")
+        str | None, typer.Option(help="dtype of weights, keys and values.", show_default="float32; on a GPU bfloat16")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=arguments.LARGEST_SEED, help="Of weights, K and V.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=arguments.LARGEST_SEED, help="Seed of weights, keys and values.")] = 0,
     out: Annotated[
-        Path | None, typer.Option(help="Folder to write JSON and plots to.", show_default="prints the table only")
+        Path | None, typer.Option(help="Folder for JSON and plots.", show_default="prints the table only")
     ] = None,
     kernels: Annotated[bool, typer.Option("--kernels", help="Time the attention kernel alone.")] = False,
     peer_python: Annotated[
         Path | None,
-        typer.Option(help="Python of an environment that has kvpress, to time its DecodingPress beside the others."),
+        typer.Option(help="Python of an environment with kvpress, to time its DecodingPress, too."),
     ] = None,
 ) -> None:
-    """Time decode steps of every method after many tokens, beside DynamicCache and StaticCache."""
+    """Time decode steps after many tokens, with every method, DynamicCache (dynamic) and StaticCache."""
     place = arguments.device(device)
     on_gpu = place.type == "cuda"
-    # Only what is left out has a default: an empty word, as of a variable of the shell that is not set, is refused.
+    # A default applies only if the option is missing. An empty value, such as an unset shell variable, is an error.
     if dtype is None:
         dtype = "bfloat16" if on_gpu else "float32"
     if model is None:
@@ -261,24 +263,24 @@ def bench(
             return
 
         tokens = arguments.numbers("--seen", seen)
-        plan = Plan(arguments.names(method), tokens, batches, budgets, modes, page_size, steps, copies, seed)
+        grid = Grid(arguments.names(method), tokens, batches, budgets, modes, page_size, steps, copies, seed)
         if out:
             require_matplotlib()
         print(_in_words(about))
-        rows: list[Row] = []
+        rows: list[StepRow] = []
         with ExitStack() as stack:
             peer = None if peer_python is None else stack.enter_context(Peer(peer_python))
             if peer is not None:
                 about["peer"] = peer.about
                 print(f"peer: {_in_words(peer.about)}")
-            for cell in run(build_model(config, place, precision, seed), plan, peer):
+            for cell in run(build_model(config, place, precision, seed), grid, peer):
                 rows += cell
                 case = cell[0].case
                 print(
                     f"timed: batch {case.batch}, budget {case.budget}, seen {case.seen}, {case.mode}", file=sys.stderr
                 )
-                if out:  # after every cell: a run may be cut off
-                    report.write_json(out / "bench.json", {**about, "plan": asdict(plan)}, rows)
+                if out:  # write after every cell, because the run may be interrupted
+                    report.write_json(out / "bench.json", {**about, "grid": asdict(grid)}, rows)
         print(report.table(rows))
         if out:
             report.plot(rows, out)
@@ -286,9 +288,9 @@ def bench(
 
 @app.command()
 def plot(
-    folder: Annotated[Path, typer.Argument(help="Where eval or bench, or both, wrote to with --out.")],
+    folder: Annotated[Path, typer.Argument(help="Folder that eval or bench wrote with --out.")],
 ) -> None:
-    """Draw what eval and bench found, as PNG and SVG beside it."""
+    """Draw the results of eval and bench as PNG and SVG files in the same folder."""
     with arguments.refusing(), arguments.plain_warnings():
         paths = plots.plot(folder)
     for path in paths:
@@ -306,7 +308,7 @@ def _generate(
     cache: Cache,
     streamer: "_ChainPrinter | None" = None,
 ) -> tuple[list[str], float]:
-    """Greedy completions of a batch, and the new tokens a second."""
+    """Generate a batch greedily. Returns the completions and the new tokens per second."""
     inputs = tokenizer([p.prompt for p in sample], padding=True, return_tensors="pt", return_token_type_ids=False)
     options = {CACHE_ARGUMENT: cache, "max_new_tokens": completion_length(sample), "do_sample": False}
     started = time.perf_counter()
@@ -318,7 +320,7 @@ def _generate(
 
 
 class _ChainPrinter:
-    """A streamer for `generate`: a line of the chain on a line of the terminal, whether it is right, what is held."""
+    """A streamer for `generate`: prints each line of the chain, whether it is correct, and the tokens held."""
 
     def __init__(self, console: Console, tokenizer: PreTrainedTokenizerBase, problem: ChainProblem, cache: RaaSCache):
         self.console, self.tokenizer, self.cache = console, tokenizer, cache
@@ -326,7 +328,7 @@ class _ChainPrinter:
         self.line: list[str] | None = None
 
     def put(self, ids: torch.Tensor) -> None:
-        """Take the prompt, then each new token."""
+        """Called by `generate` with the prompt, and then with each new token."""
         if self.line is None:
             self.line = []
             return
@@ -338,7 +340,7 @@ class _ChainPrinter:
                 self.end()
 
     def end(self) -> None:
-        """Close the present line."""
+        """Finish the current line."""
         text, self.line = " ".join(self.line or []), []
         verdict = "[green]right[/]" if text == next(self.gold, None) else "[red]wrong[/]"
         held, seen = self.cache.resident_tokens(0)[0, 0], self.cache.get_seq_length()

@@ -1,4 +1,4 @@
 """Helpers that several folders share: command arguments, tables, optional packages, names that differ in transformers.
 
-This folder must not know sizing, evaluation, benchmarks or commands.
+This folder must not import sizing, evaluation, benchmarks or commands.
 """

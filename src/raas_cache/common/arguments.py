@@ -1,4 +1,4 @@
-"""What the commands share: reading options, and refusing them in one line with exit code 2."""
+"""Shared by the commands: parse options, and report wrong options in one line with exit code 2."""
 
 import re
 import tempfile
@@ -12,7 +12,7 @@ import typer
 
 
 LARGEST = 1 << 31
-"""Upper limit of every count that a command takes: more would overflow a size that torch computes."""
+"""Upper limit of every count in a command. Larger counts would overflow sizes that torch computes."""
 LARGEST_SEED = (1 << 32) - 1
 _NO_MEMORY = (
     "allocate memory",
@@ -25,13 +25,13 @@ _NO_MEMORY = (
 
 @contextmanager
 def refusing(option: str | None = None, **options: str) -> Iterator[None]:
-    """Make what the library refuses a usage error: one line and exit code 2.
+    """Turn errors of the library into usage errors: one line and exit code 2.
 
-    That are values, files that cannot be read or written, packages that are missing, and too little memory.
+    This covers wrong values, files that cannot be read or written, missing packages, and too little memory.
 
     Args:
-        option: the option that is blamed.
-        options: argument -> the option that is blamed where the message begins with that argument, as in
+        option: the option that the error names by default.
+        options: argument -> option. The error names this option if its message starts with the argument, as in
             "budget=8 is less than one page".
     """
     try:
@@ -39,7 +39,7 @@ def refusing(option: str | None = None, **options: str) -> Iterator[None]:
     except (ValueError, TypeError, ImportError, OSError, RuntimeError, MemoryError) as error:
         reason = str(error).partition("\n")[0]
         if isinstance(error, MemoryError) or any(words in reason for words in _NO_MEMORY):
-            reason, option = f"the memory does not suffice ({reason or type(error).__name__}): ask for less.", None
+            reason, option = f"there is not enough memory ({reason or type(error).__name__}): lower the sizes.", None
         elif isinstance(error, RuntimeError) and not _is_ours(error):
             raise
         argument = re.match(r"(\w+)[=:]", reason)
@@ -47,7 +47,7 @@ def refusing(option: str | None = None, **options: str) -> Iterator[None]:
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether this package raised it, as it does where a model cannot be served."""
+    """Whether this package raised the error, for example because it cannot serve a model."""
     trace = error.__traceback__
     while trace and trace.tb_next:
         trace = trace.tb_next
@@ -56,7 +56,7 @@ def _is_ours(error: BaseException) -> bool:
 
 @contextmanager
 def plain_warnings() -> Iterator[None]:
-    """Show each warning as one line on stderr, and all that this package gives."""
+    """Print each warning as one line on stderr, and print every warning of this package."""
     with warnings.catch_warnings():
         warnings.filterwarnings("always", category=UserWarning, module="raas_cache")
         warnings.showwarning = lambda message, *_: typer.echo(f"Warning: {message}", err=True)
@@ -65,9 +65,9 @@ def plain_warnings() -> Iterator[None]:
 
 @contextmanager
 def folder(option: str, path: Path | None) -> Iterator[None]:
-    """Make a folder, and see that it can be written to, before the work that fills it; None is no folder.
+    """Create a folder and check that it can be written to, before any other work. With None, do nothing.
 
-    What was made and is still empty at the end, because the command was refused, is removed.
+    If the folder is still empty at the end, for example because of a wrong option, it is removed again.
     """
     if path is None:
         yield
@@ -82,7 +82,7 @@ def folder(option: str, path: Path | None) -> Iterator[None]:
         except (OSError, ValueError) as error:  # ValueError: a null byte
             reason = getattr(error, "strerror", None) or str(error)
             raise typer.BadParameter(
-                f"'{path}' cannot be written to ({reason}): give a folder that can.", param_hint=option
+                f"'{path}' cannot be written to ({reason}): give another folder.", param_hint=option
             ) from None
         yield
 
@@ -93,30 +93,30 @@ def _remove_if_empty(path: Path) -> None:
 
 
 def names(text: str) -> tuple[str, ...]:
-    """Comma-separated words."""
+    """Split words at commas."""
     return tuple(name.strip() for name in text.split(","))
 
 
 def numbers(option: str, text: str) -> tuple[int, ...]:
-    """Comma-separated whole numbers, at most `LARGEST`."""
+    """Parse whole numbers separated by commas, each at most `LARGEST`."""
     try:
         found = tuple(int(number) for number in text.split(","))
     except ValueError:
-        raise typer.BadParameter(f"{text!r} must be numbers, comma-separated.", param_hint=option) from None
+        raise typer.BadParameter(f"{text!r} must be whole numbers, separated by commas.", param_hint=option) from None
     if max(found) > LARGEST:
         raise typer.BadParameter(f"{max(found)} must be at most {LARGEST}.", param_hint=option)
     return found
 
 
 def power_of_two(value: int) -> int:
-    """Callback of `--page-size`."""
+    """Callback of `--page-size`: check that the value is a power of two."""
     if value & (value - 1):
         raise typer.BadParameter(f"page_size={value} must be a power of two: try 16.")
     return value
 
 
 def device(name: str | None) -> torch.device:
-    """`"cpu"` or `"cuda"`; by default cuda if there is one."""
+    """Parse `"cpu"` or `"cuda"`; the default is cuda if available."""
     has_gpu = torch.cuda.is_available()
     if name not in (None, "cpu", "cuda") or (name == "cuda" and not has_gpu):
         raise typer.BadParameter(f"{name!r} must be {'cpu or cuda' if has_gpu else 'cpu'}.", param_hint="--device")
@@ -124,7 +124,7 @@ def device(name: str | None) -> torch.device:
 
 
 def dtype(name: str) -> torch.dtype:
-    """`"float32"`, `"bfloat16"` or `"float16"`."""
+    """Parse `"float32"`, `"bfloat16"` or `"float16"`."""
     if name not in ("float32", "bfloat16", "float16"):
         raise typer.BadParameter(f"{name!r} must be float32, bfloat16 or float16.", param_hint="--dtype")
     found: torch.dtype = getattr(torch, name)

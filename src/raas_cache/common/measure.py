@@ -1,4 +1,4 @@
-"""What is measured of a cache and of a share."""
+"""Measurements: bytes and evictions of a cache, and the confidence interval of a share."""
 
 import math
 
@@ -8,7 +8,7 @@ from ..cache.paged_cache import PagedCache
 
 
 def kv_nbytes(cache: Cache) -> int:
-    """Bytes of K and V that a paged cache, or a cache of transformers, has allocated."""
+    """Bytes of keys and values that a cache has allocated: a paged cache, or a cache of transformers."""
     if isinstance(cache, PagedCache):
         return cache.nbytes
     buffers = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values"))
@@ -16,7 +16,7 @@ def kv_nbytes(cache: Cache) -> int:
 
 
 def evictions(cache: Cache) -> int:
-    """Pages that each row has evicted so far, over layers and KV heads; 0 for a cache that is not paged."""
+    """Pages that each row has evicted so far, over all layers and KV heads; 0 for a cache without pages."""
     return cache.evictions if isinstance(cache, PagedCache) else 0
 
 

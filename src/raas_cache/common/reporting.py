@@ -1,4 +1,4 @@
-"""Tables and figures that `bench` and `eval` both write."""
+"""Tables and figures of `bench` and `eval`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .extras import require
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which the colour-blind can tell apart; markers for those who print.
+# Colours of Okabe and Ito, which colour-blind people can distinguish. Markers, for printing in grey.
 STYLES = (
     ("#000000", "o"), ("#999999", "s"), ("#E69F00", "D"), ("#0072B2", "^"), ("#D55E00", "v"), ("#009E73", "P"),
     ("#CC79A7", "X"), ("#56B4E9", "*"), ("#F0E442", "h"),
@@ -19,17 +19,17 @@ STYLES = (
 
 
 def markdown(header: list[str], lines: list[list[str]]) -> str:
-    """A GitHub-Markdown table."""
+    """A table in GitHub's Markdown."""
     return "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *lines))
 
 
 def require_matplotlib() -> None:
-    """Raise an ImportError that says what to install if matplotlib is missing."""
+    """Raise an ImportError with the pip command if matplotlib is missing."""
     require("matplotlib", "Plots need matplotlib", "viz")
 
 
 def save(drawn: dict[str, Figure], folder: Path) -> list[Path]:
-    """Save each figure as PNG and SVG under its name; returns where. The same figure gives the same bytes."""
+    """Save each figure as PNG and SVG under its name. Returns the paths. Equal figures give equal bytes."""
     from matplotlib import rc_context
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What transformers calls things, where its releases differ."""
+"""Names in transformers that differ between its releases."""
 
 import inspect
 
@@ -7,4 +7,7 @@ from transformers import GenerationMixin
 
 _TAKEN = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 CACHE_ARGUMENT = "cache" if "cache" in _TAKEN else "past_key_values"
-"""What a cache is handed to `generate` and to a model under; since 5.24 the older of the two names draws a warning."""
+"""Name of the argument for the cache. transformers 5.24 calls it `cache`, and warns about `past_key_values`.
+
+Remove this constant when the package needs transformers 5.24 or newer.
+"""

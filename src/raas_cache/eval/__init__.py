@@ -1,10 +1,11 @@
-"""Evaluation: how much a model still gets right with each cache, and what that costs.
+"""Evaluation: measure how many answers a model gets right with each cache, and what each cache costs.
 
-`tasks.py` has the data sets, `textfiles.py` finds the damaged line of one, `answers.py` and the `evaluate` metric in
-`math_answer/` mark. `settings.py` says what is compared, `runner.py` works it out on one process or many,
-`decoding.py` a batch of it. `folder.py` keeps the rows, and `inputs.py` what they depend on; `results.py` and
-`plots.py` show them. `command.py` is `raas-cache eval`, `harness.py` the model type of lm-evaluation-harness,
-`chains.py` the task of the embedded model.
+`tasks.py` loads data sets, and `textfiles.py` finds the damaged line of a data file. `answers.py` marks answers, and
+`math_answer/` offers the marker as an `evaluate` metric. `settings.py` defines the methods and budgets to compare.
+`runner.py` runs them in one process or several, and `decoding.py` generates one batch. `folder.py` stores the rows of a
+run, and `inputs.py` lists everything that the rows depend on. `results.py` makes the table, and `plots.py` the figures.
+`command.py` is `raas-cache eval`. `harness.py` is the model type for lm-evaluation-harness. `chains.py` is the task of
+the embedded model.
 """
 
 from importlib.resources import files
@@ -36,5 +37,5 @@ __all__ = [
 
 
 def math_answer() -> str:
-    """Folder of the metric that marks answers: `evaluate.load(math_answer()).compute(predictions=, references=)`."""
+    """Path of the metric that marks answers: `evaluate.load(math_answer()).compute(predictions=, references=)`."""
     return str(files(__name__) / "math_answer")

@@ -1,4 +1,4 @@
-"""`accelerate launch -m raas_cache.eval ...`: the `eval` command, once on each process."""
+"""`accelerate launch -m raas_cache.eval ...` runs the `eval` command in each process."""
 
 import typer
 

@@ -1,7 +1,7 @@
-r"""The final answer in what a model wrote, and whether it is right.
+r"""Find the final answer in the output of a model, and decide whether it is correct.
 
-math-verify does the mathematics. What is here finds the answer, and is stricter where math-verify is too kind: on
-letters taken for units (`3c` is not 3), bases (`52_8` is not `52_9`), words (`seat` is not `east`) and roundings.
+math-verify does the mathematics. This file finds the answer. It is also stricter where math-verify accepts too much:
+letters read as units (`3c` is not 3), bases (`52_8` is not `52_9`), words (`seat` is not `east`) and rounded numbers.
 """
 
 import hashlib
@@ -20,17 +20,17 @@ from ..common.extras import require
 
 
 TIMEOUT = 5
-"""Seconds that math-verify has to parse a text, and to compare two."""
+"""Seconds that math-verify may take to parse a text, and to compare two texts."""
 LONGEST_ANSWER = 1000
-"""Characters; a longer answer is right only if it is the gold answer letter by letter."""
+"""Number of characters. A longer answer is correct only if it equals the gold answer as text."""
 LONGEST_TAIL = 10_000
-"""Characters at the end of a text in which math-verify looks for an answer."""
+"""Number of characters at the end of a text in which math-verify looks for an answer."""
 
 _BRACE = re.compile(r"(\\(?:boxed|fbox|framebox(?:\[[^\]]*\])*)\s*\{)|\\.|[{}]", re.DOTALL)
 _HASHES = re.compile(r"(?<!#)#{4,}\s*([^\s#].*)")
 _BOLD = re.compile(r"(?<!\w)\*\*([^*\n]+)\*\*")
 _THOUSANDS = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
-_THIN = r"(?:\{ ?, ?\}|, ?\\!|\\,)\s*"  # how TeX separates thousands
+_THIN = r"(?:\{ ?, ?\}|, ?\\!|\\,)\s*"  # thousands separators in TeX
 _TIDY = [(re.compile(pattern), to) for pattern, to in (
     (r"(?<!\\)\\[()\[\]]|\\?\$|\\(?:left|right|[bB]igg?[lrm]?)(?![a-zA-Z])", ""),
     (rf"(?<=\d){_THIN}(?=\d{{3}}(?!\d))|(?<!\\)\\!", ""),
@@ -41,7 +41,7 @@ _TIDY = [(re.compile(pattern), to) for pattern, to in (
     (r"^(-?\d+) +(\d+) ?/ ?(\d+)$", r"\1\\frac{\2}{\3}"),
 )]  # fmt: skip
 _POWER = r"(?: ?\^ ?(?:\d|\{\d\}))?"
-# As in math-verify, any word is a unit, and none changes what is said; but for those that do.
+# As in math-verify, any word may be a unit and is removed, except words that change the value.
 _WORD_UNIT = (
     r"\\(?:text|textrm|mathrm|mbox) ?\{(?![^{}]*\b(?:hundred|thousand|million|billion|trillion|dozen|half|and|or|not|"
     rf"if|[ap]\.?m)\b)[^{{}}\d()]+\}}{_POWER}"
@@ -55,9 +55,9 @@ _UNIT = re.compile(rf"(?<=[\d}})]) ?(?:{_DEGREES}|/? ?{_WORD_UNIT}|(?<= ){_BARE_
 _WRAP = re.compile(r"\\(?:text\w*|math(?:rm|bf|it|sf)|mbox|operatorname) ?\{([^{}]*)\}")
 _BASE = re.compile(r"(?<=\d)_(?:\{ ?)?(?!10\b)(\d+)")
 _CURLY, _ROUND = re.compile(r"\\\{.*\\\}"), re.compile(r"[(\[].*[)\]]")
-# Multiplied out as letters by math-verify, whatever their order.
+# math-verify would treat these as products of letters, in any order.
 _WORD = re.compile(r"[A-Za-z]{3,}|[\dA-F]*[A-F][\dA-F]*_\{?\d+\}?")
-# Two numbers side by side, which math-verify adds up, and what takes sympy longer than anybody waits.
+# math-verify adds two adjacent numbers. The other expressions take sympy too long.
 _HOPELESS = re.compile(
     r"(?<!_)\d \d|\\(?:sum|prod|i*int)(?![a-z])|\^ ?\{?[ -]*[\d., ]{5,}|\^ ?\{?[ -]*\d+[} ]*\^|\d{5,}\)* ?!|!\)* ?!|"
     r"\\[dt]?binom.*\d{5,}|\d[eE][+-]?\d{4,}"
@@ -65,7 +65,7 @@ _HOPELESS = re.compile(
 
 
 def marker() -> str:
-    """What `mark` depends on besides its arguments: the code of this file, and the packages that do the mathematics.
+    """Everything that `mark` depends on besides its arguments: this file, and the versions of its packages.
 
     Raises:
         ImportError: math-verify is missing.
@@ -77,16 +77,17 @@ def marker() -> str:
 
 
 def require_math_verify() -> None:
-    """Raise an ImportError that says what to install if math-verify is missing."""
+    """Raise an ImportError with the pip command if math-verify is missing."""
     require("math_verify", "Marking answers needs math-verify", "eval")
 
 
 def extract(output: str) -> str | None:
-    r"""The text of the final answer in what a model wrote, or None if there is none.
+    r"""Find the text of the final answer in the output of a model. Returns None if there is no answer.
 
-    It is what the last `\boxed{}` holds; else the line after the last `####`; else what math-verify finds announced,
-    such as 42 in "The answer is 42.": the last number of a chain that was cut off is no answer. After `</think>` if
-    there is an answer, else in the whole text.
+    The answer is the content of the last `\boxed{}`. If there is none, it is the line after the last `####`. If there
+    is none either, it is an answer that the text announces, such as 42 in "The answer is 42.", as math-verify finds it.
+    The last number of a truncated chain is not an answer. The text after `</think>` is searched first, then the whole
+    text.
 
     Raises:
         ImportError: math-verify is needed and missing.
@@ -97,7 +98,7 @@ def extract(output: str) -> str | None:
 
 
 def gold_of(answer: str) -> str:
-    """The bare answer in a data set's answer column, be it GSM8K's, a solution with a boxed answer, or bare already."""
+    """Extract the gold answer of a data set: the text after `####` (GSM8K), in a box, or the text itself."""
     hashes: list[str] = _HASHES.findall(answer)
     if hashes:
         return hashes[-1].strip().replace(",", "")
@@ -105,7 +106,7 @@ def gold_of(answer: str) -> str:
 
 
 def mark(output: str, gold: str) -> tuple[str | None, bool]:
-    """The final answer of what a model wrote, as `extract` finds it, and whether it is the gold answer.
+    """Find the final answer with `extract`. Returns the answer, and whether it equals the gold answer.
 
     Raises:
         ImportError: math-verify is missing.
@@ -118,7 +119,7 @@ def mark(output: str, gold: str) -> tuple[str | None, bool]:
 
 
 def is_correct(output: str, gold: str) -> bool:
-    """Whether `mark` finds the gold answer."""
+    """Whether the final answer of the output equals the gold answer, see `mark`."""
     return mark(output, gold)[1]
 
 
@@ -127,16 +128,16 @@ def _last_answer(text: str) -> str | None:
         return found[-1].strip()
     require_math_verify()
     maths = _math_verify()
-    text = _BOLD.sub(r"\1", text[-LONGEST_TAIL:])  # math-verify would multiply by the asterisks
+    text = _BOLD.sub(r"\1", text[-LONGEST_TAIL:])  # math-verify would read the asterisks as multiplication
     found = maths.parse(text, maths.anywhere, parsing_timeout=_timeout())
     answer = next((match for match in found if isinstance(match, str) and match), None)
-    # Of a bare 3x or 1e5 it takes the number.
+    # math-verify finds only the number in 3x or 1e5.
     torn = answer and answer in text and not re.search(rf"(?<!\w){re.escape(answer)}(?![\w^(*/]|\\[a-zA-Z])", text)
     return None if torn else answer
 
 
 def _boxes(text: str) -> list[str]:
-    """What the boxes hold, in the order in which they close, but for empty ones."""
+    """The contents of all boxes that are not empty, in the order of their closing braces."""
     contents, opened = [], []
     for brace in _BRACE.finditer(text):
         if brace[1] or brace[0] == "{":
@@ -147,7 +148,7 @@ def _boxes(text: str) -> list[str]:
 
 
 def _tidy(text: str) -> str:
-    """LaTeX that says the same, without units."""
+    """Normalize LaTeX, and remove units."""
     text = text.strip()
     for pattern, to in _TIDY:
         text = pattern.sub(to, text)
@@ -158,7 +159,7 @@ def _tidy(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """For comparing as strings."""
+    """Normalize a text for a comparison of strings."""
     before = None
     while before != text:
         before, text = text, _WRAP.sub(r"\1", text)
@@ -176,7 +177,7 @@ def _same(answer: str, gold: str) -> bool:
         any(_WORD.fullmatch(text) for text in (plain, plain_gold))
         or any(_HOPELESS.search(text) for text in both)
         or any(_CURLY.fullmatch(one) and _ROUND.fullmatch(other) for one, other in (both, both[::-1]))
-        or _BASE.findall(answer) not in ([], _BASE.findall(gold))  # it goes without saying, but not wrong
+        or _BASE.findall(answer) not in ([], _BASE.findall(gold))  # an answer may omit the base
     ):
         return False
     maths, seconds = _math_verify(), _timeout()
@@ -186,11 +187,11 @@ def _same(answer: str, gold: str) -> bool:
     )
 
     def equal(target: list[Any]) -> bool:
-        # At 12 decimals 0.333333 is not 1/3, nor .00006724 .0000672.
+        # With 12 decimals, 0.333333 does not equal 1/3, and .00006724 does not equal .0000672.
         verify: Callable[..., bool] = maths.verify
         return verify(parsed_gold, target, 12, 50, allow_set_relation_comp=True, timeout_seconds=seconds)
 
-    # All equations without a real solution are equal to math-verify.
+    # For math-verify, all equations without a real solution are equal.
     return equal(parsed) and not ("=" in gold and equal(absurd))
 
 
@@ -199,13 +200,13 @@ def _math_verify() -> SimpleNamespace:
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of each timeout, and of having none
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns about each timeout, and about a missing timeout
     tidied = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="last")
     boxed = LatexExtractionConfig(False, boxed_match_priority=0, normalization_config=tidied)
     return SimpleNamespace(parse=parse, verify=verify, boxed=[boxed], anywhere=[boxed, ExprExtractionConfig(False)])
 
 
 def _timeout() -> int | None:
-    """None where math-verify has no signals to stop itself with; `_HOPELESS` must do there."""
+    """Seconds, or None where math-verify cannot use signals. `_HOPELESS` then excludes slow expressions."""
     main = threading.current_thread() is threading.main_thread()
     return TIMEOUT if main and os.name == "posix" else None

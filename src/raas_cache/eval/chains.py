@@ -1,15 +1,16 @@
-"""Chain arithmetic: multi-step sums mod 10, worked out line by line, in which derived values are milestones.
+"""Chain arithmetic: sums modulo 10 in many steps, solved line by line. The derived values are milestones.
 
-A problem gives a few values and a program, its lines shuffled; the completion carries the program out, one 12-token
-line a step:
+A problem consists of a few values and a program with shuffled lines. The completion executes the program, with one line
+of 12 tokens per step:
 
     prompt      v48 3 v49 6 v50 1 | #52 + v50 #53 ? #51 - v49
     completion  #51 v50 - v49 = 1 - 6 = v51 5 ; #52 v51 + v50 = 5 + 1 = v52 6 ; #53 v52 ? 6
 
-Line ``#i`` takes the value before it and adds or subtracts a cited earlier value: ``v_i = v_{i-1} +- v_ref (mod 10)``;
-the line marked ``?`` reports it, which is the answer. To stop is thus looked up like any instruction, not guessed.
-A derived value is cited by a few later lines and then never again, so the line that derived it is a milestone: needed
-for a while, then dead weight. Which values are live is random and unannounced, and no reuse gap is ruled out.
+Line ``#i`` takes the value before it and adds or subtracts a cited earlier value: ``v_i = v_{i-1} +- v_ref (mod 10)``.
+The line marked ``?`` reports the last value, which is the answer. The model therefore looks up where to stop, like any
+other instruction. A few later lines cite a derived value, and then no line cites it again. The line that derives it is
+a milestone: needed for a while, and then not needed any more. The set of values in use is random, and the prompt does
+not announce it. The gap between two uses of a value has no limit.
 """
 
 from __future__ import annotations
@@ -27,33 +28,33 @@ if TYPE_CHECKING:
 Split = Literal["train", "validation", "test"]
 
 NUM_NAMES = 128
-"""Names in the vocabulary; a problem's values are named from a random start, wrapping around."""
+"""Number of names in the vocabulary. The names of a problem start at a random number and wrap around."""
 TOKENS_PER_LINE = 12
-"""Tokens of one line of the completion."""
+"""Number of tokens in a line of the completion."""
 TOKENS_OF_ANSWER = 4
-"""Tokens of the completion's last line, which reports the answer."""
+"""Number of tokens in the last line of the completion, which reports the answer."""
 VOCABULARY: tuple[str, ...] = (
     *"?=+-;|",
     *"0123456789",
     *(f"v{i}" for i in range(NUM_NAMES)),
     *(f"#{i}" for i in range(NUM_NAMES)),
 )
-"""Every token of the task; a model adds its own special tokens."""
+"""All tokens of the task. A model adds its own special tokens."""
 
-_RECENT = 4  # a value becomes a milestone within this many lines of its derivation, or never
-_COPRIME = (1, 3, 7, 9)  # with no given coprime to 10, a chain can be stuck on even values or on 0 and 5
+_RECENT = 4  # a value becomes a milestone within this number of lines after its derivation, or never
+_COPRIME = (1, 3, 7, 9)  # without a given that is coprime to 10, all values may be even, or all 0 or 5
 
 
 @dataclass(frozen=True)
 class ChainProblem:
-    """One problem, as text: tokens separated by single spaces, without special tokens."""
+    """A problem as text. Tokens are separated by single spaces; there are no special tokens."""
 
     prompt: str
     chain: str
-    """The whole gold completion, answer included."""
+    """The complete gold completion, including the answer."""
     answer: str
     num_givens: int
-    """Values stated by the prompt; value ``num_givens + j`` is derived by line ``j``."""
+    """Number of values in the prompt. Line ``j`` derives value ``num_givens + j``."""
     refs: tuple[int, ...]
     """The index of the value that each line cites."""
 
@@ -78,12 +79,12 @@ def make_problem(
     """Draw a problem of ``num_lines`` lines.
 
     Args:
-        split: keep to one split's problems (None: any). A problem belongs to the split its givens hash to, so that
-            the statements of two splits never begin alike, whatever the seeds.
-        num_givens: values stated in the prompt, at least 2.
-        live_size: how many values are in use at a time; a line cites one of them at random. None cites any earlier
-            value, all equally likely: no milestones, every value may come back.
-        max_uses: a milestone is cited between 1 and this many times.
+        split: draw only problems of this split (None: any problem). The hash of the given values decides to which split
+            a problem belongs, so two splits never contain problems with the same given values.
+        num_givens: number of values in the prompt, at least 2.
+        live_size: number of values in use at the same time. Each line cites one of them at random. With None, each line
+            cites any earlier value with equal probability; then there are no milestones.
+        max_uses: largest number of citations of a milestone. The smallest number is 1.
     """
     total = num_givens + num_lines
     if num_givens < 2 or num_lines < 1 or total >= NUM_NAMES:
@@ -113,48 +114,48 @@ def make_problem(
     last, answer = f"#{(start + total) % NUM_NAMES}", str(values[-1])
     program.append(f"{last} ?")
     lines.append(f"{last} v{names[-1]} ? {answer}")
-    rng.shuffle(program)  # else a line could be found by counting, and its label would say nothing
+    rng.shuffle(program)  # without this, a model could find a line by counting instead of by its label
     return ChainProblem(f"{givens} | {' '.join(program)}", " ".join(lines), answer, num_givens, tuple(refs))
 
 
 def problems(
     count: int, num_lines: int, seed: int, *, split: Split = "test", **options: Unpack[ChainOptions]
 ) -> list[ChainProblem]:
-    """``count`` problems of a split, the same for the same arguments; ``options`` are those of `make_problem`."""
-    rng = random.Random(f"{split}/{num_lines}/{seed}")  # a string seeds alike on every platform and run
+    """Draw ``count`` problems of a split. Equal arguments give equal problems. For ``options`` see `make_problem`."""
+    rng = random.Random(f"{split}/{num_lines}/{seed}")  # a string seed is the same on every platform
     return [make_problem(num_lines, rng, split=split, **options) for _ in range(count)]
 
 
 def is_exact(completion: str, problem: ChainProblem) -> bool:
-    """Whether every token of the completion is right, up to the end and no further."""
+    """Whether the completion equals the gold chain, token for token."""
     return completion.split() == problem.chain.split()
 
 
 def share_right(completion: str, chain: str) -> float:
-    """The share of the gold chain that is right before the first error."""
+    """Number of correct tokens before the first error, as a share of the gold chain."""
     gold = chain.split()
     same = [ours == theirs for ours, theirs in zip(completion.split(), gold, strict=False)] + [False]
     return same.index(False) / len(gold)
 
 
 def tokens_of(problem: ChainProblem) -> int:
-    """Tokens of the problem, its chain and the end token included."""
+    """Number of tokens of prompt, chain and special tokens."""
     return len(f"<s> {problem.prompt} {problem.chain} </s>".split())
 
 
 def completion_length(sample: list[ChainProblem]) -> int:
-    """Tokens of the longest chain, the end token included."""
+    """Number of tokens of the longest chain, including the end token."""
     return max(len(problem.chain.split()) for problem in sample) + 1
 
 
 def answer_of(completion: str) -> str | None:
-    """The token after the last ``?``, or None where the completion never got to an answer."""
+    """The token after the last ``?``, or None if the completion has no answer."""
     _, mark, answer = completion.rpartition("?")
     return answer.split()[0] if mark and answer.strip() else None
 
 
 def reuse_gaps(sample: Iterable[ChainProblem]) -> list[int]:
-    """Lines from the derivation or last citation of a derived value to its next citation, over all citations."""
+    """For each citation of a derived value: lines since its derivation or its previous citation."""
     gaps = []
     for problem in sample:
         last_use: dict[int, int] = {}
@@ -166,7 +167,7 @@ def reuse_gaps(sample: Iterable[ChainProblem]) -> list[int]:
 
 
 def lifetimes(sample: Iterable[ChainProblem]) -> list[int]:
-    """Lines from the derivation of a value to its last citation, over all derived values that are ever cited."""
+    """For each derived value that is cited: lines from its derivation to its last citation."""
     return [
         last - (ref - problem.num_givens)
         for problem in sample
@@ -181,10 +182,10 @@ def _split_of(givens: str) -> Split:
 
 
 def _draw_refs(total: int, num_givens: int, live_size: int | None, max_uses: int, rng: random.Random) -> list[int]:
-    """For each derived value, the index of the value that it cites."""
+    """For each line, draw the index of the value that it cites."""
     if live_size is None:
         return [rng.randrange(i - 1) for i in range(num_givens, total)]
-    # The line before is at hand as the left operand, so a citation reaches back at least two values.
+    # The value of the line before is the left operand, so a citation goes back at least two values.
     admitted = rng.sample(range(num_givens - 1), min(live_size, num_givens - 1))
     uses_left = {ref: rng.randint(1, max_uses) for ref in admitted}
     seen, refs = set(admitted), []

@@ -1,4 +1,4 @@
-"""The `eval` command, also as `accelerate launch -m raas_cache.eval`."""
+"""The `eval` command, which also runs as `accelerate launch -m raas_cache.eval`."""
 
 from __future__ import annotations
 
@@ -21,53 +21,57 @@ from .tasks import load_task
 
 EMBEDDED = "embedded"
 MOST_ROWS = 1_000_000
-"""More chains take hours to draw."""
+"""Largest `--limit`: generating more chain problems takes hours."""
 
 
 def evaluate(
     model: Annotated[
-        str, typer.Option(help="A folder, a name on the Hub, or embedded: the small model of this package.")
+        str, typer.Option(help="A folder, a name on the Hub, or `embedded`, the small model in this package.")
     ] = EMBEDDED,
     dataset: Annotated[
         str,
         typer.Option(
-            help="gsm8k, math500, aime24, aime25, org/name on the Hub, a .jsonl file, or chains; chains-N: of N lines."
+            help="gsm8k, math500, aime24, aime25, org/name on the Hub, a .jsonl file, chains, or chains-N (N lines)."
         ),
     ] = "chains",
     method: Annotated[
-        str, typer.Option(help="Methods, comma-separated; options after colons: raas:alpha=1e-4:page_size=8.")
-    ] = "dense,raas,quest,h2o,streaming_llm",
-    budget: Annotated[str, typer.Option(help="Tokens to hold for each row, prompt included, comma-separated.")] = (
-        "128,256,512,1024"
-    ),
+        str,
+        typer.Option(
+            help="Methods, separated by commas, with options after colons: raas:alpha=1e-4:page_size=8. dynamic is "
+            "transformers' DynamicCache, which holds everything."
+        ),
+    ] = "dynamic,raas,quest,h2o,streaming_llm",
+    budget: Annotated[
+        str, typer.Option(help="Tokens that the cache holds per row, prompt included, separated by commas.")
+    ] = "128,256,512,1024",
     page_size: Annotated[
-        int, typer.Option(min=1, callback=arguments.power_of_two, help="Tokens a page, a power of two.")
+        int, typer.Option(min=1, callback=arguments.power_of_two, help="Tokens per page, a power of two.")
     ] = 16,
     limit: Annotated[
-        int | None, typer.Option(min=1, max=MOST_ROWS, help="Rows.", show_default="all; 100 chains")
+        int | None, typer.Option(min=1, max=MOST_ROWS, help="Number of problems.", show_default="all; 100 chains")
     ] = None,
     max_new_tokens: Annotated[
         int | None,
         typer.Option(
-            min=1, max=arguments.LARGEST, help="After which a chain is cut off.", show_default="by the data set"
+            min=1, max=arguments.LARGEST, help="Limit of generated tokens per row.", show_default="from the data set"
         ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows that run together, at most.")] = 8,
-    temperature: Annotated[float, typer.Option(help=f"0 decodes greedily, else {COLDEST} or more.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Share of the probability to sample from.")] = 1.0,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: the checkpoint's.")] = "auto",
+    batch_size: Annotated[int, typer.Option(min=1, help="Largest number of rows in a batch.")] = 8,
+    temperature: Annotated[float, typer.Option(help=f"0 for greedy decoding, otherwise {COLDEST} or more.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from the most likely tokens with this total probability.")] = 1.0,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto (the checkpoint's).")] = "auto",
     seed: Annotated[
         int,
-        typer.Option(min=0, max=arguments.LARGEST_SEED, help="Of sampling; for chains also, which are drawn."),
+        typer.Option(min=0, max=arguments.LARGEST_SEED, help="Seed of sampling and of the chain problems."),
     ] = 0,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder of rows; a run that was cut off goes on.", show_default="results/MODEL-DATASET"),
+        typer.Option(help="Folder for rows; an interrupted run continues there.", show_default="results/MODEL-DATASET"),
     ] = None,
 ) -> None:
-    """Accuracy, chain length and memory of every method at every budget.
+    """Measure accuracy, chain length and memory of every method at every budget.
 
-    Each row is written down as soon as it has ended, and the same command goes on where it was stopped.
+    Each row is written to disk when it ends. If the run is interrupted, the same command continues it.
     """
     budgets = arguments.numbers("--budget", budget)
     with arguments.refusing("--method", budget="--budget"):
@@ -81,7 +85,7 @@ def evaluate(
         out = Path("results") / f"{Path(model).name}-{Path(dataset).stem}"
     with arguments.folder("--out", out), arguments.plain_warnings():
         tokenizer, network = _load(model, torch_dtype)
-        # Whatever else is refused is the model: the tokenizer does not know the language, or no cache can serve it.
+        # Other errors are about the model: its tokenizer lacks words of the task, or no cache can serve the model.
         with arguments.refusing("--model", out="--out", folder="--out"):
             rows = run(
                 network,
@@ -94,22 +98,22 @@ def evaluate(
                 about={"model": model},
             )
     if state.is_main_process:
-        print(f"{len(task.questions)} problems of {dataset}, {model}, {network.dtype}; rows in {out}\n")
+        print(f"{len(task.questions)} problems from {dataset}, {model}, {network.dtype}; rows in {out}\n")
         print(table(summarize(rows)))
     state.destroy_process_group()
 
 
 def _load(name: str, dtype: torch.dtype | str) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    """The tokenizer and the model, on the device of this process."""
+    """Load the tokenizer and the model, and move the model to the device of this process."""
     disable_progress_bar()
     path = name
     if name == EMBEDDED:
         path = embedded_model()
-        torch.set_num_threads(1)  # too small to share among cores
+        torch.set_num_threads(1)  # the model is too small for several cores
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-    except Exception as error:  # whatever the Hub client, the config and the weights raise
+    except Exception as error:  # the Hub client, the config and the weights raise many kinds of errors
         reason = str(error).strip().partition("\n")[0]
         raise typer.BadParameter(
             f"{name!r} cannot be loaded ({type(error).__name__}: {reason}): give a folder with config.json, weights "

@@ -1,4 +1,4 @@
-"""Generates batches of a task, and tells of each row when it has ended."""
+"""Generate the batches of a task, and report each row as soon as it ends."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from .tasks import Task, hash_of
 
 
 SHORT = 2048
-"""New tokens up to which a GPU would not win back what it spends on compiling each setting."""
+"""Up to this many new tokens, compiling a setting takes longer on a GPU than it saves."""
 COLDEST = 0.001
-"""The least temperature that is sampled at: by less, logits overflow."""
+"""The smallest temperature for sampling. Division by a smaller temperature makes logits overflow."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,11 @@ class Decoding:
     """How tokens are chosen.
 
     Args:
-        max_new_tokens: after which a chain is cut off; None for what the task says.
-        temperature: 0 for greedy decoding, where a row's result does not depend on the batch that it is in.
-        top_p: share of the probability that is sampled from.
-        seed: of sampling, together with the batch: the same with any number of processes. Below 2**32.
+        max_new_tokens: limit of generated tokens per row; None for the limit of the task.
+        temperature: 0 for greedy decoding, in which the result of a row does not depend on its batch.
+        top_p: sample from the most likely tokens with this total probability.
+        seed: seed of sampling, below 2**32. Each batch has its own random numbers, so the number of processes does not
+            change the result.
 
     Raises:
         ValueError: a number is out of range.
@@ -51,16 +52,16 @@ class Decoding:
         if self.temperature < 0:
             raise ValueError(f"temperature={self.temperature} must not be negative; 0 is greedy.")
         if self.temperature and not COLDEST <= self.temperature < math.inf:
-            raise ValueError(f"temperature={self.temperature} must be 0, or a finite number from {COLDEST} on.")
+            raise ValueError(f"temperature={self.temperature} must be 0, or a finite number of at least {COLDEST}.")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must be in (0, 1].")
         if not 0 <= self.seed < 1 << 32:
             raise ValueError(f"seed={self.seed} must be from 0 to {(1 << 32) - 1}.")
 
     def options(self, task: Task) -> dict[str, Any]:
-        """For `generate`."""
+        """Arguments for `generate`."""
         limit = self.max_new_tokens or task.max_new_tokens
-        # None where the model's own generation config would have its say.
+        # None overrides a value in the model's generation config.
         chosen: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if self.temperature:
             chosen = {"do_sample": True, "temperature": float(self.temperature), "top_p": self.top_p, "top_k": 0}
@@ -68,10 +69,16 @@ class Decoding:
 
 
 class Decoder:
-    """A model at work on a task.
+    """Runs a model on the problems of a task.
 
     Args:
         decoding: how tokens are chosen.
+
+    Attributes:
+        ids: token ids of each prompt.
+        hashes: hash of the text of each prompt.
+        options: arguments for `generate`.
+        pad: id of the padding token.
 
     Raises:
         ValueError: the tokenizer does not know a word of the task.
@@ -99,11 +106,12 @@ class Decoder:
     def run(
         self, setting: Setting, rows: tuple[int, ...], keep: Callable[[Row], None], on_token: Callable[[int], None]
     ) -> None:
-        """Generate some rows of the task as one batch.
+        """Generate one batch.
 
         Args:
-            keep: is handed each row when it has ended.
-            on_token: is told after each token how many there are.
+            rows: indices of the problems in the batch.
+            keep: called with each row when the row ends.
+            on_token: called after each token with the number of tokens generated so far.
         """
         cache = setting.new_cache(self.model.config)
         prompt_length = max(len(self.ids[index]) for index in rows)
@@ -112,8 +120,9 @@ class Decoder:
             "input_ids": [[self.pad] * empty + self.ids[index] for empty, index in zip(padding, rows, strict=True)],
             "attention_mask": [[0] * empty + [1] * (prompt_length - empty) for empty in padding],
         }
+        # [rows, prompt_length] each
         inputs = {name: torch.tensor(value, device=self.model.device) for name, value in lists.items()}
-        torch.manual_seed(self.decoding.seed * 1_000_003 + rows[0])  # of which the CPU takes 32 bits
+        torch.manual_seed(self.decoding.seed * 1_000_003 + rows[0])  # the CPU generator uses the lower 32 bits
         started = time.perf_counter()
 
         def finish(place: int, new: torch.Tensor, truncated: bool) -> None:
@@ -144,7 +153,7 @@ class Decoder:
         watch = _RowEnds(self.model, prompt_length, finish, on_token)
         options = {"pad_token_id": self.pad, "stopping_criteria": StoppingCriteriaList([watch]), **self.options}
         with warnings.catch_warnings():
-            # A prompt over the budget is marked in its row.
+            # The row stores `over_budget` instead of a warning.
             warnings.filterwarnings("ignore", "budget=.* leaves", UserWarning)
             options[CACHE_ARGUMENT] = cache
             sequences: torch.Tensor = self.model.generate(**inputs, **options)  # type: ignore[operator]
@@ -154,7 +163,7 @@ class Decoder:
 
 
 class _RowEnds(StoppingCriteria):
-    """Stops nothing; tells of each row that has just written its end token."""
+    """A stopping criterion that never stops, and reports each row that has just generated its end token."""
 
     def __init__(
         self,
@@ -169,7 +178,7 @@ class _RowEnds(StoppingCriteria):
         self.ended: set[int] = set()
 
     def __call__(self, input_ids: torch.LongTensor, scores: object, **kwargs: object) -> torch.BoolTensor:
-        """Called by `generate` after each token."""
+        """Called by `generate` after each token. `input_ids`: `[rows, tokens]`."""
         for place in torch.isin(input_ids[:, -1], self.end).nonzero().flatten().tolist():
             if place not in self.ended:
                 self.ended.add(place)

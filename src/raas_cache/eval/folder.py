@@ -1,4 +1,4 @@
-"""A folder of rows: who may write into it, what its rows depend on, and which of them a run goes on from."""
+"""A folder of rows: the lock for writing, the settings of the rows, and the rows that a new run can use."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ LOCK_FILE = ".lock"
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Have a folder to oneself, which is made if it is not there; the lock goes when its process ends, however it does.
+    """Create a folder if necessary, and lock it. The lock is released when the process ends, for whatever reason.
 
     Raises:
-        ValueError: another run has it, it is a file, or it cannot be written to.
+        ValueError: another run holds the lock, the path is a file, or the folder cannot be written to.
     """
     if out.exists() and not out.is_dir():
         raise ValueError(f"out={str(out)!r} is a file: give a folder.")
@@ -49,19 +49,19 @@ def locked(out: Path) -> Iterator[None]:
 
 
 def prepare(out: Path, inputs: dict[str, Any], methods: dict[str, str], task: Task, hashes: list[str]) -> None:
-    """Make a folder that is locked ready for rows with these inputs: its settings are written, its rows marked anew.
+    """Prepare a locked folder for rows with these inputs: check and write its settings, and mark its rows again.
 
-    Rows with other gold answers, or of another marker, are marked again: what the model wrote stays as it is.
+    Rows with other gold answers, or with another marker, are marked again. Their outputs do not change.
 
     Args:
-        inputs: what all rows depend on, see `inputs.of_run`; names of one's own may be among it.
-        methods: what the rows of some methods depend on besides, see `inputs.of_methods`.
-        hashes: of the prompts of the task.
+        inputs: values that all rows depend on, see `inputs.of_run`, and values that the caller adds.
+        methods: additional values that the rows of some methods depend on, see `inputs.of_methods`.
+        hashes: hashes of the prompts of the task.
 
     Raises:
-        ValueError: the folder holds rows that depend on something else.
+        ValueError: the folder contains rows that depend on other values.
     """
-    inputs = json.loads(json.dumps(inputs))  # as they come back
+    inputs = json.loads(json.dumps(inputs))  # the values that JSON gives back
     known = read_settings(out)
     known_marker, known_methods = known.pop("marker", None), known.pop("methods", {})
     if row_files(out):
@@ -70,30 +70,31 @@ def prepare(out: Path, inputs: dict[str, Any], methods: dict[str, str], task: Ta
         for name, theirs, ours in both:
             if theirs != ours:
                 raise ValueError(
-                    f"out={str(out)!r} holds rows with {name}={theirs!r}, this run has {ours!r}: give another folder."
+                    f"out={str(out)!r} contains rows with {name}={theirs!r}, but this run has {ours!r}: give another "
+                    "folder."
                 )
         rows = read_rows(out)
         for row in rows:
             if row.index < len(hashes) and row.prompt_hash != hashes[row.index]:
-                raise ValueError(f"out={str(out)!r} has row {row.index} of another prompt: give another folder.")
+                raise ValueError(f"out={str(out)!r} contains row {row.index} with another prompt: give another folder.")
         _mark_again(out, rows, task, task.marker is not None and task.marker == known_marker)
     else:
         known, known_methods = {}, {}
-    of = {**known, **inputs, "marker": task.marker, "methods": {**known_methods, **methods}}
-    _write_whole(out / SETTINGS_FILE, (json.dumps(of, indent=1) + "\n").encode())
+    settings = {**known, **inputs, "marker": task.marker, "methods": {**known_methods, **methods}}
+    _write_whole(out / SETTINGS_FILE, (json.dumps(settings, indent=1) + "\n").encode())
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """What the rows of a folder depend on; nothing where nobody has written it down.
+    """Read the values that the rows of a folder depend on. Returns an empty dict if there is no settings file.
 
     Raises:
-        ValueError: the file is damaged; the message names it, and the line.
+        ValueError: the file is damaged. The message names the file and the line.
     """
     path = folder / SETTINGS_FILE
     try:
         found = json.loads(path.read_bytes()) if path.exists() else {}
         if not isinstance(found, dict):
-            raise ValueError("line 1: this is no object in braces")
+            raise ValueError("line 1: this is not a JSON object")
     except (ValueError, RecursionError) as error:
         raise ValueError(
             f"folder={str(folder)!r} has a damaged {SETTINGS_FILE} ({error}): restore it, or give another folder."
@@ -102,7 +103,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def _mark_again(out: Path, rows: list[Row], task: Task, marker_is_same: bool) -> None:
-    """Mark what each row has as output again, where the gold answer or the marker has changed."""
+    """Mark rows again whose gold answer or marker has changed, and write them to the folder."""
     changed: dict[RowKey, Row] = {}
     for row in rows:
         gold = task.golds[row.index] if row.index < len(task.golds) else row.gold
@@ -119,19 +120,20 @@ def _mark_again(out: Path, rows: list[Row], task: Task, marker_is_same: bool) ->
         for place, line in enumerate(lines[:-1]):
             try:
                 key = Row.from_json(line).key
-            except ValueError:  # `read_rows` has told of it
+            except ValueError:  # `read_rows` has warned already
                 continue
             if key in changed:
                 lines[place] = changed[key].to_json().encode("utf-8", "surrogatepass").rstrip(b"\n")
         _write_whole(path, b"\n".join(lines))
     warnings.warn(
-        f"out={str(out)!r}: gold answers or the marker have changed, so rows are marked again: {len(changed)}.",
+        f"out={str(out)!r}: gold answers or the marker have changed, so rows were marked again; changed rows: "
+        f"{len(changed)}.",
         stacklevel=2,
     )
 
 
 def _write_whole(path: Path, content: bytes) -> None:
-    """In one piece: a run that is killed meanwhile leaves the old file or the new one."""
+    """Replace a file at once: a run that is killed in between leaves the old file or the new file."""
     new = path.with_name(f"{path.name}.new")
     with new.open("wb") as file:
         file.write(content)

@@ -1,6 +1,6 @@
-"""What the rows of a run depend on, as a folder of rows keeps it: fingerprints of what is too large to be written down.
+"""Everything that the rows of a run depend on. A folder of rows stores these values, or fingerprints of large values.
 
-The prompts and gold answers are not here: each row has its own.
+Prompts and gold answers are not included, because each row stores them itself.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ import raas_kernels
 from ..engine.policy import Policy
 from ..methods.registry import CACHES, POLICIES
 from .decoding import Decoder
-from .settings import Setting
+from .settings import DYNAMIC, Setting
 from .tasks import hash_of
 
 
 CHUNK = 1 << 28
-"""Bytes of weights that are copied to the CPU at a time."""
+"""Bytes of weights that are copied to the CPU at once."""
 _IN_ROWS = ("attention", "cache", "common", "engine", "methods", "sizing", "tracing")
-"""Folders of this package that have a part in what a row says."""
+"""Folders of this package whose code can change the content of a row."""
 _NOT_IN_ROWS = ("arguments.py", "extras.py", "plan.py", "reporting.py")
-"""Files in these folders that have none."""
+"""Files in these folders that cannot change a row."""
 
 
 def of_run(decoder: Decoder, batch_size: int) -> dict[str, Any]:
-    """Everything that the rows of one decoder depend on, beside prompt, gold answer and setting; as JSON keeps it."""
+    """Everything that the rows of a decoder depend on, except prompt, gold answer and setting. JSON values only."""
     model, decoding = decoder.model, decoder.decoding
     generation = json.loads(model.generation_config.to_json_string())
     generation.pop("transformers_version", None)
@@ -46,7 +46,7 @@ def of_run(decoder: Decoder, batch_size: int) -> dict[str, Any]:
         "seed": decoding.seed,
         "dtype": str(model.dtype).removeprefix("torch."),
         **{name: decoder.options[name] for name in ("max_new_tokens", "temperature", "top_p")},
-        # Greedy rows come out alike in every batch; a sampled one depends on those beside it.
+        # A greedy row is the same in every batch. A sampled row depends on the other rows of its batch.
         "batch_size": batch_size if decoding.temperature else None,
         "generation_config": generation,
         "weights": of_weights(model),
@@ -62,7 +62,7 @@ def of_run(decoder: Decoder, batch_size: int) -> dict[str, Any]:
 
 
 def of_weights(model: PreTrainedModel) -> str:
-    """Fingerprint of all weights and saved buffers: their names, dtypes, shapes and bytes."""
+    """Fingerprint of the names, dtypes, shapes and bytes of all weights and saved buffers."""
     state = model.state_dict()
     if any(value.is_meta for value in state.values() if isinstance(value, torch.Tensor)):
         from accelerate.utils.modeling import get_state_dict_offloaded_model
@@ -78,7 +78,7 @@ def of_weights(model: PreTrainedModel) -> str:
 
 
 def _plain_tensors(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors that a tensor subclass, such as a quantized weight, is made of; nothing of what is no tensor."""
+    """The plain tensors inside a value. A tensor subclass, such as a quantized weight, may contain several."""
     if not isinstance(value, torch.Tensor):
         return
     if hasattr(value, "__tensor_flatten__"):
@@ -90,7 +90,7 @@ def _plain_tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 def of_config(model: PreTrainedModel) -> str:
-    """Fingerprint of the model's config, wherever it was loaded from."""
+    """Fingerprint of the model's config. Does not depend on the path of the model."""
 
     def without_place(value: Any) -> Any:
         if isinstance(value, dict):
@@ -103,11 +103,11 @@ def of_config(model: PreTrainedModel) -> str:
 
 
 def of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Fingerprint of how text becomes tokens and tokens text; chat templates are seen in the prompts."""
+    """Fingerprint of encoding and decoding. Chat templates are left out, because the prompts contain their effect."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     parts = json.loads(backend.to_str()) if backend is not None else {"vocabulary": tokenizer.get_vocab()}
-    for of_last_call in ("truncation", "padding"):
-        parts.pop(of_last_call, None)
+    for name in ("truncation", "padding"):  # settings of the last call, not of the tokenizer
+        parts.pop(name, None)
     parts["special"] = sorted(tokenizer.all_special_tokens)
     parts["clean_up"] = getattr(tokenizer, "clean_up_tokenization_spaces", None)
     parts["class"] = type(tokenizer).__name__
@@ -116,7 +116,7 @@ def of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
 
 @cache
 def of_package() -> str:
-    """The version of this package, and a fingerprint of its code: from a clone, one version has many."""
+    """The version of this package, and a fingerprint of its code, which can change between two versions."""
     ours, kernels = Path(__file__).parents[1], Path(raas_kernels.__file__).parent
     paths = [
         *ours.glob("*.py"),
@@ -128,13 +128,13 @@ def of_package() -> str:
     code = hash_of("".join(f"{path.name}\n{path.read_text(encoding='utf-8')}" for path in sorted(paths)))
     try:
         return f"{version('raas-cache')}, code {code}"
-    except PackageNotFoundError:  # on the path, but not installed
+    except PackageNotFoundError:  # importable, but not installed
         return f"code {code}"
 
 
 def of_methods(settings: Iterable[Setting]) -> dict[str, str]:
-    """Fingerprint of the code of each method that is not this package's own: of its policy class and those above."""
-    names = {setting.method for setting in settings} - CACHES.keys()
+    """Fingerprints of the methods that are not part of this package: the source of the policy class and its bases."""
+    names = {setting.method for setting in settings} - CACHES.keys() - {DYNAMIC}
     return {name: _of_policy(POLICIES[name]) for name in sorted(names)}
 
 
@@ -143,5 +143,5 @@ def _of_policy(policy: type[Policy]) -> str:
     classes = [cls for cls in policy.__mro__ if not cls.__module__.startswith("raas_cache.") and cls is not object]
     try:
         return hash_of("".join(inspect.getsource(cls) for cls in classes if cls.__module__ != "abc"))
-    except (OSError, TypeError):  # typed in, not in a file: nobody can say that it is the same as before
+    except (OSError, TypeError):  # the class is not in a file, so it may differ from the class of an earlier run
         return uuid4().hex

@@ -1,4 +1,4 @@
-"""Figures of an evaluation: accuracy and tokens written against the budget, and an ablation for each option."""
+"""Figures of an evaluation: accuracy and chain length against the budget, and an ablation for each option."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..cache.paged_cache import PagedCache
 from ..common import reporting
 from .folder import read_settings
 from .results import Summary, read_rows, summarize
-from .settings import DENSE, Setting, common_options
+from .settings import DYNAMIC, Setting, common_options
 
 
 if TYPE_CHECKING:
@@ -34,21 +34,23 @@ UNITS = {
 }  # fmt: skip
 
 Panel = dict[int, dict[Any, Summary]]
-"""Settings that differ in one option and the budget: budget -> value -> summary."""
+"""Settings that differ only in one option and in the budget: budget -> value of the option -> summary."""
 
 
 def figures(summaries: list[Summary], title: str = "") -> dict[str, Figure]:
-    """What the summaries show, by name; nothing of none.
+    """Draw the summaries. Returns the figures by name; no figures if there are no summaries.
 
-    - `accuracy` and `chain_length`, the mean of tokens written, against the budget: a line for each method, and for
-      each method with options that has two budgets or more. `dense` is level. Budgets by layer stand at their mean.
-    - `ablation_<option>`: accuracy against an option, a panel for each method, a line a budget, if there are settings
-      that differ in nothing else. One that does not name the option stands at its default.
+    - `accuracy` and `chain_length` (mean number of generated tokens) against the budget. Each method has a line, and so
+      has each method with options that has at least two budgets. The line of `dynamic` is horizontal. Budgets by layer
+      are drawn at their mean.
+    - `ablation_<option>`: accuracy against the values of an option, with one panel per method and one line per budget.
+      It exists if there are settings that differ only in this option. A setting without the option is drawn at the
+      default value.
 
-    Options that most settings share are said above the figure, and not in its labels.
+    Options that most settings share are written above the figure instead of in its labels.
 
     Args:
-        title: what else to say above each figure, such as the names of data set and model.
+        title: text above each figure, such as the names of data set and model.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -56,70 +58,70 @@ def figures(summaries: list[Summary], title: str = "") -> dict[str, Figure]:
     reporting.require_matplotlib()
     if not summaries:
         return {}
-    common = common_options(one.setting for one in summaries)
+    common = common_options(summary.setting for summary in summaries)
     drawn = {"accuracy": _accuracy(summaries, common), "chain_length": _chain_length(summaries, common)}
     for option, panels in _ablations(summaries).items():
         drawn[f"ablation_{option}"] = _ablation(option, panels, common)
-    counts = sorted(one.rows for one in summaries)
+    counts = sorted(summary.rows for summary in summaries)
     said = [title, " to ".join(f"{count:,}" for count in dict.fromkeys((counts[0], counts[-1]))) + " problems"]
     said = [", ".join(filter(None, said)), *(["unless said otherwise: " + ", ".join(common)] if common else [])]
     for figure in drawn.values():
-        # Broken by hand: the layout leaves the legend no room beside a long line.
+        # Wrap long lines here: the layout would leave no room for the legend next to a long line.
         figure.suptitle("\n".join(fill(line, 64) for line in said), x=0.01, ha="left", fontsize=10)
     return drawn
 
 
 def plot(folder: Path) -> list[Path]:
-    """Draw what a folder holds, `rows*.jsonl` and `bench.json`, as PNG and SVG beside it; returns where.
+    """Draw the `rows*.jsonl` and the `bench.json` of a folder, and save PNG and SVG files there. Returns their paths.
 
     Raises:
-        ValueError: it holds neither.
+        ValueError: the folder contains neither.
         ImportError: matplotlib is missing.
     """
-    of, bench = read_settings(folder), folder / "bench.json"
-    title = ", ".join(Path(str(of[name])).name for name in ("task", "model") if name in of)
+    settings, bench = read_settings(folder), folder / "bench.json"
+    title = ", ".join(Path(str(settings[name])).name for name in ("task", "model") if name in settings)
     drawn = figures(summarize(read_rows(folder)), title)
     if bench.exists():
         drawn |= report.figures(report.read_json(bench))
     if not drawn:
-        raise ValueError(f"folder='{folder}' holds no results: run raas-cache eval --out {folder} first.")
+        raise ValueError(f"folder='{folder}' contains no results: run raas-cache eval --out {folder} first.")
     return reporting.save(drawn, folder)
 
 
 def _bounded(summaries: list[Summary]) -> list[Summary]:
-    return [one for one in summaries if one.setting.method != DENSE]
+    return [summary for summary in summaries if summary.setting.method != DYNAMIC]
 
 
 def _tokens(setting: Setting) -> float:
-    """Where the setting's budget stands on an axis."""
+    """The position of the setting's budget on an axis."""
     return fmean(setting.budget) if isinstance(setting.budget, tuple) else setting.budget or 0
 
 
 def _lines(summaries: list[Summary], common: list[str]) -> dict[str, list[Summary]]:
-    """Label -> its budgets in order, dense first. What has options and one budget serves ablations only."""
+    """Label -> summaries by budget, `dynamic` first. Settings with options and a single budget are left out."""
     lines: dict[str, list[Summary]] = {}
-    for one in sorted(summaries, key=lambda one: one.setting.method != DENSE):
-        lines.setdefault(one.setting.label_but(common), []).append(one)
-    drawn = {label: ones for label, ones in lines.items() if len(ones) > 1 or ":" not in label}
-    drawn = drawn if drawn.keys() - {DENSE} else lines  # rather than nothing
-    return {label: sorted(ones, key=lambda one: _tokens(one.setting)) for label, ones in drawn.items()}
+    for summary in sorted(summaries, key=lambda summary: summary.setting.method != DYNAMIC):
+        lines.setdefault(summary.setting.label_but(common), []).append(summary)
+    drawn = {label: group for label, group in lines.items() if len(group) > 1 or ":" not in label}
+    drawn = drawn if drawn.keys() - {DYNAMIC} else lines  # keep all lines if the figure would be empty
+    return {label: sorted(group, key=lambda summary: _tokens(summary.setting)) for label, group in drawn.items()}
 
 
 def _ablations(summaries: list[Summary]) -> dict[str, list[Panel]]:
-    """Option -> a panel for each set of settings that differ in nothing else, but for the budget."""
+    """Option -> one panel for each group of settings that differ only in this option and in the budget."""
     values = [
-        (one, one.setting.budget, _in_effect(one.setting))
-        for one in _bounded(summaries)
-        if isinstance(one.setting.budget, int)
+        (summary, summary.setting.budget, _in_effect(summary.setting))
+        for summary in _bounded(summaries)
+        if isinstance(summary.setting.budget, int)
     ]
     found = {}
-    for option in dict.fromkeys(name for one, _, _ in values for name in one.setting.options):
+    for option in dict.fromkeys(name for summary, _, _ in values for name in summary.setting.options):
         alike: dict[tuple[str, str], Panel] = {}
-        for one, budget, options in values:
+        for summary, budget, options in values:
             if option in options:
                 others = repr(sorted((name, value) for name, value in options.items() if name != option))
-                panel = alike.setdefault((one.setting.method, others), {})
-                panel.setdefault(budget, {}).setdefault(options[option], one)
+                panel = alike.setdefault((summary.setting.method, others), {})
+                panel.setdefault(budget, {}).setdefault(options[option], summary)
         panels = [{budget: points for budget, points in panel.items() if len(points) > 1} for panel in alike.values()]
         if any(panels):
             found[option] = [panel for panel in panels if panel]
@@ -127,15 +129,12 @@ def _ablations(summaries: list[Summary]) -> dict[str, list[Panel]]:
 
 
 def _in_effect(setting: Setting) -> dict[str, Any]:
-    """The setting's options and the defaults of all others, as its cache understood them."""
+    """All options of the setting's cache, including defaults."""
     found = dict(setting.options)
     try:
         cache = setting.new_cache()
-    except (
-        ValueError,
-        TypeError,
-    ):  # a method that is registered elsewhere, or what needs a GPU: what it names is known
-        return found
+    except (ValueError, TypeError):
+        return found  # an unregistered method, or an option that needs a GPU: only the given options are known
     if isinstance(cache, PagedCache):
         found |= vars(cache.settings) | vars(cache.settings.policy)
     return {name: value for name, value in found.items() if name not in ("policy", "budget")}
@@ -144,12 +143,12 @@ def _in_effect(setting: Setting) -> dict[str, Any]:
 def _accuracy(summaries: list[Summary], common: list[str]) -> Figure:
     figure, (axis,) = _figure(1)
     lines = _lines(summaries, common)
-    for (label, ones), style, aside in zip(lines.items(), cycle(STYLES), _asides(len(lines)), strict=False):
-        if label == DENSE:
-            axis.axhspan(*ones[0].interval, color=style["color"], alpha=0.1, linewidth=0)
-            _level(axis, ones[0].accuracy, style)
+    for (label, group), style, aside in zip(lines.items(), cycle(STYLES), _asides(len(lines)), strict=False):
+        if label == DYNAMIC:
+            axis.axhspan(*group[0].interval, color=style["color"], alpha=0.1, linewidth=0)
+            _level(axis, group[0].accuracy, style)
         else:
-            _with_intervals(axis, [_tokens(one.setting) for one in ones], ones, aside, label=label, **style)
+            _with_intervals(axis, [_tokens(summary.setting) for summary in group], group, aside, label=label, **style)
     _budgets_below(axis, summaries)
     _accuracy_beside([axis])
     _legend(figure)
@@ -158,18 +157,18 @@ def _accuracy(summaries: list[Summary], common: list[str]) -> Figure:
 
 def _chain_length(summaries: list[Summary], common: list[str]) -> Figure:
     figure, (axis,) = _figure(1)
-    for (label, ones), style in zip(_lines(summaries, common).items(), cycle(STYLES), strict=False):
-        cut = [one for one in ones if 2 * one.truncated > one.rows]
-        if label == DENSE:
-            _level(axis, ones[0].mean_tokens, {**style, **(HOLLOW if cut else {})})
+    for (label, group), style in zip(_lines(summaries, common).items(), cycle(STYLES), strict=False):
+        cut = [summary for summary in group if 2 * summary.truncated > summary.rows]
+        if label == DYNAMIC:
+            _level(axis, group[0].mean_tokens, {**style, **(HOLLOW if cut else {})})
             continue
-        for some, look in ((ones, {**style, "label": label}), (cut, {**style, **HOLLOW, "linestyle": "none"})):
-            axis.plot([_tokens(one.setting) for one in some], [one.mean_tokens for one in some], **look)
-    if any(2 * one.truncated > one.rows for one in summaries):
+        for some, look in ((group, {**style, "label": label}), (cut, {**style, **HOLLOW, "linestyle": "none"})):
+            axis.plot([_tokens(summary.setting) for summary in some], [summary.mean_tokens for summary in some], **look)
+    if any(2 * summary.truncated > summary.rows for summary in summaries):
         look = {"color": "0.4", "marker": "o", "linestyle": "none", **HOLLOW}
-        axis.plot([], [], label="hollow: most were\nstopped by the limit", **look)
+        axis.plot([], [], label="hollow: most rows\nwere cut off", **look)
     _budgets_below(axis, summaries)
-    axis.set_ylabel("tokens written for a problem, mean")
+    axis.set_ylabel("generated tokens per problem, mean")
     axis.set_ylim(bottom=0)
     axis.yaxis.set_major_formatter("{x:,.0f}")
     _legend(figure)
@@ -185,10 +184,10 @@ def _ablation(option: str, panels: list[Panel], common: list[str]) -> Figure:
     for axis, panel in zip(axes, panels, strict=True):
         for budget, style, aside in zip(budgets, cycle(STYLES), _asides(len(budgets)), strict=False):
             if budget in panel:
-                xs, ones = zip(*sorted((at[value], one) for value, one in panel[budget].items()), strict=True)
+                xs, group = zip(*sorted((at[value], summary) for value, summary in panel[budget].items()), strict=True)
                 look = style if are_numbers else {**style, "linestyle": "none"}
-                _with_intervals(axis, xs, ones, aside, label=f"{budget:,}", **look)
-        axis.set_title(ones[0].setting.label_but(common, option), fontsize=10)
+                _with_intervals(axis, xs, group, aside, label=f"{budget:,}", **look)
+        axis.set_title(group[0].setting.label_but(common, option), fontsize=10)
         axis.set_xlabel(f"{option} ({UNITS[option]})" if option in UNITS else option)
         _ticks_below(axis, {x: f"{value:g}" if are_numbers else str(value) for value, x in at.items()}, wide=20)
         if not are_numbers:
@@ -199,7 +198,7 @@ def _ablation(option: str, panels: list[Panel], common: list[str]) -> Figure:
 
 
 def _figure(panels: int) -> tuple[Figure, list[Axes]]:
-    """Panels of one size, at most `COLUMNS` side by side."""
+    """A figure with panels of equal size, at most `COLUMNS` in a row."""
     from matplotlib.figure import Figure
 
     columns = min(panels, COLUMNS)
@@ -214,36 +213,36 @@ def _figure(panels: int) -> tuple[Figure, list[Axes]]:
 
 
 def _asides(count: int) -> list[float]:
-    """How many points aside to draw each of `count` lines, lest their bars hide each other."""
+    """Horizontal offset in points of each of `count` lines, so that their bars do not hide each other."""
     step = min(4.0, 24 / count)
     return [step * (number - (count - 1) / 2) for number in range(count)]
 
 
 def _level(axis: Axes, height: float, style: dict[str, Any]) -> None:
-    """Dense's line, with its markers at the ends."""
-    axis.axhline(height, label=DENSE, clip_on=False, zorder=1.5, **style)
+    """Draw the horizontal line of `dynamic`, with markers at its ends."""
+    axis.axhline(height, label=DYNAMIC, clip_on=False, zorder=1.5, **style)
 
 
-def _with_intervals(axis: Axes, xs: Sequence[float], ones: Sequence[Summary], aside: float, **style: Any) -> None:
+def _with_intervals(axis: Axes, xs: Sequence[float], group: Sequence[Summary], aside: float, **style: Any) -> None:
     from matplotlib.transforms import offset_copy
 
-    (line,) = axis.plot(xs, [one.accuracy for one in ones], **style)
-    lows, highs = zip(*(one.interval for one in ones), strict=True)
+    (line,) = axis.plot(xs, [summary.accuracy for summary in group], **style)
+    lows, highs = zip(*(summary.interval for summary in group), strict=True)
     bars = axis.vlines(xs, lows, highs, color=style["color"], linewidth=1)
-    # Only now: the axis is scaled by where the data are.
+    # Shift the lines last, because the axis is scaled to the data.
     for artist in (line, bars):
         moved = offset_copy(axis.transData, axis.figure, x=aside, units="points")  # type: ignore[arg-type]
         artist.set_transform(moved)
 
 
 def _budgets_below(axis: Axes, summaries: list[Summary]) -> None:
-    budgets = sorted({_tokens(one.setting) for one in _bounded(summaries)})
+    budgets = sorted({_tokens(summary.setting) for summary in _bounded(summaries)})
     _ticks_below(axis, {budget: f"{budget:,.0f}" for budget in budgets}, wide=4)
     axis.set_xlabel("budget (tokens for each row, layer and KV head)")
 
 
 def _ticks_below(axis: Axes, ticks: dict[float, str], wide: float) -> None:
-    """A tick for each value; the axis is logarithmic if the largest is more than `wide` times the least above 0."""
+    """One tick per value. The axis is logarithmic if the largest value exceeds `wide` times the smallest above 0."""
     least = min((value for value in ticks if value > 0), default=0)
     if max(ticks, default=0) > wide * least:
         axis.set_xscale("symlog", base=2, linthresh=least) if min(ticks) < least else axis.set_xscale("log", base=2)
@@ -263,7 +262,7 @@ def _accuracy_beside(axes: list[Axes]) -> None:
 
 
 def _legend(figure: Figure, title: str = "") -> None:
-    """Beside the panels, each label once."""
+    """Draw a legend beside the panels. Each label appears once."""
     entries: dict[str, Artist] = {}
     for axis in figure.axes:
         entries |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}

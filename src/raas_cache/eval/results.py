@@ -1,4 +1,4 @@
-"""Rows of an evaluation: one a problem and setting, in JSON lines, and the table they add up to."""
+"""The rows of an evaluation (one per problem and setting, stored as JSON lines), and the table that summarizes them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from ..common.measure import wilson_interval
 from ..common.reporting import markdown
-from .settings import Setting, SettingKey, common_options
+from .settings import DYNAMIC, Setting, SettingKey, common_options
 
 
 RowKey = tuple[str, int | tuple[int, ...] | None, int]
@@ -21,23 +21,25 @@ RowKey = tuple[str, int | tuple[int, ...] | None, int]
 
 @dataclass(frozen=True)
 class Row:
-    """One problem, worked out with one setting.
+    """The result of one problem with one setting.
 
     Args:
-        index: of the problem in its data set.
-        prompt_hash: of the text that the model was given.
+        index: index of the problem in its data set.
+        prompt_hash: hash of the text that the model received.
         method, budget, options: the setting, see `Setting`.
-        output: what the model wrote.
-        answer: found in the output; None if it has none.
-        correct: whether it is right.
-        prompt_tokens, tokens: of the prompt, and written, the end token included.
-        truncated: whether the model was stopped by the limit of new tokens.
-        over_budget: whether the prompt left less room than the cache's floor of decode pages, so that more was held
-            than the budget.
-        seconds: from the start of the row's batch to its last token.
-        batch: index of the first row of its batch; rows of a batch ran together.
-        kv_bytes: of K and V that were held for the row at its end.
-        evictions: pages evicted, over layers and KV heads.
+        output: the text that the model generated.
+        answer: the answer found in the output, or None.
+        gold: the gold answer.
+        correct: whether the answer is correct.
+        prompt_tokens: number of tokens of the prompt.
+        tokens: number of generated tokens, including the end token.
+        truncated: whether the limit of new tokens stopped the model.
+        over_budget: whether the prompt left fewer decode pages than `min_decode_pages`, so that the cache held more
+            tokens than its budget.
+        seconds: time from the start of the row's batch to the row's last token.
+        batch: index of the first row of the batch in which the row ran.
+        kv_bytes: bytes of keys and values that the cache held for the row at its end.
+        evictions: pages evicted, over all layers and KV heads.
     """
 
     index: int
@@ -64,16 +66,19 @@ class Row:
 
     @property
     def key(self) -> RowKey:
-        """No two rows of a folder have the same."""
+        """Identifies the row in a folder."""
         return *self.setting.key, self.index
 
     def to_json(self) -> str:
-        """A line."""
+        """The row as one line of JSON."""
         return json.dumps(asdict(self), ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, line: bytes) -> Row:
-        """The row of a line.
+        """Parse a row from one line of JSON.
+
+        Rows with the method `"dense"` and no budget come from a version in which `"dense"` was the name of
+        `DynamicCache`. They become rows of `"dynamic"`.
 
         Raises:
             ValueError: the line is damaged; the message says where.
@@ -82,17 +87,19 @@ class Row:
             found = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"column {error.colno}: {error.msg}") from error
-        except (ValueError, RecursionError) as error:  # not UTF-8, or brackets in brackets without end
+        except (ValueError, RecursionError) as error:  # not UTF-8, or too many nested brackets
             raise ValueError(str(error)) from error
         if not isinstance(found, dict):
-            raise ValueError("it is no object in braces")
+            raise ValueError("it is not a JSON object")
         for field in fields(cls):
             if field.name not in found:
                 raise ValueError(f"it has no {field.name!r}")
             if not _fits(found[field.name], str(field.type)):
-                raise ValueError(f"{field.name}={found[field.name]!r} is impossible")
+                raise ValueError(f"{field.name}={found[field.name]!r} is not a valid value")
         if unknown := found.keys() - {field.name for field in fields(cls)}:
-            raise ValueError(f"{min(unknown)!r} is no field of a row")
+            raise ValueError(f"{min(unknown)!r} is not a field of a row")
+        if found["method"] == "dense" and found["budget"] is None:
+            found["method"] = DYNAMIC
         return cls(**found)
 
 
@@ -105,11 +112,11 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "float": (int, float),
     "int | list[int] | tuple[int, ...] | None": (int, list, type(None)),
 }
-"""What JSON has for the types of a row's fields."""
+"""The types that JSON values of a row's fields may have, by the annotation of the field."""
 
 
 def _fits(value: Any, of_field: str) -> bool:
-    """Whether a field can have this value; numbers of a row are finite, and none is negative."""
+    """Whether a field may have this value. All numbers of a row are finite and not negative."""
     if isinstance(value, list) and list in _TYPES[of_field]:
         return bool(value) and all(_fits(entry, "int") for entry in value)
     if isinstance(value, (int, float)) and not isinstance(value, bool) and not 0 <= value < math.inf:
@@ -119,14 +126,14 @@ def _fits(value: Any, of_field: str) -> bool:
 
 @dataclass(frozen=True)
 class Summary:
-    """What the rows of one setting add up to.
+    """Totals and means over the rows of one setting.
 
     Args:
-        rows, correct, truncated, over_budget: how many.
-        mean_tokens: written for a problem.
-        tokens_per_second: of one process.
-        kv_bytes: the most that was held for a row.
-        evictions: pages evicted for a row, on average.
+        rows, correct, truncated, over_budget: number of rows, and number of rows with this property.
+        mean_tokens: mean number of generated tokens per row.
+        tokens_per_second: generated tokens per second of one process.
+        kv_bytes: largest number of bytes of keys and values held for a row.
+        evictions: mean number of evicted pages per row.
     """
 
     setting: Setting
@@ -150,17 +157,17 @@ class Summary:
 
 
 class RowFile:
-    """The file that one process appends its rows to, each on disk before the next is worked out."""
+    """The file to which one process appends its rows. Each row is on disk before the next row starts."""
 
     def __init__(self, folder: Path, process: int):
         self.path: Path = folder / f"rows-{process}.jsonl"
         if self.path.exists():
-            # What a killed run left of a line would swallow the next one.
+            # Remove an incomplete last line of a killed run: the next row would be appended to it.
             os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
 
     def append(self, row: Row) -> None:
-        """Write a row down for good."""
-        # A tokenizer may leave half a character, which must not cost the row.
+        """Append a row, and wait until it is on disk."""
+        # A decoded text may end with half a character. Write it anyway.
         with self.path.open("a", encoding="utf-8", errors="surrogatepass") as file:
             file.write(row.to_json())
             file.flush()
@@ -168,15 +175,15 @@ class RowFile:
 
 
 def row_files(folder: Path) -> list[Path]:
-    """The files of rows in a folder, one for each process that wrote there."""
+    """The row files of a folder. Each process has its own file."""
     return sorted(folder.glob("rows*.jsonl"))
 
 
 def read_rows(folder: Path) -> list[Row]:
-    """The rows of a folder, whichever process wrote them.
+    """Read the rows of a folder, from all processes.
 
-    A line that a killed run left unfinished does not count. Of a damaged one a warning says file and line, and what is
-    wrong; its row is as if it had never been.
+    An incomplete last line, left by a killed run, is ignored. A damaged line is also ignored, and a warning names the
+    file, the line and the problem.
     """
     rows: dict[RowKey, Row] = {}
     for path in row_files(folder):
@@ -187,8 +194,8 @@ def read_rows(folder: Path) -> list[Row]:
                 row = Row.from_json(line)
             except ValueError as error:
                 warnings.warn(
-                    f"{path}, line {number} is damaged ({error}): its row is left out. Delete the line to be told no "
-                    "more.",
+                    f"{path}, line {number} is damaged ({error}): its row is ignored. Delete the line to stop "
+                    "this warning.",
                     stacklevel=2,
                 )
                 continue
@@ -197,7 +204,7 @@ def read_rows(folder: Path) -> list[Row]:
 
 
 def by_setting(rows: Iterable[Row]) -> dict[SettingKey, list[Row]]:
-    """The rows of each setting by its key, in the order in which settings first come."""
+    """Group rows by the key of their setting, in the order of the first row of each setting."""
     groups: dict[SettingKey, list[Row]] = {}
     for row in rows:
         groups.setdefault(row.setting.key, []).append(row)
@@ -205,35 +212,38 @@ def by_setting(rows: Iterable[Row]) -> dict[SettingKey, list[Row]]:
 
 
 def summarize(rows: Iterable[Row]) -> list[Summary]:
-    """A summary for each setting, in the order in which they first come."""
+    """Summarize the rows of each setting, in the order of the first row of each setting."""
     return [_summary(group) for group in by_setting(rows).values()]
 
 
 def table(summaries: list[Summary], **more: list[str]) -> str:
-    """In GitHub's Markdown, a line a setting; options that most share are said below it.
+    """A table in GitHub's Markdown with one line per setting. Options that most settings share are listed below it.
 
     Args:
-        more: further columns by name, a cell for each setting.
+        more: additional columns: name -> one cell per setting.
     """
     header = ["method", "budget", "accuracy (95 % interval)", "tokens", "truncated", "tokens/s", "peak KV", "evicted"]
-    common = common_options(one.setting for one in summaries)
+    common = common_options(summary.setting for summary in summaries)
     lines = []
-    for one in summaries:
-        low, high = one.interval
-        budgets = one.setting.budget if isinstance(one.setting.budget, tuple) else (one.setting.budget,)
-        budget = "all" if budgets == (None,) else " / ".join(f"{budget:,}" for budget in budgets)
+    for summary in summaries:
+        low, high = summary.interval
+        budget = summary.setting.budget
+        budgets = budget if isinstance(budget, tuple) else (budget,)
+        shown = "all" if budgets == (None,) else " / ".join(f"{budget:,}" for budget in budgets)
+        if summary.over_budget:
+            shown += f" (exceeded in {summary.over_budget} rows)"
         lines.append([
-            one.setting.label_but(common), budget + f" (prompts over it: {one.over_budget})" * bool(one.over_budget),
-            f"{one.accuracy:.1%} ({low:.1%} to {high:.1%})", f"{one.mean_tokens:,.0f}",
-            f"{one.truncated / one.rows:.1%}", f"{one.tokens_per_second:,.0f}", f"{one.kv_bytes:,}",
-            f"{one.evictions:,.0f}",
+            summary.setting.label_but(common), shown,
+            f"{summary.accuracy:.1%} ({low:.1%} to {high:.1%})", f"{summary.mean_tokens:,.0f}",
+            f"{summary.truncated / summary.rows:.1%}", f"{summary.tokens_per_second:,.0f}", f"{summary.kv_bytes:,}",
+            f"{summary.evictions:,.0f}",
         ])  # fmt: skip
     text = markdown([*header, *more], [[*line, *cells] for line, *cells in zip(lines, *more.values(), strict=True)])
     return text + f"\n\nUnless said otherwise: {', '.join(common)}." * bool(common)
 
 
 def _summary(rows: list[Row]) -> Summary:
-    seconds: dict[int, float] = {}  # of each batch, whose rows ran side by side
+    seconds: dict[int, float] = {}  # batch -> seconds; the rows of a batch run at the same time
     for row in rows:
         seconds[row.batch] = max(seconds.get(row.batch, 0.0), row.seconds)
     tokens = sum(row.tokens for row in rows)

@@ -1,4 +1,4 @@
-"""Works a task out with every setting: on one process or many, in batches, resumable after each row."""
+"""Run a task with every setting, in one process or several, in batches. A run can be resumed after each row."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Job:
-    """A batch: a setting, and the rows of the task that run together."""
+    """One batch: a setting, and the indices of the problems in the batch."""
 
     setting: Setting
     rows: tuple[int, ...]
 
     @property
     def keys(self) -> list[RowKey]:
-        """Those of the rows, see `Row.key`."""
+        """The keys of the rows that the batch produces, see `Row.key`."""
         return [(*self.setting.key, index) for index in self.rows]
 
 
@@ -50,28 +50,28 @@ def run(
     decoding: Decoding | None = None,
     about: dict[str, Any] | None = None,
 ) -> list[Row]:
-    """Let the model work the task out with every setting.
+    """Run the model on a task with every setting.
 
-    Under `accelerate launch` each process calls this and takes its share of the batches, which are the same ones with
-    any number of processes. Prompts of a batch differ in length by less than a page, or not at all where padding
-    would move page borders: what a row gives is what it gives alone.
+    Under `accelerate launch`, each process calls this function and runs its share of the batches. The batches are the
+    same for any number of processes. The prompts of a batch fill the same number of pages, or have the same length if
+    padding would move the page borders. A row therefore gives the same result as the row alone.
 
     Args:
-        out: folder to write each row to as soon as it has ended; rows found there are not run again, those of other
-            settings stay. No two runs share one at a time. Rows whose gold answers have changed since, or that another
-            marker marked, are marked again (a warning says how many). Processes on several machines need a folder that
-            all of them see. None keeps nothing.
-        batch_size: rows that run together, at most.
+        out: folder for the rows; None stores nothing. Each row is written when it ends. Rows that the folder already
+            contains are not run again, and rows with other settings stay in the folder. Only one run at a time can use
+            a folder. If gold answers or the marker have changed, stored rows are marked again, and a warning says how
+            many changed. If processes run on several machines, all machines must be able to access the folder.
+        batch_size: largest number of rows in a batch.
         decoding: how tokens are chosen; greedy by default.
-        about: what else the rows depend on, beyond all that `inputs.py` lists, such as the model's name: a folder takes
-            only rows for which it is equal.
+        about: other values that the rows depend on, in addition to the values in `inputs.py`, such as the name of the
+            model. All rows in a folder must have equal values.
 
     Returns:
-        Rows of these settings, in order, on every process; with `out` those of earlier runs too.
+        The rows of these settings, in order, on every process. With `out`, this includes rows of earlier runs.
 
     Raises:
-        ValueError: `out` holds rows of another task, model or way of decoding, another run is writing there, or it
-            cannot be written to; or a number is out of range.
+        ValueError: `out` contains rows with another task, model or decoding, is used by another run, or cannot be
+            written to; or a number is out of range.
         ImportError: accelerate is missing.
     """
     if batch_size < 1:
@@ -89,15 +89,15 @@ def run(
             if refusal := _prepare(out, decoder, settings, batch_size, about or {}, state, stack):
                 raise refusal
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", ".* is damaged", UserWarning)  # of which `_prepare` has told
+                warnings.filterwarnings("ignore", ".* is damaged", UserWarning)  # `_prepare` has warned already
                 wanted = set(order)
                 rows = [row for row in read_rows(out) if row.key in wanted]
-            state.wait_for_everyone()  # none writes before all have read
+            state.wait_for_everyone()  # no process may write before all processes have read
             file = RowFile(out, state.process_index)
         done = {row.key for row in rows}
         jobs = [_Job(setting, batch) for setting in settings for batch in _batches(decoder.ids, setting, batch_size)]
         jobs = [job for job in jobs if not done.issuperset(job.keys)]
-        # Dealt out one by one: neighbours are of one setting and take about as long.
+        # Distribute batches in turn: consecutive batches have the same setting and take about the same time.
         new = _work(decoder, jobs[state.process_index :: state.num_processes], done, file, state, settings)
         found = {row.key: row for row in rows + gather_object(new)}
     return [found[key] for key in order]
@@ -112,10 +112,10 @@ def _prepare(
     state: PartialState,
     stack: ExitStack,
 ) -> Exception | None:
-    """Have the main process lock the folder until the stack ends, and make it ready.
+    """On the main process, lock the folder until `stack` is closed, and prepare the folder.
 
     Returns:
-        On all processes: why it cannot be had, if so.
+        On all processes: the error, or None if the folder is ready.
     """
     from accelerate.utils import broadcast_object_list
 
@@ -123,9 +123,9 @@ def _prepare(
     if state.is_main_process:
         try:
             stack.enter_context(folder.locked(out))
-            of = {**inputs.of_run(decoder, batch_size), **about}
-            folder.prepare(out, of, inputs.of_methods(settings), decoder.task, decoder.hashes)
-        except Exception as error:  # whatever it is, the others must not wait for it
+            depends_on = {**inputs.of_run(decoder, batch_size), **about}
+            folder.prepare(out, depends_on, inputs.of_methods(settings), decoder.task, decoder.hashes)
+        except Exception as error:  # the other processes must not wait forever, whatever the error is
             refusal[0] = error
     broadcast_object_list(refusal)
     return refusal[0]
@@ -139,14 +139,14 @@ def _work(
     state: PartialState,
     settings: list[Setting],
 ) -> list[Row]:
-    """The rows of some batches that are not done yet."""
+    """Run batches, and return the rows that were not in the folder."""
     new: list[Row] = []
     common = common_options(settings)
     missing = sum(key not in done for job in jobs for key in job.keys)
     with tqdm(total=missing, unit="row", disable=not state.is_main_process) as bar:
 
         def keep(row: Row) -> None:
-            if row.key in done:  # its batch ran again for the sake of others
+            if row.key in done:  # the batch ran again because other rows of it were missing
                 return
             if file:
                 file.append(row)
@@ -161,7 +161,7 @@ def _work(
 
 
 def processes() -> PartialState:
-    """This process among those that `accelerate launch` or `torchrun` has started, and its device.
+    """The state of this process: its rank among the processes of `accelerate launch` or `torchrun`, and its device.
 
     Raises:
         ImportError: accelerate is missing.
@@ -170,14 +170,14 @@ def processes() -> PartialState:
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
-    # Without a GPU, accelerate looks for other processes only if it is told that there is none.
+    # Without a GPU, accelerate only finds the other processes if `cpu=True`.
     on_cpu = not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
-    # Whoever is done first waits for the longest chain of all.
+    # The first process to finish waits until the longest chain has ended.
     return PartialState(cpu=on_cpu, timeout=timedelta(days=30))
 
 
 def _batches(ids: list[list[int]], setting: Setting, batch_size: int) -> list[tuple[int, ...]]:
-    """Rows of the task that run together, the longest prompts first."""
+    """Group the problems into batches, longest prompts first. Returns the indices of each batch."""
     span = span_of(setting)
     groups: dict[int, list[int]] = {}
     for index, prompt in enumerate(ids):
@@ -190,7 +190,11 @@ def _batches(ids: list[list[int]], setting: Setting, batch_size: int) -> list[tu
 
 
 def span_of(setting: Setting) -> int:
-    """Prompts that fill as many spans of so many tokens may be padded to one length, and no page is the wiser."""
+    """Tokens per span: prompts that fill the same number of spans can share a padded batch.
+
+    The span is one page if the prompt is pinned and scores are exact, because padding within a page then changes
+    nothing. It is one token for other paged caches. For `DynamicCache` every span is correct; 16 keeps padding short.
+    """
     cache = setting.new_cache()
     if not isinstance(cache, PagedCache):
         return 16

@@ -1,4 +1,4 @@
-"""What is compared: a method with its options, at a budget."""
+"""The settings that an evaluation compares: a method, its options and a budget."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from transformers import Cache, DynamicCache, PreTrainedConfig
 from ..methods.registry import from_name
 
 
-DENSE = "dense"
-"""The method without a budget: transformers' own `DynamicCache`, which everything is measured against."""
+DYNAMIC = "dynamic"
+"""The baseline: transformers' own `DynamicCache`, which has no budget. `"dense"` is this package's `DenseCache`."""
 
 SettingKey = tuple[str, int | tuple[int, ...] | None]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A method, its budget and its options; makes the caches.
+    """A method, its budget and its options. Creates caches.
 
     Args:
-        method: a name that `from_name` takes.
-        budget: tokens to hold for each row, layer and KV head, prompt included, or a tuple of them, one for each
-            layer; None for `"dense"`.
-        options: what else `from_name` takes, such as `alpha` or `page_size`.
+        method: a name that `from_name` accepts, or `"dynamic"` for transformers' `DynamicCache`.
+        budget: number of tokens that each row, layer and KV head holds, including the prompt; or a tuple with one
+            number per layer; None for `"dynamic"`.
+        options: other arguments of `from_name`, such as `alpha` or `page_size`.
     """
 
     method: str
@@ -35,43 +35,43 @@ class Setting:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def new_cache(self, config: PreTrainedConfig | None = None) -> Cache:
-        """An empty cache for the model of this config.
+        """Create an empty cache for the model with this config.
 
         Raises:
-            ValueError, TypeError: the method, the budget or an option is refused, see `from_name`.
+            ValueError, TypeError: the method, the budget or an option is invalid, see `from_name`.
         """
-        if self.method == DENSE:
+        if self.method == DYNAMIC:
             if self.budget is not None or self.options:
                 given = ", ".join([f"budget={self.budget}", *self.options])
-                raise ValueError(f"method='dense' takes neither a budget nor options, got {given}.")
+                raise ValueError(f"method={DYNAMIC!r} takes neither a budget nor options, got {given}.")
             return DynamicCache(config=config)
-        return from_name(self.method, self.budget, config=config, **self.options)  # type: ignore[arg-type]  # refuses None
+        return from_name(self.method, self.budget, config=config, **self.options)  # type: ignore[arg-type]  # None raises an error
 
     @property
     def label(self) -> str:
-        """The method and its options as `parse_methods` reads them: `raas:alpha=0.0001`."""
+        """The method and its options in the syntax of `parse_methods`: `raas:alpha=0.0001`."""
         return ":".join([self.method, *(f"{name}={value}" for name, value in sorted(self.options.items()))])
 
     def label_but(self, common: Iterable[str], option: str | None = None) -> str:
-        """The label without some options, of which `common` holds `name=value`; budgets by layer are told apart."""
+        """The label without the options in `common` (as `name=value`) and without `option`. Marks budgets by layer."""
         parts = [part for part in self.label.split(":") if part not in common and part.partition("=")[0] != option]
         return ":".join(parts) + ", by layer" * isinstance(self.budget, tuple)
 
     @property
     def key(self) -> SettingKey:
-        """What tells settings apart; hashable."""
+        """Identifies the setting. Hashable."""
         return self.label, self.budget
 
 
 def parse_methods(text: str, **common: Any) -> list[tuple[str, dict[str, Any]]]:
-    """Methods and their options from a line such as `"dense,raas,raas:alpha=1e-4:page_size=8"`.
+    """Parse methods and their options from a line such as `"dynamic,raas,raas:alpha=1e-4:page_size=8"`.
 
     Args:
-        text: methods, comma-separated; options after colons.
-        common: options of every method but dense, unless it names its own.
+        text: methods separated by commas, each with its options after colons.
+        common: options for every method except `"dynamic"`. An option in `text` has priority.
 
     Raises:
-        ValueError: an option is not written `name=value`, is named twice, or belongs to all methods.
+        ValueError: an option is not written as `name=value`, is given twice, or may not be set for a single method.
     """
     methods = []
     for entry in text.split(","):
@@ -83,32 +83,32 @@ def parse_methods(text: str, **common: Any) -> list[tuple[str, dict[str, Any]]]:
                 raise ValueError(f"method={entry.strip()!r}: write {part!r} as {part}=VALUE.")
             option = option.strip()
             if option in options:
-                raise ValueError(f"method={entry.strip()!r}: {option!r} is named twice, leave one out.")
+                raise ValueError(f"method={entry.strip()!r}: {option!r} is given twice: remove one of the two.")
             if option in ("name", "budget", "config"):
-                raise ValueError(f"method={entry.strip()!r}: {option!r} is given for all methods, leave it out here.")
+                raise ValueError(f"method={entry.strip()!r}: {option!r} applies to all methods: remove it here.")
             options[option] = _literal(value.strip())
-        methods.append((name, options if name == DENSE else {**common, **options}))
+        methods.append((name, options if name == DYNAMIC else {**common, **options}))
     return methods
 
 
 def settings(methods: Iterable[tuple[str, Mapping[str, Any]]], budgets: Iterable[int]) -> list[Setting]:
-    """Every method at every budget, dense once; none twice.
+    """Combine every method with every budget, and `"dynamic"` with none. Duplicates are removed.
 
     Raises:
-        ValueError, TypeError: a method, a budget or an option is refused, see `from_name`.
+        ValueError, TypeError: a method, a budget or an option is invalid, see `from_name`.
     """
     found: dict[SettingKey, Setting] = {}
     for name, options in methods:
-        for budget in [None] if name == DENSE else budgets:
+        for budget in [None] if name == DYNAMIC else budgets:
             setting = Setting(name, budget, options)
             setting.new_cache()
             found.setdefault(setting.key, setting)
     return list(found.values())
 
 
-def common_options(of: Iterable[Setting]) -> list[str]:
-    """`name=value` of options that every setting with a budget names, and most with this value."""
-    bounded = [setting for setting in of if setting.method != DENSE]
+def common_options(settings: Iterable[Setting]) -> list[str]:
+    """Options as `name=value` that every setting with a budget sets, and more than half set to this value."""
+    bounded = [setting for setting in settings if setting.method != DYNAMIC]
     counts = Counter(part for setting in bounded for part in setting.label.split(":")[1:])
     return [
         part
@@ -120,5 +120,5 @@ def common_options(of: Iterable[Setting]) -> list[str]:
 def _literal(text: str) -> Any:
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # all that literal_eval says it may raise
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # the documented errors of literal_eval
         return text

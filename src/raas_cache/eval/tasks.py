@@ -1,4 +1,4 @@
-"""Data sets: a registry entry each, loaded by `datasets` from the Hub or a local file, as prompts and answers."""
+"""Data sets, loaded by `datasets` from the Hub or from a local file, as prompts and gold answers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 QUESTIONS = ("problem", "question", "prompt")
-"""Columns looked for where the registry does not say, in this order."""
+"""Names of the question column to look for, in this order, if the registry does not name it."""
 BOXED = "\n\nPlease reason step by step, and put your final answer within \\boxed{}."
 CHAIN_LINES = 50
 CHAIN_PROBLEMS = 100
@@ -28,7 +28,7 @@ LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parque
 
 @dataclass(frozen=True)
 class HubSet:
-    """Where a data set is on the Hub, which of `QUESTIONS` it has, and how long its chains may get."""
+    """A data set on the Hub: its path, split and question column, and the limit of new tokens."""
 
     path: str
     question: str | None = None
@@ -43,21 +43,22 @@ HUB_SETS = {
     "aime24": HubSet("HuggingFaceH4/aime_2024", "problem", split="train"),
     "aime25": HubSet("math-ai/aime25", "problem"),
 }
-"""The registry: a data set is a line."""
+"""The registry of named data sets."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """Questions with their answers, and how to ask and to mark.
+    """Questions with gold answers, and the functions that build prompts and mark outputs.
 
     Args:
-        name: of the data set.
-        questions, golds: as many of each.
-        max_new_tokens: after which a chain is cut off, unless the caller says otherwise.
-        instruction: added to each question; with None the question is the prompt, and no chat template is applied.
-        mark: (output, gold) -> (the answer found in the output or None, whether it is right).
-        marker: what `mark` depends on besides its arguments, such as its version. Rows that another marker marked are
-            marked again when a run goes on; with None, all rows are.
+        name: name of the data set.
+        questions, golds: lists of the same length.
+        max_new_tokens: default limit of generated tokens.
+        instruction: text added to each question. With None, the question itself is the prompt, and no chat template is
+            applied.
+        mark: (output, gold) -> (the answer found in the output or None, whether it is correct).
+        marker: everything that `mark` depends on besides its arguments, such as its version. A resumed run marks rows
+            of another marker again. With None, it marks all rows again.
     """
 
     name: str
@@ -69,7 +70,7 @@ class Task:
     marker: str | None = None
 
     def prompts(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-        """The texts that the model is given, special tokens of a chat template included."""
+        """The texts that the model receives, including the special tokens of a chat template."""
         if self.instruction is None:
             return self.questions
         asked = [question + self.instruction for question in self.questions]
@@ -80,7 +81,7 @@ class Task:
         return rendered
 
     def token_ids(self, tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> list[list[int]]:
-        """What `prompts` gave, as tokens; a chat template has put in the special ones already.
+        """Token ids of the texts from `prompts`. No special tokens are added to texts from a chat template.
 
         Raises:
             ValueError: the tokenizer does not know a word.
@@ -89,25 +90,25 @@ class Task:
         try:
             ids: list[list[int]] = tokenizer(prompts, add_special_tokens=not templated)["input_ids"]
             return ids
-        except Exception as error:  # tokenizers raises nothing more precise
+        except Exception as error:  # tokenizers raises plain exceptions
             raise ValueError(
-                f"The model's tokenizer cannot read {self.name!r} ({error}): take a model of this language; the "
-                "embedded one knows chains only."
+                f"The model's tokenizer cannot read {self.name!r} ({error}): use a model that knows these words; "
+                "the embedded model only knows chains."
             ) from error
 
 
 def load_task(name: str, limit: int | None = None, seed: int = 0) -> Task:
-    """A data set by name.
+    """Load a data set by name.
 
     Args:
-        name: one of `HUB_SETS`; an `org/name` on the Hub, of which the split `test` is taken, or a local `.jsonl`,
-            `.json`, `.csv` or `.parquet` file, with a column `problem`, `question` or `prompt` and one
-            `answer`; or `"chains"`, problems of 50 lines for the embedded model, `"chains-20"` with 20 lines and so on.
-        limit: the first rows only; of chains, how many are drawn (100).
-        seed: which chains are drawn.
+        name: one of `HUB_SETS`; an `org/name` on the Hub (split `test`); a local `.jsonl`, `.json`, `.csv` or
+            `.parquet` file; or `"chains"` for problems of the embedded model with 50 lines (`"chains-20"`: 20 lines).
+            A data set needs a column `problem`, `question` or `prompt`, and a column `answer`.
+        limit: use only the first rows. For chains, the number of problems (100 by default).
+        seed: seed of the chain problems.
 
     Raises:
-        ValueError: there is no such data set or file, it cannot be loaded, or lacks a column or an answer.
+        ValueError: the data set or the file does not exist, cannot be loaded, or lacks a column or an answer.
         ImportError: `datasets` or `math-verify` is missing.
     """
     if limit is not None and limit < 1:
@@ -124,7 +125,7 @@ def load_task(name: str, limit: int | None = None, seed: int = 0) -> Task:
         )
         raise ValueError(f"dataset={name!r} is not a data set: {hint}")
     if entry is None and not Path(name).is_file():
-        raise ValueError(f"dataset={name!r} is not there: check the path.")
+        raise ValueError(f"dataset={name!r} does not exist: check the path.")
     answers.require_math_verify()
     rows = _load_rows(name, entry)
     rows = rows.select(range(min(limit or len(rows), len(rows))))
@@ -142,16 +143,16 @@ def load_task(name: str, limit: int | None = None, seed: int = 0) -> Task:
 
 
 def chain_task(sample: list[chains.ChainProblem], name: str = "chains") -> Task:
-    """Chain problems as a task: its golds are whole chains, and a row is right if every token of it is."""
+    """A task of chain problems. The gold answers are whole chains; a row is correct if every token is correct."""
     prompts, golds = [problem.prompt for problem in sample], [problem.chain for problem in sample]
-    # Room to ramble: a model that has lost its place shows by not coming to an end.
+    # Allow longer chains than necessary: a model that has lost a milestone may not stop.
     longest = chains.completion_length(sample) * 3 // 2
     marker = "chains " + hash_of(inspect.getsource(_mark_chain) + inspect.getsource(chains.answer_of))
     return Task(name, prompts, golds, longest, None, _mark_chain, marker)
 
 
 def hash_of(text: str) -> str:
-    """What tells texts apart: the first 16 hexadecimal digits of their SHA-256."""
+    """The first 16 hexadecimal digits of the SHA-256 of a text."""
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
 
 
@@ -162,14 +163,14 @@ def _load_rows(name: str, entry: HubSet | None) -> Any:
     try:
         if entry:
             return datasets.load_dataset(entry.path, entry.name, split=entry.split)
-        textfiles.check_encoding(Path(name))  # one of the parsers lets others pass until a row is read
+        textfiles.check_encoding(Path(name))  # a parser may find a wrong encoding only when it reads the row
         return datasets.load_dataset(LOADERS[Path(name).suffix], data_files=name, split="train")
-    except Exception as error:  # whatever the Hub client and the parsers raise
+    except Exception as error:  # the Hub client and the parsers raise many kinds of errors
         cause = error.__cause__ or error
         reason = f"{type(cause).__name__}: {str(cause).strip()}".partition("\n")[0]
-        mend = "give a local file of the same columns instead"
+        mend = "use a local file with the same columns instead"
         if not entry:
-            reason, mend = textfiles.fault(Path(name)) or reason, "is it of the format its name says?"
+            reason, mend = textfiles.fault(Path(name)) or reason, "check that the format matches the file name"
         raise ValueError(f"dataset={name!r} cannot be loaded ({reason}): {mend}") from error
 
 
@@ -178,11 +179,11 @@ def _column(dataset: str, present: list[str], wanted: tuple[str, ...]) -> str:
     if found is None:
         raise ValueError(
             f"dataset={dataset!r} has no column {' or '.join(map(repr, wanted))}, only {', '.join(present)}: "
-            "rename the one that is meant."
+            "rename the right column."
         )
     return found
 
 
 def _mark_chain(output: str, gold: str) -> tuple[str | None, bool]:
-    """Every token of a chain must be right: its answer is one digit, which a guess hits too often."""
+    """A chain is correct if every token is correct. The answer alone is one digit, and guesses are often right."""
     return chains.answer_of(output), output.split() == gold.split()

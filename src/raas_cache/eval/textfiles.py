@@ -1,4 +1,4 @@
-"""Where a data file is damaged: the line and what is wrong with it, which the parsers of `datasets` do not say."""
+"""Find the damaged line of a data file, and describe the damage. The parsers of `datasets` do not report it."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 
 
 def check_encoding(path: Path) -> None:
-    """Raise a ValueError that names the first line which is not UTF-8, if the file is text."""
+    """Raise a ValueError with the number of the first line that is not UTF-8, if the file is a text file."""
     if path.suffix in _FORMATS and (fault := _encoding_fault(path)):
         raise ValueError(fault)
 
 
 def fault(path: Path) -> str | None:
-    """What is wrong with the first damaged line, or None where nothing is found, as in a file that is not text."""
+    """A description of the first damaged line, or None if there is none or the file is not a text file."""
     if path.suffix not in _FORMATS:
         return None
     if not_utf8 := _encoding_fault(path):
@@ -42,15 +42,15 @@ def _json_lines(text: str) -> str | None:
 
 
 def _json(text: str, line: int | None = None) -> str | None:
-    """The fault of a whole file, or of line number `line` of one, which must be an object."""
+    """A description of the damage of a whole file, or of line `line` of a file, which must be a JSON object."""
     try:
         found = json.loads(text)
         json.dumps(found, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         return f"line {line or error.lineno}, column {error.colno}: {error.msg}"
-    except (ValueError, RecursionError) as error:  # half a surrogate pair, or brackets in brackets without end
+    except (ValueError, RecursionError) as error:  # half a surrogate pair, or too many nested brackets
         return f"line {line or 1}: {error}"
-    return f"line {line}: this is no object in braces" if line and not isinstance(found, dict) else None
+    return f"line {line}: this is not a JSON object" if line and not isinstance(found, dict) else None
 
 
 def _csv(text: str) -> str | None:

@@ -1,8 +1,8 @@
-"""What a budget takes and saves, before there is a model: sizes of K and V from the config alone.
+"""Compute how much memory a budget needs and saves, from a model's config alone.
 
-No formula here repeats what a model or a cache does. The model is built on the meta device, whose tensors have shapes
-and no memory, and one token through it shows the K and V of every layer. The caches themselves then take as many such
-tokens as asked for, and say how many bytes they would hold.
+This file contains no formulas for the sizes. It builds the model on the meta device, whose tensors have shapes but no
+memory. A forward of one token shows the keys and values of every layer. The caches then store as many such tokens as
+requested, and report their sizes in bytes.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ DEFAULT_TOKENS = 32_768
 
 
 class SizeOptions(TypedDict, total=False):
-    """The options of a paged cache on which its size depends; see `PagedCache`."""
+    """The options of a paged cache that determine its size; see `PagedCache`."""
 
     page_size: int
     min_decode_pages: int
@@ -50,23 +50,23 @@ class SizeOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Plan:
-    """What a budget takes and saves, for all rows of a batch.
+    """The memory that a budget needs and saves, for all rows of a batch.
 
     Args:
-        nbytes: bytes of K and V that the cache has allocated once it decodes: its `nbytes`, which leaves out the
-            states of linear attention.
-        dense_nbytes: bytes of K and V of a `DynamicCache` at the number of tokens asked for.
-        bytes_per_token: bytes that a token of every row takes in the dense cache, in the layers that are paged.
-        saves_from: tokens from which on the dense cache is the larger one.
-        decode_tokens: generated tokens that are held beside the prompt; of the layer that holds fewest.
-        is_over_budget: whether the prompt leaves a layer less than `min_decode_pages`, so that more is held than
+        nbytes: bytes of keys and values that the cache allocates for decoding, as in its `nbytes`. States of linear
+            attention are not counted.
+        dynamic_nbytes: bytes of keys and values of a `DynamicCache` at the given number of tokens.
+        bytes_per_token: bytes that one token of every row needs in a `DynamicCache`, in the layers that are paged.
+        saves_from: sequence length from which on a `DynamicCache` needs more memory than the paged cache.
+        decode_tokens: generated tokens that the cache holds beside the prompt, in the layer with the fewest.
+        is_over_budget: whether the prompt leaves a layer fewer than `min_decode_pages` pages, so that the cache exceeds
             the budget.
-        paged_layers: layers that the budget is for.
-        layers: all layers of the model's cache; those that are not paged keep the bounded one of transformers.
+        paged_layers: number of layers that are paged.
+        layers: number of layers of the cache. Layers that are not paged keep the bounded cache of transformers.
     """
 
     nbytes: int
-    dense_nbytes: int
+    dynamic_nbytes: int
     bytes_per_token: int
     saves_from: int
     decode_tokens: int
@@ -76,8 +76,8 @@ class Plan:
 
     @property
     def ratio(self) -> float:
-        """How many times larger the dense cache is."""
-        return self.dense_nbytes / self.nbytes
+        """Size of the `DynamicCache` divided by the size of the paged cache."""
+        return self.dynamic_nbytes / self.nbytes
 
 
 def plan(
@@ -90,20 +90,21 @@ def plan(
     dtype: torch.dtype | None = None,
     **options: Unpack[SizeOptions],
 ) -> Plan:
-    """What `RaaSCache(budget, **options)` takes and saves with a model, from the model's config alone.
+    """Compute how much memory `RaaSCache(budget, **options)` needs and saves with a model, from the model's config.
 
     Args:
-        config: the model's. No weights are needed.
-        budget: tokens to hold for each row, layer and KV head, the prompt counted in; or a list, an entry a layer.
-        batch_size: rows.
-        prompt_tokens: tokens of the prompt, padding counted in.
-        tokens: tokens seen, the prompt counted in, at which the dense cache and all sliding windows are measured.
-        dtype: the model's; by default what the config says, bfloat16 where it says nothing.
-        options: `page_size`, `min_decode_pages`, `prompt` and `kv_dtype`, as `PagedCache` takes them.
+        config: config of the model. No weights are needed.
+        budget: number of tokens that each row, layer and KV head holds, including the prompt; or a list with one number
+            per layer.
+        batch_size: number of rows.
+        prompt_tokens: number of prompt tokens, including padding.
+        tokens: sequence length, including the prompt, for the sizes of the `DynamicCache` and of all sliding windows.
+        dtype: dtype of the model; by default the dtype in the config, or bfloat16 if the config has none.
+        options: `page_size`, `min_decode_pages`, `prompt` and `kv_dtype`, as in `PagedCache`.
 
     Raises:
         TypeError, ValueError: an argument is out of range or refused by `RaaSCache`, no layer of the model has full
-            attention, or the sizes of its K and V cannot be known without weights.
+            attention, or the sizes of its keys and values cannot be determined without weights.
 
     Example:
 
@@ -124,37 +125,39 @@ def largest_budget(
     dtype: torch.dtype | None = None,
     **options: Unpack[SizeOptions],
 ) -> int:
-    """The largest budget whose cache takes at most `nbytes` bytes: whole pages, and no more of them than hold `tokens`.
+    """Find the largest budget whose cache needs at most `nbytes` bytes.
 
-    The other arguments are those of `plan`.
+    The budget is a multiple of the page size, and not larger than necessary to hold `tokens` tokens. For the other
+    arguments see `plan`.
 
     Raises:
-        TypeError, ValueError: as `plan`, or `nbytes` is too little for the prompt and `min_decode_pages` beside it.
+        TypeError, ValueError: as in `plan`, or `nbytes` is too small for the prompt and `min_decode_pages` pages.
     """
     return _Model(config, dtype).largest_budget(nbytes, batch_size, prompt_tokens, tokens, options)
 
 
 class _Model:
-    """A config, with what each layer caches of a token: K and V `[1, kv_heads, 1, head_dim]`, or None.
+    """A config, and the keys and values `[1, kv_heads, 1, head_dim]` that each layer caches for one token, or None.
 
-    A looped model has more layers in the cache than in its config: `places` says which of these each one is a copy of.
+    The cache of a looped model has more layers than the config. `places[i]` is the layer of the config that layer `i`
+    of the cache belongs to.
 
-    All tensors are on the meta device. Arguments and errors are those of `plan`.
+    All tensors are on the meta device. For arguments and errors see `plan`.
     """
 
     def __init__(self, config: PreTrainedConfig, dtype: torch.dtype | None):
         with _on_meta(config):
-            # A copy, for the model writes into it. Of the implementations of experts this one looks at no values.
+            # A copy, because the model changes its config. "batched_mm" experts read no tensor values.
             model = AutoModelForCausalLM.from_config(
                 copy.deepcopy(config),
                 dtype=dtype or config.dtype or torch.bfloat16,
                 experts_implementation="batched_mm",
-                # None would ask on the terminal. Code that made the config itself has been trusted.
+                # With None, transformers would ask on the terminal. The user already trusts the code of the config.
                 trust_remote_code=type(config).__module__.startswith("transformers_modules."),
             )
         self.config: PreTrainedConfig = model.config
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "No layer of", UserWarning)  # an error here
+            warnings.filterwarnings("ignore", "No layer of", UserWarning)  # raised as an error below
             cache = RaaSCache(2, page_size=1, min_decode_pages=1, config=self.config)
         if not any(isinstance(layer, PagedLayer) for layer in cache.layers):
             raise ValueError(
@@ -162,7 +165,7 @@ class _Model:
                 "DynamicCache for this model."
             )
         for index, layer in enumerate(cache.layers):
-            layer.place = index  # type: ignore[union-attr]  # goes along with the copies that a looped model appends
+            layer.place = index  # type: ignore[union-attr]  # a looped model appends copies, which keep this attribute
         with _on_meta(config):
             model.eval()(torch.zeros(1, 1, dtype=torch.int64), use_cache=True, **{CACHE_ARGUMENT: cache})
         self.places: list[int] = [layer.place for layer in cache.layers]  # type: ignore[union-attr]
@@ -173,15 +176,15 @@ class _Model:
             if value < 1:
                 raise ValueError(f"{name}={value} must be positive.")
         if tokens < prompt_tokens:
-            raise ValueError(f"tokens={tokens} counts the prompt in: make it at least prompt_tokens={prompt_tokens}.")
-        cache, dense = RaaSCache(budget, config=self.config, **options), DynamicCache(config=self.config)
-        for of_model in (cache, dense):
-            of_model.layers = [copy.deepcopy(of_model.layers[place]) for place in self.places]
+            raise ValueError(f"tokens={tokens} includes the prompt: make it at least prompt_tokens={prompt_tokens}.")
+        cache, dynamic = RaaSCache(budget, config=self.config, **options), DynamicCache(config=self.config)
+        for either in (cache, dynamic):
+            either.layers = [copy.deepcopy(either.layers[place]) for place in self.places]
         paged, bytes_per_token = [], 0
-        for layer, dense_layer, of_a_token in zip(cache.layers, dense.layers, self.of_a_token, strict=True):
+        for layer, dynamic_layer, of_a_token in zip(cache.layers, dynamic.layers, self.of_a_token, strict=True):
             if of_a_token is None:
                 continue
-            _fill(dense_layer, of_a_token, batch_size, tokens)
+            _fill(dynamic_layer, of_a_token, batch_size, tokens)
             if not isinstance(layer, PagedLayer):
                 _fill(layer, of_a_token, batch_size, tokens)
                 continue
@@ -194,11 +197,11 @@ class _Model:
                 layer.engine.evict_prefill(forward.places, None, queries=0)
             paged.append(layer)
             bytes_per_token += batch_size * sum(states.nbytes for states in of_a_token)
-        dense_nbytes = kv_nbytes(dense)
-        windows_nbytes = dense_nbytes - tokens * bytes_per_token
+        dynamic_nbytes = kv_nbytes(dynamic)
+        windows_nbytes = dynamic_nbytes - tokens * bytes_per_token
         return Plan(
             nbytes=cache.nbytes,
-            dense_nbytes=dense_nbytes,
+            dynamic_nbytes=dynamic_nbytes,
             bytes_per_token=bytes_per_token,
             saves_from=(cache.nbytes - windows_nbytes) // bytes_per_token + 1,
             decode_tokens=min(int(layer.table.counts.limit[0]) * layer.settings.page_size for layer in paged),
@@ -218,24 +221,24 @@ class _Model:
         fitting = bisect.bisect_right(budgets, nbytes, key=needed)
         if not fitting:
             raise ValueError(
-                f"nbytes={nbytes:,} is too little: with batch_size={batch_size}, a prompt of {prompt_tokens:,} tokens "
-                f"and the fewest decode pages beside it take {needed(page_size):,} bytes."
+                f"nbytes={nbytes:,} is too small: with batch_size={batch_size}, a prompt of {prompt_tokens:,} tokens "
+                f"and the fewest decode pages need {needed(page_size):,} bytes."
             )
         return budgets[fitting - 1]
 
 
 def _first_token(layer: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
-    # Linear attention has no keys, a layer that was not filled has None.
+    # Linear attention has no keys. In a layer without tokens, they are None.
     return None if getattr(layer, "keys", None) is None else (layer.keys[:, :, :1], layer.values[:, :, :1])
 
 
 def _fill(layer: Any, of_a_token: Sequence[torch.Tensor], batch_size: int, tokens: int) -> None:
-    """Have a cache layer take so many rows of so many tokens."""
+    """Store `batch_size` rows of `tokens` tokens in a cache layer."""
     layer.update(*(states.new_empty(batch_size, states.shape[1], tokens, states.shape[3]) for states in of_a_token))
 
 
 class _AnyValue(TorchDispatchMode):
-    """Answers what a forward asks meta tensors for, say whether anything is padding: sizes do not depend on it."""
+    """Return 1 whenever a forward reads a value from a meta tensor. Sizes do not depend on such values."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return 1 if func is torch.ops.aten._local_scalar_dense.default else func(*args, **(kwargs or {}))
@@ -243,16 +246,16 @@ class _AnyValue(TorchDispatchMode):
 
 @contextmanager
 def _on_meta(config: PreTrainedConfig) -> Iterator[None]:
-    """Make tensors of shapes without values; what a model cannot do with these raises a ValueError."""
+    """Create tensors on the meta device. If the model needs tensor values, raise a ValueError."""
     all_nonzero = meta_config.patch(meta_nonzero_assume_all_nonzero=True)  # type: ignore[attr-defined]
     try:
         with torch.device("meta"), torch.no_grad(), all_nonzero, _AnyValue():  # type: ignore[no-untyped-call]
             yield
-    except Exception as error:  # whatever anyone's modeling code may raise
+    except Exception as error:  # modeling code may raise any error
         reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"config: a token did not get through this {config.model_type!r} without its weights, so the sizes of its "
-            f"K and V are not known ({type(error).__name__}: {reason}). If the model generates with a RaaSCache, read "
+            f"config: this {config.model_type!r} cannot run a token without its weights, so the sizes of its keys and "
+            f"values are unknown ({type(error).__name__}: {reason}). If the model generates with a RaaSCache, read "
             "the cache's nbytes after a few tokens."
         ) from error
 
@@ -268,17 +271,17 @@ def table(
     page_size: int,
     dtype: torch.dtype | None,
 ) -> str:
-    """Markdown: a line for each batch size, budget and way to hold K and V.
+    """A Markdown table with one line per batch size, budget and dtype of keys and values.
 
     Args:
-        budgets: if there are none, the largest that `memory` bytes hold.
+        budgets: if empty, the largest budget that fits in `memory` bytes is used.
 
-    The other arguments and the errors are those of `plan` and `largest_budget`.
+    For the other arguments and the errors see `plan` and `largest_budget`.
     """
     model = _Model(config, dtype)
     name = next(str(states[0].dtype) for states in model.of_a_token if states is not None).removeprefix("torch.")
     ways: tuple[tuple[str, Literal["int8"] | None], ...] = ((name, None), ("int8", "int8"))
-    header = ["batch", "budget", "held as", "KV", f"dense at {tokens:,}", "ratio", "saves from", "decode tokens"]
+    header = ["batch", "budget", "stored as", "KV", f"dynamic at {tokens:,}", "ratio", "saves from", "decode tokens"]
     lines, is_over_budget = [], False
     for batch_size, budget, (way, kv_dtype) in itertools.product(batches, budgets or (None,), ways):
         options: SizeOptions = {"page_size": page_size, "kv_dtype": kv_dtype}
@@ -286,15 +289,15 @@ def table(
             budget = model.largest_budget(memory, batch_size, prompt_tokens, tokens, options)
         found = model.plan(budget, batch_size, prompt_tokens, tokens, options)
         is_over_budget |= found.is_over_budget
-        sizes = [_readable(found.nbytes), _readable(found.dense_nbytes), f"{found.ratio:.1f}"]
+        sizes = [_readable(found.nbytes), _readable(found.dynamic_nbytes), f"{found.ratio:.1f}"]
         room = f"{found.decode_tokens:,}" + " (over budget)" * found.is_over_budget
         lines.append([str(batch_size), f"{budget:,}", way, *sizes, f"{found.saves_from:,}", room])
     per_token = found.bytes_per_token // batch_size
     about = (
-        f"{config.model_type}: {found.paged_layers} of {found.layers} layers are paged, and cache {per_token:,} bytes "
-        f"of a token in {name}. A prompt of {prompt_tokens:,} tokens, pages of {page_size}."
+        f"{config.model_type}: {found.paged_layers} of {found.layers} layers are paged. They cache {per_token:,} bytes "
+        f"per token in {name}. The prompt has {prompt_tokens:,} tokens, a page {page_size}."
     )
-    over = "Over budget: the prompt leaves less than min_decode_pages, which are held all the same: raise the budget."
+    over = "Over budget: the prompt leaves fewer than min_decode_pages pages. The cache holds more: raise the budget."
     return "\n".join([about, "", markdown(header, lines), *["", over] * is_over_budget])
 
 

@@ -1,4 +1,4 @@
-"""Reading a given text token by token through a cache, as if the model had generated it."""
+"""Read a given text token by token through a cache, as if the model had generated it."""
 
 from collections.abc import Iterator
 
@@ -17,7 +17,7 @@ def steps(
     cache: Cache,
     attention_mask: torch.Tensor | None = None,
 ) -> Iterator[torch.Tensor]:
-    """The model's logits `[batch, vocabulary]` before each token of the text; see `read` for the arguments."""
+    """Yield the logits `[batch, vocabulary]` for each token after the prompt. See `read` for the arguments."""
     for end in range(prompt, ids.shape[1]):
         new = ids[:, :end] if end == prompt else ids[:, end - 1 : end]
         mask = None if attention_mask is None else pad(attention_mask, (0, end - prompt), value=1)
@@ -31,22 +31,22 @@ def read(
     cache: Cache,
     attention_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """How well a model can tell a text in advance that it reads through `cache`: what a cache costs, without sampling.
+    """Measure how well a model predicts a given text with `cache`, and thus what a cache costs, without sampling.
 
-    The prompt goes in at once and all that follows token by token, as `generate` would do it; the last token is not
-    put in. Two caches that read the same text can be compared step by step (see `raas_cache.viz.regret`).
+    The model reads the prompt in one forward, and the text after it token by token, as in `generate`. It does not read
+    the last token. If two caches read the same text, they can be compared step by step (see `raas_cache.viz.regret`).
 
     Args:
         ids: `[batch, tokens]` int64, prompt and text.
-        prompt: tokens of the prompt, padding counted in.
-        cache: what to read through, empty.
-        attention_mask: `[batch, prompt]`, 0 for left padding; None if there is none.
+        prompt: number of prompt tokens, including padding.
+        cache: an empty cache.
+        attention_mask: `[batch, prompt]`, 0 for left padding; None if there is no padding.
 
     Returns:
         `[batch, tokens - prompt]` float32, the negative log-likelihood of each token after the prompt, in nats.
 
     Raises:
-        ValueError: `prompt` leaves nothing before it or nothing behind it.
+        ValueError: there is no token in the prompt, or no token after it.
 
     Example:
 
@@ -59,5 +59,6 @@ def read(
         raise ValueError(f"prompt={prompt} must be less than the {ids.shape[1]} tokens of ids, and at least 1.")
     targets = ids[:, prompt:].unbind(1)
     logits = steps(model, ids, prompt, cache, attention_mask)
-    losses = [cross_entropy(of.float(), target, reduction="none") for of, target in zip(logits, targets, strict=True)]
+    pairs = zip(logits, targets, strict=True)
+    losses = [cross_entropy(predicted.float(), target, reduction="none") for predicted, target in pairs]  # [batch] each
     return torch.stack(losses, 1)

@@ -1,4 +1,4 @@
-"""Records what a cache scores, stamps and evicts, in memory and in a file.
+"""Trace the scores, timestamps and evictions of a cache, in memory and in a file.
 
-This folder must not change what a cache does: tokens are the same with and without a recording.
+This folder must not change what a cache does: the generated tokens are the same with and without a recording.
 """

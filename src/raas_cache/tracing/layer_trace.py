@@ -1,4 +1,4 @@
-"""What was taken down of one layer, attention call by attention call."""
+"""The trace of one layer: one entry per attention call."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from .recording_file import PAGED
 if TYPE_CHECKING:
     from ..engine.page_table import PageTable
 
-INPUT = -1  # in place of the page that a generated token went to
-GONE = -2  # in place of a page that was evicted before the recording began
+INPUT = -1  # a prefill: instead of the page of a generated token
+GONE = -2  # instead of a page that was evicted before the recording began
 
 
 @dataclass
 class Forward:
-    """What one layer held after one attention call.
+    """The pages of one layer after one attention call.
 
     Args:
-        step: sequence index of the newest token.
-        page: sequence index of the first token of the page that a generated token went to; `INPUT` for input.
-        first: `[batch, heads, pages]` int32, sequence index of each page's first token, -1 if it holds none.
-        score: `[batch, heads, pages]` float32, the scores that the policy was told; NaN where it asked for none.
-        stamp: `[batch, heads, pages]` float32, the pages' priority, for RaaS their timestamp; NaN for pinned pages.
-        resident: `[batch, heads]` int32, tokens held.
+        step: position of the newest token in the sequence.
+        page: position of the first token of the page that holds a generated token; `INPUT` for a prefill.
+        first: `[batch, heads, pages]` int32, position of each page's first token, -1 for an empty page.
+        score: `[batch, heads, pages]` float32, the scores that the policy received; NaN if it needs no scores.
+        stamp: `[batch, heads, pages]` float32, priority of each page (for RaaS the timestamp); NaN for pinned pages.
+        resident: `[batch, heads]` int32, number of tokens held.
     """
 
     step: int
@@ -46,9 +46,9 @@ class LayerTrace:
     """What was recorded of one layer, written by the layer itself.
 
     Args:
-        heads: KV heads recorded, None for all.
-        entries: the attention calls; and where rows changed places between them, an index `[batch]`: row i goes on as
-            a copy of row `index[i]`.
+        heads: the KV heads to record, None for all.
+        entries: the attention calls, and an index `[batch]` wherever rows were reordered between two calls: row i
+            continues as a copy of row `index[i]`.
     """
 
     heads: tuple[int, ...] | None = None
@@ -74,15 +74,15 @@ class LayerTrace:
         self.entries.append(Forward(table.length - 1, page, *arrays))
 
     def forget(self, seen: int) -> None:
-        """Forget the tokens from index `seen` on, which were taken back."""
+        """Remove the tokens from position `seen` on, which the cache has taken back."""
         self.entries = [entry for entry in self.entries if isinstance(entry, np.ndarray) or entry.step < seen]
 
     def apply_to_rows(self, function: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor) -> None:
-        """Rows change places, or number: as `function` does to the index `rows` of each."""
+        """Note that rows were reordered, repeated or removed, as `function` does with the index `rows` `[batch]`."""
         self.entries.append(function(rows).cpu().numpy())
 
     def forwards(self) -> list[Forward]:
-        """The attention calls, each with the rows that became those of today."""
+        """The attention calls. In each call, row i is the past of the current row i."""
         rows: slice | np.ndarray = slice(None)
         found: list[Forward] = []
         for entry in reversed(self.entries):

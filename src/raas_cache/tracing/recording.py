@@ -1,4 +1,4 @@
-"""What was taken down of a cache: what each page scored, when it was stamped and when it went."""
+"""A recording of a cache: the score, timestamp and eviction of each page."""
 
 from __future__ import annotations
 
@@ -21,20 +21,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class History:
-    """The life of every page of one row, layer and KV head: T steps, N pages in the order in which they were opened.
+    """The life of every page of one row, layer and KV head.
 
-    What was noted of a page at a step is one of E entries, in the order of steps, then pages. `held`, `score` and
-    `stamp` spread them out over steps and pages, which takes O(T * N) memory.
+    T is the number of steps, N the number of pages in the order in which they were opened. There are E entries, one for
+    each page held at each step, ordered by step and then by page. `held`, `score` and `stamp` convert the entries to
+    matrices over steps and pages, which need O(T * N) memory.
 
     Args:
-        steps: `[T]`, sequence index of the newest token at each step.
-        first: `[N]`, sequence index of each page's first token: the step at which it was opened.
-        is_pinned: `[N]`, whether the page is input that is never evicted.
-        evicted: `[N]` float, the step at which it was evicted; NaN if it was not.
-        resident: `[T]`, tokens held.
-        at, page: `[E]`, place in `steps` and in `first` of each entry.
-        scores: `[E]` float32, attention score; NaN where the policy asked for none.
-        stamps: `[E]` float32, priority, for RaaS the step of the last milestone stamp; NaN for pinned pages.
+        steps: `[T]`, position of the newest token at each step.
+        first: `[N]`, position of each page's first token: the step at which the page was opened.
+        is_pinned: `[N]`, whether the page is pinned (prompt tokens that are never evicted).
+        evicted: `[N]` float, the step at which the page was evicted; NaN if it was not evicted.
+        resident: `[T]`, number of tokens held.
+        at, page: `[E]`, index of each entry in `steps` and in `first`.
+        scores: `[E]` float32, attention score; NaN if the policy needs no scores.
+        stamps: `[E]` float32, priority, for RaaS the timestamp (the step of the last milestone); NaN for pinned pages.
     """
 
     steps: np.ndarray
@@ -49,26 +50,26 @@ class History:
 
     @property
     def held(self) -> np.ndarray:
-        """`[T, N]` bool, whether the page held anything then."""
+        """`[T, N]` bool, whether the cache held the page at this step."""
         held = np.zeros((len(self.steps), len(self.first)), bool)
         held[self.at, self.page] = True
         return held
 
     @property
     def score(self) -> np.ndarray:
-        """`[T, N]` float32, the page's score; NaN where it was not held, or not scored."""
+        """`[T, N]` float32, score of the page; NaN if it was not held or not scored."""
         return self._spread(self.scores)
 
     @property
     def stamp(self) -> np.ndarray:
-        """`[T, N]` float32, the page's stamp; NaN where it was not held, or is pinned."""
+        """`[T, N]` float32, timestamp or priority of the page; NaN if it was not held or is pinned."""
         return self._spread(self.stamps)
 
     def last_use(self, alpha: float) -> np.ndarray:
-        """`[N]` float, the last step at which each page scored `alpha` or more; NaN where there is none."""
+        """`[N]` float, the last step at which each page scored `alpha` or more; NaN if there is none."""
         used = np.full(len(self.first), np.nan)
         uses = self.scores >= alpha
-        used[self.page[uses]] = self.steps[self.at[uses]]  # of several, the last stays
+        used[self.page[uses]] = self.steps[self.at[uses]]  # if a page has several uses, the last assignment remains
         return used
 
     def _spread(self, values: np.ndarray) -> np.ndarray:
@@ -79,14 +80,14 @@ class History:
 
 @dataclass
 class Recording:
-    """What `raas_cache.record` has taken down; may be read while the recording goes on.
+    """The result of `raas_cache.record`. It can be read while the recording continues.
 
     Args:
         method: the policy, with its arguments.
-        budget: tokens to hold, for all layers or for each.
-        page_size: tokens a page.
-        prompt: what became of input: `"pin"`, `"select"` or `"evict"`.
-        layers: what was recorded, by layer index.
+        budget: budget of the cache, for all layers or one number per layer.
+        page_size: tokens per page.
+        prompt: the prompt mode: `"pin"`, `"select"` or `"evict"`.
+        layers: layer index -> trace of this layer.
         wanted: indices of the layers and of the KV heads to record; None for all.
     """
 
@@ -98,7 +99,7 @@ class Recording:
     wanted: tuple[Sequence[int] | None, Sequence[int] | None] = (None, None)
 
     def trace_of(self, layer: int) -> LayerTrace | None:
-        """What layer `layer` writes to; None if it is not to be recorded."""
+        """The trace to which layer `layer` writes; None if this layer is not recorded."""
         layers, heads = self.wanted
         if layers is not None and layer not in layers:
             return None
@@ -106,50 +107,48 @@ class Recording:
 
     @property
     def recorded(self) -> list[int]:
-        """Indices of the layers of which anything was recorded."""
+        """Indices of the layers with at least one recorded attention call."""
         return sorted(
-            index
-            for index, of_layer in self.layers.items()
-            if any(isinstance(entry, Forward) for entry in of_layer.entries)
+            index for index, trace in self.layers.items() if any(isinstance(entry, Forward) for entry in trace.entries)
         )
 
     @property
     def rows(self) -> int:
-        """Rows of the batch as it stands now."""
+        """Number of rows of the current batch."""
         return self.layers[self.recorded[0]].forwards()[-1].first.shape[0] if self.recorded else 0
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all that was taken down."""
-        entries = (entry for of_layer in self.layers.values() for entry in of_layer.entries)
+        """Size of the recording in bytes."""
+        entries = (entry for trace in self.layers.values() for entry in trace.entries)
         forwards = (entry for entry in entries if isinstance(entry, Forward))
         return sum(getattr(forward, name).nbytes for forward in forwards for name in (*PAGED, "resident"))
 
     def heads(self, layer: int) -> tuple[int, ...]:
-        """KV heads recorded of a layer.
+        """The recorded KV heads of a layer.
 
         Raises:
             ValueError: nothing was recorded of `layer`.
         """
         if layer not in self.recorded:
-            raise ValueError(f"layer={layer}: nothing was recorded of it, only of the layers {self.recorded}.")
+            raise ValueError(f"layer={layer} was not recorded, only the layers {self.recorded}.")
         return self.layers[layer].heads or ()
 
     def history(self, layer: int, head: int, row: int = 0) -> History:
-        """The pages of one KV head through all steps.
+        """The pages of one KV head over all steps.
 
         Args:
             layer: index of the layer in the model.
             head: index of the KV head in the layer.
-            row: row of the batch, as it stands now: a beam comes with its own past.
+            row: index of a row in the current batch. With beam search, this is the past of the current beam.
 
         Raises:
-            ValueError: nothing was recorded of them.
+            ValueError: nothing was recorded of this layer, head or row.
         """
         heads = self.heads(layer)
         forwards = self.layers[layer].forwards()
         if head not in heads:
-            raise ValueError(f"head={head}: nothing was recorded of it, only of the KV heads {list(heads)}.")
+            raise ValueError(f"head={head} was not recorded, only the KV heads {list(heads)}.")
         if not 0 <= row < self.rows:
             raise ValueError(f"row={row}: the batch has {self.rows} rows.")
         place = row, heads.index(head)
@@ -158,13 +157,13 @@ class Recording:
         at = np.repeat(np.arange(len(steps)), [forward.first.shape[2] for forward in forwards])
         first, page = np.unique(noted, return_inverse=True)
         order = np.lexsort((page, at))
-        order = order[noted[order] >= 0]  # slots that hold nothing are left out
+        order = order[noted[order] >= 0]  # leave out empty pages
         page, first = page[order] - np.count_nonzero(first < 0), first[first >= 0]
         at = at[order]
         scores = np.concatenate([forward.score[place] for forward in forwards])[order]
         stamps = np.concatenate([forward.stamp[place] for forward in forwards])[order]
         last = np.zeros(len(first), int)
-        last[page] = np.arange(len(page))  # of the entries of a page, the last stays
+        last[page] = np.arange(len(page))  # index of the last entry of each page: the last assignment remains
         is_gone = at[last] + 1 < len(steps)
         evicted = np.where(is_gone, steps[np.minimum(at[last] + 1, len(steps) - 1)], np.nan)
         is_pinned = np.isnan(stamps[last]) & ~is_gone
@@ -172,10 +171,10 @@ class Recording:
         return History(steps, first, is_pinned, evicted, resident, at, page, scores, stamps)
 
     def pages_of_tokens(self, layer: int) -> np.ndarray:
-        """The page that each token seen was put in, `[tokens]` int: the sequence index of its first token.
+        """`[tokens]` int: for each token seen, the position of the first token of its page.
 
-        `INPUT` for input that was pinned later than the first recorded step, `GONE` for a page that went before it. A
-        page that the `history` of a head does not have went before the first step, too.
+        The value is `INPUT` for tokens that were pinned after the first recorded step, and `GONE` for tokens whose page
+        was evicted before that step. If the `history` of a head lacks a page, this head evicted it before that step.
         """
         self.heads(layer)
         forwards = self.layers[layer].forwards()
@@ -193,14 +192,14 @@ class Recording:
         return pages
 
     def to_pandas(self) -> pandas.DataFrame:
-        """A row for each step and page held, of every row, layer and KV head recorded.
+        """A table with one line for each step and page held, for every recorded row, layer and KV head.
 
-        Columns: `row`, `layer`, `head`, `step` (sequence index of the newest token), `page` (sequence index of the
-        page's first token, which is the step of its birth), `is_pinned`, `score`, `stamp` (for RaaS the step of the
-        last milestone stamp; NaN for pinned pages) and `evicted` (the step at which it went; NaN if it did not).
+        Columns: `row`, `layer`, `head`, `step` (position of the newest token), `page` (position of the page's first
+        token, which is the step at which the page was opened), `is_pinned`, `score`, `stamp` (for RaaS the timestamp;
+        NaN for pinned pages) and `evicted` (the step of the eviction; NaN if the page was not evicted).
 
         Raises:
-            ImportError: pandas is missing; says what to install.
+            ImportError: pandas is missing. The message contains the pip command.
         """
         require("pandas", "to_pandas needs pandas", "viz")
         import pandas
@@ -219,7 +218,7 @@ class Recording:
         return pandas.concat(tables, ignore_index=True) if tables else pandas.DataFrame(columns=columns)
 
     def save(self, path: str | Path) -> None:
-        """Write the recording to one file with a checksum, which `load` reads."""
+        """Write the recording to a file with a checksum. `load` reads it."""
         about: dict[str, Any] = {"method": self.method, "budget": self.budget}
         about |= {"page_size": self.page_size, "prompt": self.prompt, "heads": {}}
         arrays: dict[str, np.ndarray] = {}
@@ -234,11 +233,11 @@ class Recording:
 
     @classmethod
     def load(cls, path: str | Path) -> Recording:
-        """Read what `save` wrote, of this version or the last. What is loaded is whole and consistent.
+        """Read a file that `save` wrote, in the current or the previous format, and check that it is consistent.
 
         Raises:
-            OSError: the file cannot be read; a FileNotFoundError if there is none.
-            ValueError: the file is damaged, or is no recording; says what is wrong.
+            OSError: the file cannot be read; FileNotFoundError if it does not exist.
+            ValueError: the file is damaged or not a recording. The message describes the problem.
         """
         about, arrays = recording_file.read(path)
         budget = tuple(about["budget"]) if isinstance(about["budget"], list) else about["budget"]

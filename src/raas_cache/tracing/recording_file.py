@@ -1,13 +1,13 @@
-"""The file of a recording: how it is written, and what is checked before anything of it is believed.
+"""The file of a recording: its format, and the checks before its content is used.
 
-It is what `numpy.savez_compressed` writes, with these members:
+`numpy.savez_compressed` writes it. It has these members, for T forwards with P pages in total:
 
-    about              JSON: format, method, budget, page_size, prompt, and the KV heads by layer
-    sha256             of all other members; format 1 had none
-    <layer>/step       [T, 2] int, of each of T forwards the newest token, and the page it went to (-1 for input)
-    <layer>/pages      [T] int, pages of each forward, P in all
+    about              JSON: format, method, budget, page_size, prompt, and the KV heads of each layer
+    sha256             checksum of all other members; format 1 has none
+    <layer>/step       [T, 2] int, position of the newest token, and of the first token of its page (-1: prefill)
+    <layer>/pages      [T] int, number of pages in each forward, P in total
     <layer>/resident   [T, batch, heads] int32, tokens held
-    <layer>/first      [batch, heads, P] int32, first token of each page, -1 if it holds none
+    <layer>/first      [batch, heads, P] int32, position of each page's first token, -1 for an empty page
     <layer>/score      [batch, heads, P] float32, not negative, or NaN
     <layer>/stamp      [batch, heads, P] float32
 """
@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 
 
-FORMAT = 2  # that is written
+FORMAT = 2  # the format that `write` writes
 READABLE = (1, FORMAT)
 PAGED = {"first": np.int32, "score": np.float32, "stamp": np.float32}
-"""dtypes of the arrays that have an element for each page."""
+"""The dtypes of the arrays with one element per page."""
 ARRAYS = ("step", "pages", "resident", *PAGED)
 
 
@@ -35,20 +35,23 @@ def write(path: str | Path, about: dict[str, Any], arrays: dict[str, np.ndarray]
     """Write a file that `read` reads.
 
     Args:
-        about: the members of `about` but for the format.
-        arrays: by the names of the members.
+        about: the fields of `about`, without the format.
+        arrays: name of the member -> array.
     """
-    text = json.dumps({"format": FORMAT, **about}, default=int)  # numpy's integers
-    with Path(path).open("wb") as file:  # numpy would add an ending to a path
+    text = json.dumps({"format": FORMAT, **about}, default=int)  # converts numpy integers
+    with Path(path).open("wb") as file:  # numpy would append ".npz" to a path
         np.savez_compressed(file, about=np.array(text), sha256=np.array(_digest(text, arrays)), **arrays)  # type: ignore[arg-type]
 
 
 def read(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """What `write` was given, whole and consistent. Nothing of the file is ever unpickled.
+    """Read a file that `write` wrote, and check that it is complete and consistent. Never unpickles anything.
+
+    Returns:
+        `about` and `arrays`, as in `write`.
 
     Raises:
-        OSError: the file cannot be read; a FileNotFoundError if there is none.
-        ValueError: it is damaged, or is something else; says what is wrong.
+        OSError: the file cannot be read; FileNotFoundError if it does not exist.
+        ValueError: the file is damaged or not a recording. The message describes the problem.
     """
     data = Path(path).read_bytes()
     try:
@@ -59,9 +62,9 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
             _check_layer(f"layer {layer}", of_layer, len(about["heads"][layer]), about["page_size"])
         rows = {of_layer["first"].shape[0] for of_layer in layers.values()}
         _check(len(rows) <= 1, f"its layers have batches of {sorted(rows)} rows")
-    except Exception as error:  # damaged bytes make the readers of zip, numpy and JSON raise a dozen kinds
+    except Exception as error:  # for damaged bytes, the readers of zip, numpy and JSON raise many kinds of errors
         raise ValueError(
-            f"path={str(path)!r} is no recording, or a damaged one: {str(error) or type(error).__name__}. Give a file "
+            f"path={str(path)!r} is not a recording, or is damaged: {str(error) or type(error).__name__}. Give a file "
             "that Recording.save wrote."
         ) from None
     return about, arrays
@@ -73,25 +76,25 @@ def _check(holds: bool | np.bool_, wrong: str) -> None:
 
 
 def _unpack(data: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """`about` and the arrays by name, as far as the checksums of the archive and of its content vouch for them."""
+    """Unpack `about` and the arrays, and compare the checksums of the archive and of its content."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        # What is foreign may be large: one small member says whether the others are worth unpacking.
+        # Another file may be large: read one small member before unpacking the others.
         _check("about.npy" in archive.namelist(), "it is an archive without a member 'about'")
         text = str(_array(archive, "about.npy"))
         about = json.loads(text)
-        _check(isinstance(about, dict), "its member 'about' is no JSON object")
+        _check(isinstance(about, dict), "its member 'about' is not a JSON object")
         said, readable = about.get("format"), " and ".join(map(str, READABLE))
         _check(type(said) is int and said in READABLE, f"it has format {said!r}, and this version reads {readable}")
         names = [name for name in archive.namelist() if name != "about.npy"]
         arrays = {name.removesuffix(".npy"): _array(archive, name) for name in names}
     if said > 1:
         _check("sha256" in arrays, "it has no checksum")
-        _check(str(arrays.pop("sha256")) == _digest(text, arrays), "its content is not what its checksum vouches for")
+        _check(str(arrays.pop("sha256")) == _digest(text, arrays), "its content does not match its checksum")
     return about, arrays
 
 
 def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    content = io.BytesIO(archive.read(name))  # to the end, where the archive's own checksum is compared
+    content = io.BytesIO(archive.read(name))  # read to the end: zipfile then compares its own checksum
     array: np.ndarray = np.lib.format.read_array(content, allow_pickle=False)
     _check(not content.read(1), f"its member {name!r} has more bytes than its array")
     return array
@@ -108,18 +111,18 @@ def _digest(about: str, arrays: dict[str, np.ndarray]) -> str:
 def _check_about(about: dict[str, Any]) -> None:
     known = {"format", "method", "budget", "page_size", "prompt", "heads"}
     _check(about.keys() == known, f"its member 'about' has {sorted(about)} instead of {sorted(known)}")
-    _check(isinstance(about["method"], str), f"method={about['method']!r} is no text")
+    _check(isinstance(about["method"], str), f"method={about['method']!r} is not a string")
     size, budget, heads = about["page_size"], about["budget"], about["heads"]
-    _check(_is_count(size) and size & (size - 1) == 0, f"page_size={size!r} is no power of two")
+    _check(_is_count(size) and size & (size - 1) == 0, f"page_size={size!r} is not a power of two")
     budgets = budget if isinstance(budget, list) else [budget]
-    _check(bool(budgets) and all(map(_is_count, budgets)), f"budget={budget!r} is no number of tokens")
+    _check(bool(budgets) and all(map(_is_count, budgets)), f"budget={budget!r} is not a number of tokens")
     _check(about["prompt"] in ("pin", "select", "evict"), f"prompt={about['prompt']!r} is unknown")
     _check(isinstance(heads, dict), f"heads={heads!r} has no layers")
     for layer, of_layer in heads.items():
-        _check(layer.isdecimal() and str(int(layer)) == layer, f"layer {layer!r} is no index")
+        _check(layer.isdecimal() and str(int(layer)) == layer, f"layer {layer!r} is not an index")
         _check(
             isinstance(of_layer, list) and bool(of_layer) and all(_is_count(head, least=0) for head in of_layer),
-            f"heads={of_layer!r} of layer {layer} are no indices",
+            f"heads={of_layer!r} of layer {layer} are not indices",
         )
 
 
@@ -129,12 +132,12 @@ def _is_count(value: Any, least: int = 1) -> bool:
 
 def _by_layer(about: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
     wanted = {f"{layer}/{name}" for layer in about["heads"] for name in ARRAYS}
-    _check(arrays.keys() == wanted, f"its arrays are not those of its layers: {sorted(arrays.keys() ^ wanted)} differ")
+    _check(arrays.keys() == wanted, f"its arrays do not match its layers: {sorted(arrays.keys() ^ wanted)} differ")
     return {layer: {name: arrays[f"{layer}/{name}"] for name in ARRAYS} for layer in about["heads"]}
 
 
 def _check_layer(layer: str, arrays: dict[str, np.ndarray], heads: int, page_size: int) -> None:
-    """Raise a ValueError, whose message begins with `layer`, if the arrays are not those of one layer's forwards."""
+    """Raise a ValueError if the arrays of a layer are not consistent. Its message starts with `layer`."""
     step, pages, resident, first, score = (arrays[name] for name in ARRAYS[:-1])
     for name, dtype in {"step": np.integer, "pages": np.integer, "resident": np.int32, **PAGED}.items():
         _check(np.issubdtype(arrays[name].dtype, dtype), f"{layer}: {name} is {arrays[name].dtype}")
@@ -147,15 +150,15 @@ def _check_layer(layer: str, arrays: dict[str, np.ndarray], heads: int, page_siz
     _check(pages.min() > 0 and pages.max() <= total == pages.sum(), f"{layer}: it has {total} pages, not {pages.sum()}")
 
     newest, page = step.T
-    _check(newest[0] >= 0 and (np.diff(newest) > 0).all(), f"{layer}: the steps do not go forward")
+    _check(newest[0] >= 0 and (np.diff(newest) > 0).all(), f"{layer}: the steps do not increase")
     _check(newest[-1] <= np.iinfo(np.int32).max, f"{layer}: step {newest[-1]} is out of range")
-    _check(((page >= -1) & (page <= newest)).all(), f"{layer}: a token went to a page that is yet to come")
-    _check(((first >= -1) & (first <= np.repeat(newest, pages))).all(), f"{layer}: a page begins where no token is")
-    # Each page with its forward, in one number, sorted: neighbours that are equal are the same page twice.
+    _check(((page >= -1) & (page <= newest)).all(), f"{layer}: the page of a token starts outside the sequence")
+    _check(((first >= -1) & (first <= np.repeat(newest, pages))).all(), f"{layer}: a page starts outside the sequence")
+    # Encode forward and page in one number, and sort. Two equal neighbours are the same page twice.
     named = np.sort(first + (np.repeat(np.arange(forwards), pages) << 32), axis=2)
     is_twice = (np.diff(named, axis=2) == 0) & ((named[..., 1:] + 1) & 0xFFFFFFFF != 0)
     _check(not is_twice.any(), f"{layer}: a page is held twice at one step")
     starts = np.cumsum(pages) - pages
     held = np.moveaxis(np.add.reduceat(first >= 0, starts, axis=2, dtype=np.int64), 2, 0)
-    _check(((held <= resident) & (resident <= held * page_size)).all(), f"{layer}: more or less is held than its pages")
+    _check(((held <= resident) & (resident <= held * page_size)).all(), f"{layer}: resident does not match the pages")
     _check(not ((score < 0) | np.isinf(score)).any(), f"{layer}: a score is negative or infinite")

@@ -1,4 +1,4 @@
-"""Looking inside a cache while it is used."""
+"""`record`: trace the pages of a cache while it is used."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,21 +11,22 @@ from .recording import Recording
 def record(
     cache: PagedCache, *, layers: Sequence[int] | None = None, heads: Sequence[int] | None = None
 ) -> Iterator[Recording]:
-    """While the context lasts, take down what the pages of `cache` score, and when they are stamped and evicted.
+    """Trace the scores, timestamps and evictions of the pages of `cache` inside a `with` block.
 
-    Tokens are the same with and without. A step that is recorded is not compiled, waits for the device and keeps
-    12 bytes for each page, KV head and row: over long chains choose layers and heads. A cache that is reset begins its
-    recording anew; a copy of it goes on with a copy. What a prompt scores during its own forward is not known.
+    The generated tokens are the same as without `record`. A recorded step is not compiled, waits for the device, and
+    stores 12 bytes for each page, KV head and row, so choose layers and heads for long chains. If the cache is reset,
+    its recording starts again. A copy of the cache continues with a copy of the recording. The scores of a prompt
+    during its own prefill are not recorded.
 
     Args:
-        cache: a `RaaSCache`, or another of the paged caches; empty, or in the midst of a sequence.
-        layers: indices of the layers to record; None for all that have pages.
-        heads: indices of the KV heads to record in each; None for all.
+        cache: a `RaaSCache` or another paged cache, empty or in the middle of a sequence.
+        layers: indices of the layers to record; None for all paged layers.
+        heads: indices of the KV heads to record in each layer; None for all.
 
     Raises:
-        TypeError: `cache` is not a paged one.
-        ValueError: `cache` is being recorded already, `layers` or `heads` are no indices; when recording begins,
-            that a layer has no such head.
+        TypeError: `cache` is not a paged cache.
+        ValueError: `cache` is being recorded already, or `layers` or `heads` are not indices. If a layer has no such
+            head, the first recorded step raises the error.
 
     Example:
 
@@ -37,7 +38,7 @@ def record(
     ```
     """
     if not isinstance(cache, PagedCache):
-        raise TypeError(f"cache={cache!r} must be a RaaSCache or another paged cache; for all that is, DenseCache.")
+        raise TypeError(f"cache={cache!r} must be a RaaSCache or another paged cache. DenseCache keeps everything.")
     for name, indices in (("layers", layers), ("heads", heads)):
         if indices is not None and (not indices or any(type(i) is not int or i < 0 for i in indices)):
             raise ValueError(f"{name}={indices!r} must be indices such as [0, 1], or None for all.")

@@ -1,4 +1,4 @@
-"""The figures: each function takes a recording, and gives a matplotlib `Figure` or HTML."""
+"""The figures. Each function takes a recording, and returns a matplotlib `Figure` or HTML."""
 
 from __future__ import annotations
 
@@ -25,18 +25,20 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from transformers import PreTrainedTokenizerBase
 
-CELLS = 300  # of a waterfall, a side: each is some pixels wide, so that the use of a single step is seen
+CELLS = 300  # cells per side of a waterfall: each is a few pixels wide, so that a single use is visible
 
 
 @dataclass(frozen=True)
 class LostMass:
-    """The attention that a dense run gave to pages which another cache had evicted by then.
+    """The attention of a `DenseCache` to pages that another cache had evicted before that step.
+
+    T is the number of steps from the first eviction on, N the number of evicted pages.
 
     Args:
-        steps: `[T]`, sequence index of the newest token at each step from the first eviction on.
-        by_step: `[T]`, share of the step's attention, 0 to 1, that fell on pages evicted by then.
-        pages: `[N]`, sequence index of the first token of each page evicted.
-        by_page: `[N]`, the shares that fell on it since its eviction, summed: 1 is all attention of one step.
+        steps: `[T]`, position of the newest token at each step.
+        by_step: `[T]`, share of the step's attention on evicted pages, 0 to 1.
+        pages: `[N]`, position of the first token of each evicted page.
+        by_page: `[N]`, sum of the page's shares over all steps after its eviction; 1 is the whole attention of a step.
     """
 
     steps: np.ndarray
@@ -46,24 +48,24 @@ class LostMass:
 
     @property
     def share(self) -> float:
-        """Share of all attention since the first eviction, 0 to 1; 0 where nothing was evicted."""
+        """Share of all attention since the first eviction, 0 to 1. It is 0 if nothing was evicted."""
         return float(self.by_step.mean()) if len(self.steps) else 0.0
 
 
 def lost_mass(recording: Recording, dense: Recording, layer: int, head: int, row: int = 0) -> LostMass:
-    """How much one KV head would have looked at what it had evicted.
+    """Measure how much attention one KV head would have given to pages that it had evicted.
 
     Args:
-        recording: of a cache that evicts.
-        dense: of a `DenseCache` with the same `page_size`, through which the same ids were `read`.
+        recording: recording of a cache that evicts.
+        dense: recording of a `DenseCache` with the same `page_size`, through which `read` read the same ids.
         layer, head, row: as in `Recording.history`.
 
     Raises:
-        ValueError: `dense` is of another method or page size, or lacks steps or pages that this takes.
+        ValueError: `dense` has another method or page size, or lacks steps or pages of `recording`.
     """
     mend = f"read the same ids after the same prompt through DenseCache(budget, page_size={recording.page_size})."
     if dense.method != repr(DensePolicy()) or dense.page_size != recording.page_size:
-        raise ValueError(f"dense is of {dense.method} with page_size={dense.page_size}: {mend}")
+        raise ValueError(f"dense is a recording of {dense.method} with page_size={dense.page_size}: {mend}")
     history, whole = recording.history(layer, head, row), dense.history(layer, head, row)
     is_evicted = np.isfinite(history.evicted)
     pages, evicted = history.first[is_evicted], history.evicted[is_evicted]
@@ -71,7 +73,7 @@ def lost_mass(recording: Recording, dense: Recording, layer: int, head: int, row
     for name, wanted, found in (("steps", steps, whole.steps), ("pages", pages, whole.first)):
         missing = np.setdiff1d(wanted, found)
         if len(missing):
-            raise ValueError(f"dense lacks {len(missing)} {name} of the recording, first that at {missing[0]}: {mend}")
+            raise ValueError(f"dense lacks {len(missing)} {name} of the recording, the first at {missing[0]}: {mend}")
     step, first = whole.steps[whole.at], whole.first[whole.page]
     of_both = np.isin(step, steps) & np.isin(first, pages)
     at, page = np.searchsorted(steps, step[of_both]), np.searchsorted(pages, first[of_both])
@@ -81,10 +83,11 @@ def lost_mass(recording: Recording, dense: Recording, layer: int, head: int, row
 
 
 def waterfall(recording: Recording, layer: int, head: int, row: int = 0, alpha: float = DEFAULT_ALPHA) -> Figure:
-    """What each page scores at each step: milestones are used for a while and then no more (section 2 of the paper).
+    """Draw the score of each page at each step: milestones are used for a while (section 2 of the paper).
 
-    A column is a page, a row a step, the shade the score: middle grey at `alpha`. It is blank above a page's birth and
-    hatched below its eviction. Of more than `CELLS` steps or pages, a cell shows the highest score of several.
+    A column is a page, and a row is a step. The shade is the score, with middle grey at `alpha`. A column is blank
+    above the birth of its page and hatched below its eviction. If there are more than `CELLS` steps or pages, a cell
+    shows the highest score of several steps or pages.
 
     Args:
         layer, head, row: as in `Recording.history`.
@@ -99,21 +102,21 @@ def waterfall(recording: Recording, layer: int, head: int, row: int = 0, alpha: 
 
     _check_alpha(alpha)
     history = recording.history(layer, head, row)
-    figure, (axis,) = _figure(f"What each page scores: {_name(recording, layer, head, row)}", recording, height=6.8)
+    figure, (axis,) = _figure(f"Score of each page: {_name(recording, layer, head, row)}", recording, height=6.8)
     sizes = len(history.steps), len(history.first)
-    steps, pages = (-(-size // CELLS) for size in sizes)  # that a cell stands for
+    steps, pages = (-(-size // CELLS) for size in sizes)  # per cell
     score = np.full((-(-sizes[0] // steps), -(-sizes[1] // pages)), -1.0)
     np.maximum.at(score, (history.at // steps, history.page // pages), np.nan_to_num(history.scores))
     end = history.steps[-1] + 1
     tops = np.append(np.append(history.steps[0], history.steps[:-1] + 1)[::steps], end)
     left, right = _extents(history, recording)
     lefts, rights = left[::pages], np.append(right[pages - 1 : -1 : pages], right[-1])
-    # The cells of a mesh lie side by side: where pages went before the recording, there is one that holds nothing.
+    # The cells of a mesh have no gaps. Pages that were evicted before the recording become an empty cell.
     edges = np.union1d(lefts, rights)
     page = np.searchsorted(lefts, edges[:-1], side="right") - 1
     score = np.where(edges[:-1] < rights[page], score[:, page], -1)
 
-    shades = LinearSegmentedColormap.from_list("", ["0.92", "0"])  # a score of zero is not blank
+    shades = LinearSegmentedColormap.from_list("", ["0.92", "0"])  # a score of 0 is light grey, not blank
     norm = TwoSlopeNorm(alpha, vmin=0, vmax=1)
     image = axis.pcolormesh(edges, tops, np.ma.masked_less(score, 0), cmap=shades, norm=norm, rasterized=True)
     gone = np.isfinite(history.evicted)
@@ -124,8 +127,8 @@ def waterfall(recording: Recording, layer: int, head: int, row: int = 0, alpha: 
         axis.legend(loc="upper right")
     for start, stop in _pinned(history, left, right):
         axis.vlines([start, stop], tops[0], end, color="0", linewidth=1)
-        axis.text(start, 1.01, "pinned input", transform=axis.get_xaxis_transform(), fontsize=9)
-    axis.set(xlabel="tokens of the sequence, a column a page", ylabel="step: the token being written (time runs down)")
+        axis.text(start, 1.01, "pinned prompt", transform=axis.get_xaxis_transform(), fontsize=9)
+    axis.set(xlabel="position in the sequence (a column is a page)", ylabel="step: position of the new token")
     axis.set(xlim=(edges[0], edges[-1]), ylim=(end, tops[0]))
     bar = figure.colorbar(image, ax=axis, label="score: attention weight on the page (0 to 1)", shrink=0.7, pad=0.02)
     bar.set_ticks([0, alpha, 1], labels=["0", f"{alpha:g}\n(alpha)", "1"])
@@ -133,9 +136,9 @@ def waterfall(recording: Recording, layer: int, head: int, row: int = 0, alpha: 
 
 
 def lifetimes(recording: Recording, layer: int, head: int, row: int = 0, alpha: float = DEFAULT_ALPHA) -> Figure:
-    """How long each page lives, and when it was last of use: a bar a page from its birth to its eviction.
+    """Draw how long each page lives, and when it was last used: one bar per page, from its birth to its eviction.
 
-    The colour of a bar is the last step at which its page scored `alpha` or more; one that never did is a thin line.
+    The colour of a bar is the last step at which its page scored `alpha` or more. A page that never did is a thin line.
 
     Args:
         layer, head, row: as in `Recording.history`.
@@ -151,7 +154,7 @@ def lifetimes(recording: Recording, layer: int, head: int, row: int = 0, alpha: 
 
     _check_alpha(alpha)
     history = recording.history(layer, head, row)
-    figure, (axis,) = _figure(f"How long each page lives: {_name(recording, layer, head, row)}", recording, height=6.8)
+    figure, (axis,) = _figure(f"Lifetime of each page: {_name(recording, layer, head, row)}", recording, height=6.8)
     top, bottom = _extents(history, recording)
     end, used = history.steps[-1] + 1, history.last_use(alpha)
     death = np.where(np.isnan(history.evicted), end, history.evicted)
@@ -164,26 +167,28 @@ def lifetimes(recording: Recording, layer: int, head: int, row: int = 0, alpha: 
     axis.vlines(death[gone], top[gone], bottom[gone], color="0", linewidth=2, label="evicted")
     for start, stop in _pinned(history, top, bottom):
         axis.hlines([start, stop], top[0], end, color="0", linewidth=1)
-        axis.text(end, start, "pinned input ", fontsize=9, va="bottom", ha="right")
-    axis.set(xlabel="step: the token being written", ylabel="tokens of the sequence, a bar a page")
+        axis.text(end, start, "pinned prompt ", fontsize=9, va="bottom", ha="right")
+    axis.set(xlabel="step: position of the new token", ylabel="position in the sequence (a bar is a page)")
     axis.set(xlim=(top[0], end), ylim=(bottom[-1], top[0]))
     axis.legend(loc="lower left")
-    figure.colorbar(colours, ax=axis, label=f"last step at which it scored {alpha:g} or more", shrink=0.7, pad=0.02)
+    figure.colorbar(colours, ax=axis, label=f"last step with a score of {alpha:g} or more", shrink=0.7, pad=0.02)
     return figure
 
 
 def occupancy(recording: Recording, row: int = 0) -> Figure:
-    """Tokens held against tokens seen: a line for the layers that hold alike, the mean of their recorded KV heads.
+    """Draw tokens held against tokens seen, as the mean over the recorded KV heads of a layer.
+
+    Layers that hold the same numbers of tokens share one line.
 
     Args:
         row: as in `Recording.history`.
 
     Raises:
-        ValueError: nothing was recorded, or not of that row.
+        ValueError: nothing was recorded, or nothing of that row.
         ImportError: matplotlib is missing.
     """
     reporting.require_matplotlib()
-    title = "Tokens held in a layer, mean of its KV heads" + (f", row {row}" if recording.rows > 1 else "")
+    title = "Tokens held in a layer (mean of its KV heads)" + (f", row {row}" if recording.rows > 1 else "")
     figure, (axis,) = _figure(title, recording, height=4.5)
     lines: dict[tuple[float, ...], list[int]] = {}
     for layer in _recorded(recording):
@@ -205,13 +210,13 @@ def occupancy(recording: Recording, row: int = 0) -> Figure:
 
 
 def regret(recording: Recording, dense: Recording, layer: int, head: int, row: int = 0) -> Figure:
-    """What eviction costs one KV head: the attention that a dense run gives to evicted pages, see `lost_mass`.
+    """Draw what eviction costs one KV head: the attention of a `DenseCache` to evicted pages, see `lost_mass`.
 
-    Above at each step; below on each page, since its eviction.
+    The upper plot shows the lost attention at each step, the lower plot the lost attention on each page.
 
     Args:
-        recording: of a cache that evicts.
-        dense: of a `DenseCache` with the same `page_size`, through which the same ids were `read`.
+        recording: recording of a cache that evicts.
+        dense: recording of a `DenseCache` with the same `page_size`, through which `read` read the same ids.
         layer, head, row: as in `Recording.history`.
 
     Raises:
@@ -233,13 +238,13 @@ def regret(recording: Recording, dense: Recording, layer: int, head: int, row: i
     lost, end = lost_mass(recording, dense, layer, head, row), recording.history(layer, head, row).steps[-1] + 1
     name, steps = _name(recording, layer, head, row), len(lost.steps)
     said = f"{lost.share:.1%} of its attention over the {steps:,} steps after the first eviction fell on evicted pages"
-    title = f"What was lost: {name}\n{said if steps else 'No page was evicted'}"
+    title = f"Lost attention: {name}\n{said if steps else 'No page was evicted'}"
     figure, (above, below) = _figure(title, recording, height=6.2, rows=2)
     above.stairs(lost.by_step, np.append(lost.steps, end), fill=True, color="0.2")
-    above.set(xlabel="step: the token being written", ylabel="lost, share of the\nstep's attention (0 to 1)")
+    above.set(xlabel="step: position of the new token", ylabel="lost share of the\nstep's attention (0 to 1)")
     above.set_ylim(0, 1)
     below.bar(lost.pages, lost.by_page, recording.page_size, align="edge", color="0.2")
-    below.set(xlabel="first token of the evicted page", ylabel="lost since its eviction,\nin steps' whole attention")
+    below.set(xlabel="first token of the evicted page", ylabel="lost since its eviction\n(1: attention of one step)")
     below.set_ylim(bottom=0)
     for axis in (above, below):
         axis.set(xlim=(0, end), axisbelow=True)
@@ -255,38 +260,39 @@ def tokens(
     head: int | None = None,
     row: int = 0,
 ) -> html.Html:
-    """The sequence as text, each token shaded by how long it was kept, and struck out if every KV head evicted it.
+    """Show the text of the sequence. A token is shaded by how long it was kept, and struck out if all heads evicted it.
 
     Args:
-        tokenizer: the model's.
-        ids: `[tokens]`, prompt and all that came after it: a row of what `generate` returned.
-        layer, head: which to show; None for the mean over all that were recorded.
+        tokenizer: tokenizer of the model.
+        ids: `[tokens]`, prompt and generated tokens: one row of the result of `generate`.
+        layer, head: the layer and KV head to show; None for the mean over all that were recorded.
         row: as in `Recording.history`.
 
     Returns:
-        HTML that a notebook shows, and a string: `Path("tokens.html").write_text(shown)`.
+        HTML that a notebook displays. It is also a string: `Path("tokens.html").write_text(shown)`.
 
     Raises:
-        ValueError: `ids` is not the recorded sequence, by its length, or nothing was recorded of that head.
+        ValueError: `ids` does not have the length of the recorded sequence, or nothing was recorded of that head.
     """
     layers = _recorded(recording) if layer is None else [layer]
-    chosen = [(of, index) for of in layers for index in (recording.heads(of) if head is None else [head])]
+    chosen = [(number, index) for number in layers for index in (recording.heads(number) if head is None else [head])]
     histories = {place: recording.history(*place, row) for place in chosen}
     steps = histories[chosen[0]].steps
     given = torch.as_tensor(ids)
-    # `generate` returns a last token that the cache has not seen.
+    # The last token that `generate` returns was not read by the model, so the cache has not seen it.
     if given.ndim != 1 or len(given) not in (steps[-1] + 1, steps[-1] + 2):
         raise ValueError(
-            f"ids is of shape {list(given.shape)}, and the recording has seen {steps[-1] + 1} tokens: give one row of "
-            "what generate returned, prompt included."
+            f"ids has shape {list(given.shape)}, and the recording has seen {steps[-1] + 1} tokens: give one row of "
+            "the ids that generate returned, including the prompt."
         )
     index = np.arange(steps[-1] + 1)
-    gone = np.stack([_eviction_of_tokens(recording, of, histories[of, head]) for of, head in chosen])
+    # [KV heads, tokens], also `kept`
+    gone = np.stack([_eviction_of_tokens(recording, number, histories[number, head]) for number, head in chosen])
     born = np.searchsorted(steps, index)
     kept = np.clip(np.searchsorted(steps, gone) - born, 0, None)
     share, left = kept.mean(0) / (len(steps) - born), np.isfinite(gone).sum(0)
     first = recording.layers[layers[0]].forwards()[0]
-    start = first.step + (first.page == INPUT)  # the first token that is not input
+    start = first.step + (first.page == INPUT)  # the first token that is not part of the prompt
     heads = f"{len(chosen)} KV head{'s' * (len(chosen) > 1)}"
 
     parts: tuple[list[html.Piece], list[html.Piece]] = [], []
@@ -295,26 +301,26 @@ def tokens(
         if where.stop > len(index):
             piece = html.Piece(text, 1, False, f"{title}: not in the cache yet")
         else:
-            of = slice(where.start, where.stop)
-            title += f": held for {kept[:, of].mean():.0f} of {len(steps) - born[where.start]} steps"
-            title += f", evicted by {left[of].max()} of {heads}"
-            piece = html.Piece(text, float(share[of].mean()), bool((left[of] == len(chosen)).all()), title)
+            span = slice(where.start, where.stop)
+            title += f": held for {kept[:, span].mean():.0f} of {len(steps) - born[where.start]} steps"
+            title += f", evicted by {left[span].max()} of {heads}"
+            piece = html.Piece(text, float(share[span].mean()), bool((left[span] == len(chosen)).all()), title)
         parts[where.start >= start].append(piece)
     return html.of_text(*parts, heads)
 
 
 def _eviction_of_tokens(recording: Recording, layer: int, history: History) -> np.ndarray:
-    """Step at which each token seen was evicted, `[tokens]` float; NaN if it was not, -1 if before the recording."""
+    """`[tokens]` float, step at which each token was evicted; NaN: not evicted, -1: evicted before the recording."""
     evicted = dict(zip(history.first.tolist(), history.evicted.tolist(), strict=True)) | {INPUT: np.nan}
     return np.array([evicted.get(page, -1) for page in recording.pages_of_tokens(layer).tolist()])
 
 
 def _texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> Iterator[tuple[str, range]]:
-    """What each token says in its place, left padding left out; those that a character is split over come together."""
+    """Yield the text of each token and its positions, without left padding. Joins tokens that share a character."""
     padding = next((place for place, token in enumerate(ids) if token != tokenizer.pad_token_id), len(ids))
     before = start = padding
     for end in range(padding + 1, len(ids) + 1):
-        # Decoded behind the text before it, for some tokenizers drop the space before a text's first word.
+        # Decode together with the text before, because some tokenizers drop the space before the first word.
         decoded = (tokenizer.decode(ids[before:to], clean_up_tokenization_spaces=False) for to in (start, end))
         known, text = cast("tuple[str, str]", tuple(decoded))
         is_whole = len(text) > len(known) and not text.endswith("\ufffd")
@@ -329,7 +335,7 @@ def _check_alpha(alpha: float) -> None:
 
 def _recorded(recording: Recording) -> list[int]:
     if not recording.recorded:
-        raise ValueError("recording holds nothing: generate in `with record(cache) as recording`.")
+        raise ValueError("recording is empty: generate inside `with record(cache) as recording`.")
     return recording.recorded
 
 
@@ -347,13 +353,13 @@ def _figure(title: str, recording: Recording, height: float, rows: int = 1) -> t
 
 
 def _extents(history: History, recording: Recording) -> tuple[np.ndarray, np.ndarray]:
-    """Sequence index of each page's first token, `[N]`, and of the token behind its last."""
+    """`[N]` each: position of each page's first token, and position after its last token."""
     behind = np.append(history.first[1:], history.steps[-1] + 1)
     return history.first, np.minimum(history.first + recording.page_size, behind)
 
 
 def _pinned(history: History, starts: np.ndarray, ends: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Where pinned pages that lie side by side begin and end."""
+    """Yield the start and the end of each group of adjacent pinned pages."""
     changes = np.flatnonzero(np.diff(history.is_pinned, prepend=False, append=False))
     for first, behind in changes.reshape(-1, 2):
         yield starts[first], ends[behind - 1]

@@ -1,6 +1,6 @@
-"""What a notebook shows: a cache at a glance, and a chain's own text shaded by what was kept of it.
+"""HTML for notebooks: an overview of a cache, and the text of a chain, shaded by how long each token was kept.
 
-Plain inline-styled HTML without scripts, whose colours stand on a light page and on a dark one.
+The HTML has inline styles and no scripts. Its colours are readable on light and dark pages.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from itertools import groupby
 from ..cache.paged_layer import PagedLayer
 
 
-PINNED, EVICTABLE = "#0072B2", "#E69F00"  # of Okabe and Ito; in grey one is dark, the other light
-GREY = "128,128,128"  # shows on white and on black alike
+PINNED, EVICTABLE = "#0072B2", "#E69F00"  # colours of Okabe and Ito: dark and light when printed in grey
+GREY = "128,128,128"  # visible on white and on black
 FREE = f"rgba({GREY},.25)"
 SMALL = "font-size:85%;line-height:1.5"
 TEXT = "white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.6;font-family:monospace;padding-left:8px"
 
 
 class Html(str):
-    """HTML that Jupyter shows, and that `Path.write_text` writes."""
+    """HTML that Jupyter displays, and that `Path.write_text` can write."""
 
     def _repr_html_(self) -> str:
         return str(self)
@@ -29,13 +29,13 @@ class Html(str):
 
 @dataclass(frozen=True)
 class Piece:
-    """The text of a token, or of the few that a character is split over.
+    """The text of a token, or of several tokens that share a character.
 
     Args:
-        text: as it reads in its place.
-        kept: share of the steps since it was written for which it was held, 0 to 1.
-        is_evicted: whether no KV head holds it any more.
-        title: what is said where the pointer rests on it.
+        text: text of the token at its position in the sequence.
+        kept: share of the steps since the token was written at which the cache held it, 0 to 1.
+        is_evicted: whether all KV heads have evicted it.
+        title: text that appears when the pointer is on the token.
     """
 
     text: str
@@ -45,14 +45,14 @@ class Piece:
 
 
 def of_text(prompt: Sequence[Piece], generated: Sequence[Piece], heads: str) -> Html:
-    """The text of a sequence, each token shaded by how long it was kept, and struck out if it was evicted.
+    """The text of a sequence. A token is shaded by how long it was kept, and struck out if it was evicted.
 
     Args:
-        prompt, generated: what was there before the first recorded step, and what came since.
-        heads: what the shade is the mean of, such as "6 KV heads".
+        prompt, generated: the tokens before the first recorded step, and the tokens after it.
+        heads: description of the heads over which the shade is the mean, such as "6 KV heads".
     """
     legend = [Piece(" all ", 1, False, ""), Piece(" half ", 0.5, False, ""), Piece("evicted by all", 0, True, "")]
-    shade = "Shade: share of the steps since a token was written for which it was held"
+    shade = "Shade: share of the steps since a token was written at which it was held"
     parts = [f"{shade}, mean of {escape(heads)}: {_marked(legend)}"]
     for name, colour, pieces in (("Before the recording", PINNED, prompt), ("Since then", EVICTABLE, generated)):
         parts.append(f'{name}<div style="{TEXT};border-left:4px solid {colour}">{_marked(pieces)}</div>')
@@ -60,12 +60,13 @@ def of_text(prompt: Sequence[Piece], generated: Sequence[Piece], heads: str) -> 
 
 
 def of_cache(name: str, about: str, layers: Sequence[object], is_over_budget: bool) -> Html:
-    """A cache at a glance: what its layers hold of their budget, neighbours that are alike together.
+    """An overview of a cache: the tokens that each layer holds. Adjacent layers with equal numbers share a line.
 
     Args:
-        name, about: the cache's class, and its method, settings and size.
-        layers: its layers, in the order of the model; of those that are not paged, the class is named.
-        is_over_budget: whether it holds more than it was asked to.
+        name: class of the cache.
+        about: its method, settings and size.
+        layers: its layers, in the order of the model. For layers that are not paged, only the class is shown.
+        is_over_budget: whether the cache exceeds its budget.
     """
     lines = [f"<b>{escape(name)}</b> {escape(about)}"]
     glances = [_glance(layer) for layer in layers]
@@ -77,7 +78,7 @@ def of_cache(name: str, about: str, layers: Sequence[object], is_over_budget: bo
     if not layers:
         lines.append("empty")
     if is_over_budget:
-        lines.append("<b>over budget</b>: the prompt leaves less room than min_decode_pages")
+        lines.append("<b>over budget</b>: the prompt leaves fewer than min_decode_pages pages")
     return Html("".join(f'<div style="{SMALL}">{line}</div>' for line in lines))
 
 
@@ -116,7 +117,7 @@ def _bar(pages: tuple[int, ...], widest: int) -> str:
 def _marked(pieces: Sequence[Piece]) -> str:
     marked = []
     for piece in pieces:
-        # In ASCII, so that a file of it need not name its encoding.
+        # ASCII only, so that a file does not need to state its encoding.
         text, title = (escape(said).encode("ascii", "xmlcharrefreplace").decode() for said in (piece.text, piece.title))
         tag = "del" if piece.is_evicted else "span"
         marked.append(f'<{tag} title="{title}" style="background:rgba({GREY},{0.6 * piece.kept:.2f})">{text}</{tag}>')

@@ -1,4 +1,4 @@
-"""The metric `evaluate.load(raas_cache.eval.math_answer())`: the share of outputs whose final answer is right."""
+"""The metric `evaluate.load(raas_cache.eval.math_answer())`: the share of outputs with a correct final answer."""
 
 import datasets
 import evaluate
@@ -6,7 +6,7 @@ import evaluate
 from raas_cache.eval.answers import is_correct, require_math_verify
 
 
-DESCRIPTION = "The share of a model's outputs whose final answer is the gold answer, as math-verify sees it."
+DESCRIPTION = "The share of a model's outputs whose final answer equals the gold answer according to math-verify."
 
 CITATION = """\
 @misc{mathverify,
@@ -19,12 +19,12 @@ CITATION = """\
 
 INPUTS = r"""
 Args:
-    predictions: what a model wrote, whole; the answer is in the last `\boxed{}`, after `####`, or announced.
+    predictions: complete outputs of a model. The answer is in the last `\boxed{}`, after `####`, or announced.
     references: the gold answers.
 
 Returns:
-    accuracy: share of right answers.
-    correct: for each prediction, whether its answer is right.
+    accuracy: share of correct answers.
+    correct: for each prediction, whether its answer is correct.
 
 Examples:
     >>> metric = evaluate.load(raas_cache.eval.math_answer())
@@ -34,7 +34,7 @@ Examples:
 
 
 class MathAnswer(evaluate.Metric):
-    """Marks outputs by `raas_cache.eval.answers.is_correct`."""
+    """Marks outputs with `raas_cache.eval.answers.is_correct`."""
 
     def _info(self) -> evaluate.MetricInfo:
         require_math_verify()
