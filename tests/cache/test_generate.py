@@ -71,10 +71,7 @@ def assert_holds_the_same(cache, other):
         for name, counts in vars(ours.table.counts).items():
             assert np.array_equal(counts, getattr(theirs.table.counts, name)), name
         kvs = ours.engine.kv, theirs.engine.kv
-        orders = [
-            torch.where(kv.bias == 0, kv.positions, torch.iinfo(torch.int32).max).argsort(-1)
-            for kv in kvs
-        ]
+        orders = [torch.where(kv.bias == 0, kv.positions, torch.iinfo(torch.int32).max).argsort(-1) for kv in kvs]
         for name in ("positions", "bias", "keys", "values"):
             held = [
                 torch.take_along_dim(
@@ -82,9 +79,7 @@ def assert_holds_the_same(cache, other):
                 )
                 for kv, order in zip(kvs, orders, strict=True)
             ]
-            visible = [
-                kv.bias.take_along_dim(order, 2) == 0 for kv, order in zip(kvs, orders, strict=True)
-            ]
+            visible = [kv.bias.take_along_dim(order, 2) == 0 for kv, order in zip(kvs, orders, strict=True)]
             assert torch.equal(*visible)
             torch.testing.assert_close(held[0][visible[0]], held[1][visible[1]], rtol=1e-9, atol=1e-9)
         priorities = [kv.priority.masked_fill(~kv.held, float("-inf")).sort(-1).values for kv in kvs]

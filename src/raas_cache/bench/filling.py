@@ -161,7 +161,10 @@ class Filler:
                 continue
             # From here on as the registered attention function.
             forward: Forward = handed[0].paged_forward  # type: ignore[attr-defined]
-            query, softmax = self._draw(self.heads, tokens), Softmax(scale=self.head_dim**-0.5, softcap=None, sinks=None)
+            query, softmax = (
+                self._draw(self.heads, tokens),
+                Softmax(scale=self.head_dim**-0.5, softcap=None, sinks=None),
+            )
             forward.attend(query, softmax)
 
     def _draw(self, heads: int, tokens: int) -> torch.Tensor:

@@ -261,7 +261,6 @@ class PagedCache(Cache):
             "between cache and attention, needs a DynamicCache."
         )
 
-
     @property
     def _knows_layers(self) -> bool:
         return not isinstance(self.layers, _LayersToCome)
@@ -396,9 +395,7 @@ class PagedCache(Cache):
             layer.activate_past_recording()
         self.layers.append(layer)
 
-    def _learn_layers(
-        self, layer_idx: int, module: torch.nn.Module, key: torch.Tensor, value: torch.Tensor
-    ) -> bool:
+    def _learn_layers(self, layer_idx: int, module: torch.nn.Module, key: torch.Tensor, value: torch.Tensor) -> bool:
         """The first attention call tells the model's config: give every layer the cache it is to have.
 
         Args:

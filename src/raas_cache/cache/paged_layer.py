@@ -94,9 +94,7 @@ class PagedLayer(CacheLayerMixin):
     def is_compileable(self) -> bool:  # type: ignore[override]  # transformers only reads it
         """Whether a decode step has the shapes, and its buffers the places, of the step before it."""
         engine = self.engine
-        return not (
-            engine.settings.grows or engine.records_past or engine.reads_prefill or engine.tracer is not None
-        )
+        return not (engine.settings.grows or engine.records_past or engine.reads_prefill or engine.tracer is not None)
 
     @property
     def record_past(self) -> bool:
@@ -130,9 +128,7 @@ class PagedLayer(CacheLayerMixin):
         """
         return self.begin(key_states, value_states)[1:]
 
-    def begin(
-        self, key_states: torch.Tensor, value_states: torch.Tensor
-    ) -> tuple[Forward, torch.Tensor, torch.Tensor]:
+    def begin(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[Forward, torch.Tensor, torch.Tensor]:
         """As `update`; returns the forward too."""
         begun = begin(self.decode, key_states, value_states)
         self.has_begun()

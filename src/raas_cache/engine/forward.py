@@ -325,9 +325,7 @@ class Latent(Forward):
         return self.forward.read(query, softmax, expanded)
 
 
-def begin(
-    decode: Decode, key: torch.Tensor, value: torch.Tensor
-) -> tuple[Forward, torch.Tensor, torch.Tensor]:
+def begin(decode: Decode, key: torch.Tensor, value: torch.Tensor) -> tuple[Forward, torch.Tensor, torch.Tensor]:
     """Take the new tokens of a layer.
 
     A single token after the first forward is a generated one, unless `reads_prefill`; several tokens are prefill. While

@@ -205,7 +205,9 @@ class LayerEngine:
         )
         queries = length if observed is None else min(observed, length)
         if queries and self.scoring == "minmax":
-            scores = self._bound_scores(read, query[:, :, length - queries :], positions[:, length - queries :], softmax)
+            scores = self._bound_scores(
+                read, query[:, :, length - queries :], positions[:, length - queries :], softmax
+            )
         return output, self.shared(scores)
 
     def _bound_scores(

@@ -148,7 +148,9 @@ def _limits_after(table: PageTable, touched: np.ndarray, places: Places) -> np.n
 def _pages_for(table: PageTable, touched: np.ndarray, places: Places) -> int:
     """Pages to have for the new tokens, and for the decode tokens of rows that have yet to decode."""
     if table.settings.prompt == "evict":
-        return max(places.pages_needed, 0 if places.is_fresh.all() and len(touched) == table.batch_size else table.num_pages)
+        return max(
+            places.pages_needed, 0 if places.is_fresh.all() and len(touched) == table.batch_size else table.num_pages
+        )
     limits = _limits_after(table, touched, places)
     needed = places.base + places.pages
     for i in np.flatnonzero(places.is_fresh):
@@ -259,7 +261,9 @@ def truncate(table: PageTable, seen: np.ndarray, drops_decoded: bool) -> None:
     for row in np.flatnonzero(fresh):
         counts.limit[row] = table.limit_beside(int(kept[row]))
     if fresh.all():
-        table.set_pages(max(int(n) + table.pages_to_allocate(0, int(limit)) for n, limit in zip(kept, counts.limit, strict=True)))
+        table.set_pages(
+            max(int(n) + table.pages_to_allocate(0, int(limit)) for n, limit in zip(kept, counts.limit, strict=True))
+        )
     else:
         added = int((pinned_pages - kept).min())  # behind all other pages, and empty again
         table.set_pages(table.num_pages - added)

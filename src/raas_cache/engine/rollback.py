@@ -184,5 +184,3 @@ class Rollback:
     def apply_to_rows(self, function: RowFunction) -> None:
         for note in self.notes:
             note.apply_to_rows(function)
-
-

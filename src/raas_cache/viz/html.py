@@ -87,7 +87,9 @@ def _glance(layer: object) -> tuple[str, tuple[int, ...]]:
     if not isinstance(layer, PagedLayer) or not layer.is_initialized:
         return f"{type(layer).__name__}, no pages", ()
     table = layer.table
-    pinned, opened, limit = (int(counts.max()) for counts in (table.counts.pinned_pages, table.opened, table.counts.limit))
+    pinned, opened, limit = (
+        int(counts.max()) for counts in (table.counts.pinned_pages, table.opened, table.counts.limit)
+    )
     allocated = table.num_pages - pinned
     evictable = min(opened, limit, allocated)
     pages = pinned, evictable, allocated - evictable
