@@ -70,12 +70,10 @@ def dispatcher(dense: AttentionFunction) -> AttentionFunction:
         *args: Any,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        forward: Forward | None = getattr(key, "paged_forward", None)
+        forward: Forward = getattr(key, "paged_forward", None) or _latent_forward(module)  # type: ignore[assignment]
         if forward is None:
-            forward = _latent_forward(module)
-            if forward is None:
-                return dense(module, query, key, value, attention_mask, *args, **kwargs)
-        elif getattr(value, "paged_forward", None) is not forward:
+            return dense(module, query, key, value, attention_mask, *args, **kwargs)
+        if not forward.layer.is_latent and getattr(value, "paged_forward", None) is not forward:
             raise ValueError(
                 f"{type(module).__name__} changes its values between cache and attention, and the cache would not know "
                 "how: use a DynamicCache for this model."

@@ -112,7 +112,7 @@ def run_kernels(
         query = draw(batch, heads, 1, head_dim)
         keys, values = (draw(batch, kv_heads, budget, head_dim) for _ in range(2))
         buffers = [(query, keys.clone(), values.clone()) for _ in range(max(2, -(-4 * llc // bytes_read)))]
-        caches = [(query, PagedKV.filled(*contents, page_size)) for query, *contents in buffers]
+        caches = [(query, PagedKV.filled(keys, values, page_size)) for query, keys, values in buffers]
         ours = partial(_attend, scale=head_dim**-0.5)
         turns = cycle(buffers)
         dense = {name: _timing(kernel, turns, repeats) for name, kernel in _dense_kernels(buffers[0]).items()}

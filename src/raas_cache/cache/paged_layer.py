@@ -61,8 +61,11 @@ class PagedLayer(CacheLayerMixin):
         self._trace = self.engine.tracer = trace
 
     @property
-    def keys(self) -> torch.Tensor | None:  # type: ignore[override]  # transformers moves them between devices
-        """`[batch, kv_heads, slots, head_dim]`, 8-bit codes as bytes; None while nothing is held."""
+    def keys(self) -> torch.Tensor | None:
+        """`[batch, kv_heads, slots, head_dim]`, 8-bit codes as bytes; None while nothing is held.
+
+        transformers assigns it, to move a layer between devices.
+        """
         return None if self.table.kv is None else movable(self.table.kv.keys)
 
     @keys.setter
@@ -72,7 +75,7 @@ class PagedLayer(CacheLayerMixin):
             kv.keys = keys.view(kv.keys.dtype)
 
     @property
-    def values(self) -> torch.Tensor | None:  # type: ignore[override]
+    def values(self) -> torch.Tensor | None:
         """`[batch, kv_heads, slots, value_dim]`, 8-bit codes as bytes; None while nothing is held."""
         return None if self.table.kv is None else movable(self.table.kv.values)
 
@@ -106,7 +109,7 @@ class PagedLayer(CacheLayerMixin):
         self.engine.records_past = records
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Take rows, heads, sizes, dtype and device from the first key and value; the first prefill sizes the buffers."""
+        """Take rows, heads, sizes, dtype and device from the first key and value; the first prefill sizes buffers."""
         if self.table.kv is None:
             self.table.allocate(key_states, value_states, self.engine.batch_size or key_states.shape[0])
         self.has_begun()

@@ -128,12 +128,11 @@ class Forward:
 
 
 class Decode(Forward):
-    """One generated token a row. One object serves all decode steps of a layer, so a compiled step sees the same one."""
+    """One generated token a row. One object serves all decode steps of a layer, so that compiled steps see no other."""
 
     def __init__(self, layer: LayerEngine):
         self.layer, self.new = layer, 1
-        self.key: torch.Tensor | None = None
-        self.value: torch.Tensor | None = None
+        self.key = self.value = None  # type: ignore[assignment]
         self.awaits_attention = self.is_at_work = False
 
     def attend(
@@ -147,9 +146,8 @@ class Decode(Forward):
             if layer.records_past or layer.expects_turn or layer.rollback.notes:
                 self._note(DecodeNote)
             visible = None if seen is None else seen.get("visible")
-            assert self.key is not None and self.value is not None
             new = self.key, self.value, None if visible is None else visible[:, 0].expand(len(self.key))
-            self.key = self.value = None
+            self.key = self.value = None  # type: ignore[assignment]
             layer.table.before_decode(layer.rows)
         output = step(layer, query, softmax, new, expanded)
         self.is_at_work = False
@@ -158,13 +156,12 @@ class Decode(Forward):
 
     def store(self, seen: Seen) -> None:
         layer = self.layer
-        assert self.key is not None and self.value is not None
         self._note(DecodeNote)
         layer.table.before_decode(layer.rows)
         visible = seen.get("visible")
         shown = None if visible is None else visible[:, 0].expand(len(self.key))
         raas_kernels.append(layer.kv, self.key, self.value, shown, layer.row_index, layer.closes_pages)
-        self.key = self.value = None
+        self.key = self.value = None  # type: ignore[assignment]
 
     def read(self, query: torch.Tensor, softmax: Softmax, expanded: Expanded | None) -> torch.Tensor:
         return step(self.layer, query, softmax, None, expanded)
@@ -199,7 +196,7 @@ class Prefill(Forward):
             visible, leading = visible.expand(count, -1), leading and leading * count
         self.places = write_prefill(layer.table, self.key, self.value, visible, leading, layer.rows)
         self.competes, layer.admits = layer.settings.prompt == "evict", False
-        del self.key, self.value
+        self.key = self.value = None  # type: ignore[assignment]
 
     @uncompiled
     def read(self, query: torch.Tensor, softmax: Softmax, expanded: Expanded | None) -> torch.Tensor | None:
@@ -301,7 +298,7 @@ class Latent(Forward):
     """
 
     def __init__(self, forward: Forward):
-        super().__init__(forward.layer, forward.key, forward.value)  # type: ignore[arg-type]  # a Decode's are set
+        super().__init__(forward.layer, forward.key, forward.value)
         self.layer.pending = self
         self.forward, self.is_at_work = forward, True
         forward.awaits_attention = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -102,10 +102,11 @@ class LayerEngine:
         if rows is None:
             return kv
 
-        def taken(held: torch.Tensor | None) -> torch.Tensor | None:
-            return None if held is None else movable(held)[rows].view(held.dtype)
+        def taken(held: torch.Tensor) -> torch.Tensor:
+            return movable(held)[rows].view(held.dtype)
 
-        return replace(kv, **{n: taken(held) for n, held in vars(kv).items() if isinstance(held, torch.Tensor)})
+        buffers: dict[str, Any] = {name: taken(held) for name, held in vars(kv).items() if torch.is_tensor(held)}
+        return replace(kv, **buffers)
 
     def show(self, visible: torch.Tensor) -> None:
         """Let attention read the held tokens that `visible` `[batch, tokens]` names, by position, and no others."""

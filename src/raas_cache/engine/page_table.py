@@ -10,9 +10,9 @@ import torch
 import raas_kernels
 from raas_kernels import PagedKV
 
+from .layer_settings import CODES, LayerSettings
 from .resize import RowFunction, allocating, fix_addresses, map_rows, movable, resized
 from .row_counts import RowCounts, Rows
-from .layer_settings import CODES, LayerSettings
 
 
 FIRST_TOKENS = 128  # a layer begins with evictable pages for that many tokens, and takes more as it needs them
@@ -146,16 +146,18 @@ class PageTable:
     def opened(self) -> np.ndarray:
         """Evictable pages that each row ever opened, `[batch]`."""
         counts = self.counts
-        return counts.released + -(-counts.decoded // self.page_size)
+        opened: np.ndarray = counts.released + -(-counts.decoded // self.page_size)
+        return opened
 
     @property
     def evicted(self) -> np.ndarray:
         """Pages that each row has evicted so far, the same for each of its KV heads, `[batch]`."""
-        return (self.opened - self.counts.limit).clip(0)
+        evicted: np.ndarray = (self.opened - self.counts.limit).clip(0)
+        return evicted
 
     @property
     def is_over_budget(self) -> bool:
-        """Whether the prefill of a row leaves less room than `min_decode_pages`, so that it holds more than the budget."""
+        """Whether a row's prefill leaves less room than `min_decode_pages`, so that it holds more than the budget."""
         settings = self.settings
         if settings.grows or self.kv is None:
             return False

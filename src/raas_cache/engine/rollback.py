@@ -61,9 +61,11 @@ class DecodeNote:
             page = torch.where(device_opens, raas_kernels.victim(kv), page)
             contents = gathered(kv, page[..., None])
         index = page[..., None, None]
-        bounds = (None if held is None else torch.take_along_dim(held, index, 2) for held in (kv.key_min, kv.key_max))
+        key_min, key_max = (
+            None if held is None else torch.take_along_dim(held, index, 2) for held in (kv.key_min, kv.key_max)
+        )
         states = None if kv.states is None else kv.states.clone()
-        return cls(page, contents, *bounds, kv.priority.clone(), states, kv.open_slot.clone())
+        return cls(page, contents, key_min, key_max, kv.priority.clone(), states, kv.open_slot.clone())
 
     def undo(self, table: PageTable, kept: int, attend: Callable[..., None]) -> int:
         """Put `table` back as it was before the step (`kept` is 0); returns the tokens taken back: 1."""

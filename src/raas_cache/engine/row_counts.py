@@ -49,8 +49,8 @@ class RowCounts:
 
     @classmethod
     def empty(cls, batch_size: int) -> RowCounts:
-        zeros = [np.zeros(batch_size, np.int64) for _ in range(6)]
-        return cls(*zeros, pinned=np.zeros((batch_size, 0), bool))
+        seen, decoded, padding, prefilled, released, limit = (np.zeros(batch_size, np.int64) for _ in range(6))
+        return cls(seen, decoded, padding, prefilled, released, limit, np.zeros((batch_size, 0), bool))
 
     @property
     def pinned_pages(self) -> np.ndarray:

@@ -22,10 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig
 
 from ..cache.paged_layer import PagedLayer
-from ..engine.forward import Prefill
 from ..common.measure import kv_nbytes
 from ..common.reporting import markdown
 from ..common.upstream import CACHE_ARGUMENT
+from ..engine.forward import Prefill
 from ..methods.raas import RaaSCache
 
 
@@ -193,7 +193,9 @@ class _Model:
             forward = layer.engine.pending
             assert isinstance(forward, Prefill)
             forward.store({})
-            if forward.competes:  # prompt="evict": a prompt that is all stored is cut to the budget
+            if (
+                forward.competes and forward.places is not None
+            ):  # with prompt="evict"
                 layer.engine.evict_prefill(forward.places, None, queries=0)
             paged.append(layer)
             bytes_per_token += batch_size * sum(states.nbytes for states in of_a_token)
