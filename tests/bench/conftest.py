@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig
 
 from raas_cache.bench.filling import build_model
-from raas_cache.bench.steps import Plan, run
+from raas_cache.bench.steps import Grid, run
 
 from .tiny import BUDGET, CONFIG, CPU, PAGE
 
@@ -19,8 +19,8 @@ def model():
 
 @pytest.fixture(scope="module")
 def rows(model):
-    plan = Plan(("raas", "quest"), (40, 256), budgets=(BUDGET,), page_size=PAGE, steps=5)
-    return [row for cell in run(model, plan) for row in cell]
+    grid = Grid(("raas", "quest"), (40, 256), budgets=(BUDGET,), page_size=PAGE, steps=5)
+    return [row for cell in run(model, grid) for row in cell]
 
 
 @pytest.fixture

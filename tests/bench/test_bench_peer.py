@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from raas_cache.bench import Peer, Plan, build_model, read_json, run, steps, table
+from raas_cache.bench import Grid, Peer, build_model, read_json, run, steps, table
 
 from .. import kvpress_stand_in
 from ..docs.test_docs import RESULTS
@@ -36,10 +36,10 @@ def model():
 
 def test_it_takes_turns_with_the_others(model, stand_in, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "/nowhere")  # of this environment, which is not the peer's
-    plan = Plan(("raas",), (100, 30), batches=(3,), budgets=(BUDGET,), page_size=PAGE, steps=4)
+    grid = Grid(("raas",), (100, 30), batches=(3,), budgets=(BUDGET,), page_size=PAGE, steps=4)
     with Peer(stand_in / "bin" / "python") as peer:
         assert peer.about.keys() == {"kvpress", "torch", "transformers"} and peer.about["kvpress"] == "9.8"
-        cells = list(run(model, plan, peer))
+        cells = list(run(model, grid, peer))
         process = peer._process
         assert process.poll() is None
     assert process.poll() is not None
@@ -48,7 +48,7 @@ def test_it_takes_turns_with_the_others(model, stand_in, monkeypatch):
         ours = cell[-1]
         assert ours.ran == "eager" and len(ours.timing.steps) == 4 and min(ours.timing.steps) > 0
         assert ours.kv_bytes == 3 * min(BUDGET, ours.case.seen) * TOKEN_BYTES
-        assert ours.ratios["DynamicCache"] > 0 and ours.ratios["StaticCache(budget)"] > 0
+        assert ours.ratios["dynamic"] > 0 and ours.ratios["StaticCache(budget)"] > 0
     turns, seen = steps.WARMUP * 2 + 4, noted(stand_in)
     assert len(seen) == 2 * turns
     for cell, first in ((seen[:turns], 100), (seen[turns:], 30)):
@@ -61,10 +61,10 @@ def test_it_takes_turns_with_the_others(model, stand_in, monkeypatch):
 
 
 def test_without_one_there_is_no_such_row(model):
-    (rows,) = run(model, Plan(("raas",), (40,), budgets=(BUDGET,), page_size=PAGE, steps=2))
+    (rows,) = run(model, Grid(("raas",), (40,), budgets=(BUDGET,), page_size=PAGE, steps=2))
     assert [row.case.method for row in rows] == [*steps.BASELINES, "raas"]
-    with pytest.raises(ValueError, match=r"method='kvpress' runs on an older transformers .* with --peer-python"):
-        Plan(("raas", "kvpress"), (40,))
+    with pytest.raises(ValueError, match=r"method='kvpress' runs on an older transformers .* as --peer-python"):
+        Grid(("raas", "kvpress"), (40,))
 
 
 def test_the_command_takes_it(stand_in, tmp_path):
@@ -85,7 +85,7 @@ def test_the_command_takes_it(stand_in, tmp_path):
     ("script", "reason"),
     [
         (None, "No such file or directory"),
-        ("", "it said nothing"),
+        ("", "it printed nothing"),
         ("echo hello", "hello"),
         ("echo 3", "3"),
         ("echo [3]", r"\[3\]"),
@@ -129,7 +129,7 @@ def test_the_docs_show_what_was_measured():
     measured = read_json(RESULTS / "bench-kvpress-cpu.json")
     rows = table_of(table(measured), "")
     page = (RESULTS.parent / "performance.md").read_text()
-    shown = table_of(page, "## Beside kvpress")
+    shown = table_of(page, "## Comparison with kvpress")
     assert len(shown) == 4 and {row["method"] for row in shown} == {"raas", "kvpress"}
     for row in shown:
         assert row in [{name: one[name] for name in row} for one in rows]

@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 from raas_cache.bench import steps
 from raas_cache.bench.filling import build_model, load_config
 from raas_cache.bench.kernels import run_kernels
-from raas_cache.bench.steps import Plan, run
+from raas_cache.bench.steps import Grid, run
 
 from .tiny import BUDGET, CONFIG, PAGE, command
 
@@ -26,7 +26,7 @@ def test_command_prints_and_writes(config_folder, tmp_path):
     assert len(lines) == 2 + 4 * 4
     found = json.loads((tmp_path / "out" / "bench.json").read_text())
     assert found["threads"] == torch.get_num_threads() and found["dtype"] == "float32" and found["device"] == "CPU"
-    assert found["plan"]["budgets"] == [48, 64] and len(found["rows"]) == 16
+    assert found["grid"]["budgets"] == [48, 64] and len(found["rows"]) == 16
     written = {path.name for path in (tmp_path / "out").iterdir()}
     assert written == {"bench.json", *(f"{n}.{e}" for n in ("ms_per_token", "kv_bytes") for e in ("png", "svg"))}
 
@@ -45,9 +45,9 @@ def test_command_times_kernels(config_folder, tmp_path):
     ("options", "message"),
     [
         (["--method", "rass"], "did you mean 'raas'?"),
-        (["--method", "raas,kvpress"], "an environment that has kvpress with --peer-python"),
+        (["--method", "raas,kvpress"], "an environment with kvpress as --peer-python"),
         (["--mode", "fast"], "mode='fast' is unknown: use one of 'eager', 'compiled'"),
-        (["--seen", "1k"], "'1k' must be numbers"),
+        (["--seen", "1k"], "'1k' must be whole numbers"),
         (["--seen", "0"], "seen=0 must be at least 1"),
         (["--batch", "0"], "batch=0 must be at least 1"),
         (["--budget", "40"], "budget=40 must be at least 47"),
@@ -89,8 +89,8 @@ def test_help_lists_the_options():
 @pytest.mark.gpu
 def test_everything_on_a_gpu(tmp_path):
     config, device = LlamaConfig(**CONFIG), torch.device("cuda")
-    plan = Plan(("raas", "h2o"), (512,), budgets=(BUDGET,), modes=steps.MODES, page_size=PAGE, steps=4)
-    eager, compiled = run(build_model(config, device, torch.bfloat16), plan)
+    grid = Grid(("raas", "h2o"), (512,), budgets=(BUDGET,), modes=steps.MODES, page_size=PAGE, steps=4)
+    eager, compiled = run(build_model(config, device, torch.bfloat16), grid)
     assert {row.ran for row in eager} == {"eager"}
     assert {row.case.method for row in compiled if row.ran == "compiled"} >= {"StaticCache(seen)", "raas"}
     (row,) = run_kernels(

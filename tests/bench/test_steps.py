@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from raas_cache.bench import report, steps
-from raas_cache.bench.steps import BASELINES, Plan, run
+from raas_cache.bench.steps import BASELINES, Grid, run
 from raas_cache.common.upstream import CACHE_ARGUMENT
 
 from .tiny import BUDGET, CPU, PAGE, TOKEN_BYTES
@@ -22,9 +22,9 @@ def test_a_cell_has_the_baselines_and_the_methods(rows):
     assert {row.ran for row in rows} == {"eager"}
     size = {row.case.method: row.kv_bytes for row in rows if row.case.seen == 256}
     # 2 copies, each with 3 + 5 / 2 turns to go.
-    assert size["DynamicCache"] == 256 * TOKEN_BYTES and size["StaticCache(seen)"] == (256 + 6) * TOKEN_BYTES
+    assert size["dynamic"] == 256 * TOKEN_BYTES and size["StaticCache(seen)"] == (256 + 6) * TOKEN_BYTES
     assert size["StaticCache(budget)"] == size["raas"] == BUDGET * TOKEN_BYTES
-    assert size["quest"] > size["DynamicCache"]
+    assert size["quest"] > size["dynamic"]
 
 
 def test_ratios_are_those_of_the_steps_in_the_json(rows, tmp_path):
@@ -87,9 +87,9 @@ def test_caches_take_turns_at_the_right_positions(model):
         calls.append((id(kwargs[CACHE_ARGUMENT]), kwargs["position_ids"].tolist(), kwargs["input_ids"].shape))
 
     hook = model.register_forward_pre_hook(note, with_kwargs=True)
-    plan = Plan(("raas",), (100,), batches=(3,), budgets=(BUDGET,), page_size=PAGE, steps=4, copies=2)
+    grid = Grid(("raas",), (100,), batches=(3,), budgets=(BUDGET,), page_size=PAGE, steps=4, copies=2)
     try:
-        list(run(model, plan))
+        list(run(model, grid))
     finally:
         hook.remove()
     names, turns = 4, steps.WARMUP * 2 + 4
@@ -102,11 +102,15 @@ def test_caches_take_turns_at_the_right_positions(model):
         assert {shape for _, _, shape in ours} == {(3, 1)}
 
 
+def test_baselines_need_not_be_named_and_have_one_row():
+    assert Grid(("dynamic", "raas", "raas"), (40,)).methods == ("raas",)
+
+
 def test_large_caches_have_one_copy(model, monkeypatch):
     monkeypatch.setattr(steps, "ONE_COPY", 100 * TOKEN_BYTES)
     caches = set()
     hook = model.register_forward_pre_hook(lambda _, __, kwargs: caches.add(kwargs[CACHE_ARGUMENT]), with_kwargs=True)
-    (rows,) = run(model, Plan(("raas",), (100,), budgets=(BUDGET,), page_size=PAGE, steps=2))
+    (rows,) = run(model, Grid(("raas",), (100,), budgets=(BUDGET,), page_size=PAGE, steps=2))
     hook.remove()
     assert sorted(type(cache).__name__ for cache in caches) == [
         "DynamicCache", "RaaSCache", "RaaSCache", "StaticCache", "StaticCache", "StaticCache"
@@ -122,12 +126,12 @@ def test_compiled_cells_compile_what_can_be(model, monkeypatch):
         return compile_(function, backend="eager", fullgraph=options["fullgraph"], dynamic=options["dynamic"])
 
     monkeypatch.setattr(torch, "compile", without_inductor)
-    plan = Plan(("quest",), (40,), budgets=(BUDGET,), modes=("compiled",), page_size=PAGE, steps=2)
-    (rows,) = run(model, plan)
+    grid = Grid(("quest",), (40,), budgets=(BUDGET,), modes=("compiled",), page_size=PAGE, steps=2)
+    (rows,) = run(model, grid)
     assert calls == [{"fullgraph": True, "dynamic": False, "mode": "default"}], "one for all caches"
     ran = {row.case.method: row.ran for row in rows}
     assert ran == {
-        "DynamicCache": "eager", "StaticCache(seen)": "compiled", "StaticCache(budget)": "compiled", "quest": "eager"
+        "dynamic": "eager", "StaticCache(seen)": "compiled", "StaticCache(budget)": "compiled", "quest": "eager"
     }  # fmt: skip
 
 
@@ -136,21 +140,21 @@ def test_what_does_not_fit_is_left_out_and_said(model, monkeypatch, rows):
     # Two copies of 64 tokens for each of two caches; not two of 500 more.
     room = (2 * 2 * BUDGET + 200) * TOKEN_BYTES
     monkeypatch.setattr(steps, "free_bytes", lambda device: (room + weights) / 0.9 - weights + 1)
-    (cell,) = run(model, Plan(("raas", "quest"), (500,), budgets=(BUDGET,), page_size=PAGE, steps=2))
+    (cell,) = run(model, Grid(("raas", "quest"), (500,), budgets=(BUDGET,), page_size=PAGE, steps=2))
     ran = {row.case.method: row.ran for row in cell}
-    large = {"DynamicCache", "StaticCache(seen)", "quest"}
+    large = {"dynamic", "StaticCache(seen)", "quest"}
     assert ran == {**dict.fromkeys(large, "does not fit"), "StaticCache(budget)": "eager", "raas": "eager"}
     for row in cell:
         if row.case.method in large:
             assert row.timing is None and row.kv_bytes == 500 * TOKEN_BYTES
             assert set(row.ratios.values()) == {None}
         else:
-            assert row.ratios["DynamicCache"] is None and row.ratios["StaticCache(budget)"] > 0
+            assert row.ratios["dynamic"] is None and row.ratios["StaticCache(budget)"] > 0
     assert f"| does not fit | - | - | - | - | {500 * TOKEN_BYTES:,} |" in report.table(cell)
     pytest.importorskip("matplotlib")
     lines = report.figures(rows + cell)["kv_bytes"].axes[0].get_lines()
     assert {line.get_label(): len(line.get_xdata()) for line in lines} == {
-        "DynamicCache": 2, "StaticCache(seen)": 2, "StaticCache(budget)": 3, "raas": 3, "quest": 2
+        "dynamic": 2, "StaticCache(seen)": 2, "StaticCache(budget)": 3, "raas": 3, "quest": 2
     }  # fmt: skip
 
 

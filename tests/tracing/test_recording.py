@@ -176,9 +176,9 @@ def test_layers_and_heads_are_chosen(model):
     with record(every) as whole:
         generate(model, prompt(1, 14), every, 80)
     np.testing.assert_array_equal(recording.history(1, 1).stamp, whole.history(1, 1).stamp)
-    with pytest.raises(ValueError, match=r"layer=0: nothing was recorded of it, only of the layers \[1\]"):
+    with pytest.raises(ValueError, match=r"layer=0 was not recorded, only the layers \[1\]"):
         recording.history(0, 1)
-    with pytest.raises(ValueError, match=r"head=0: nothing was recorded of it, only of the KV heads \[1\]"):
+    with pytest.raises(ValueError, match=r"head=0 was not recorded, only the KV heads \[1\]"):
         recording.history(1, 0)
     with pytest.raises(ValueError, match="row=2: the batch has 1 rows"):
         recording.history(1, 1, row=2)

@@ -70,10 +70,10 @@ def test_a_waterfall_by_hand(by_hand):
     assert sorted(bars(axis.containers[0])) == [[3, 9, 5, 11], [5, 7, 7, 11]], "evicted, to the end"
     assert axis.containers[0][0].get_hatch() and axis.containers[0].get_label() == "evicted"
     assert segments(axis, None) == [((0, 3), (0, 11)), ((3, 3), (3, 11))]
-    assert texts(axis) == [("pinned input", (0, 1.01))]
+    assert texts(axis) == [("pinned prompt", (0, 1.01))]
     assert axis.get_xlim() == (0, 11) and axis.get_ylim() == (11, 3), "time runs down"
     assert "tokens" in axis.get_xlabel() and "token" in axis.get_ylabel() and "(0 to 1)" in bar.get_ylabel()
-    assert figure.get_suptitle() == "What each page scores: layer 1, KV head 0\nRaaSPolicy(), budget=8, page_size=2"
+    assert figure.get_suptitle() == "Score of each page: layer 1, KV head 0\nRaaSPolicy(), budget=8, page_size=2"
 
 
 def test_shades_are_monotone_and_zero_is_not_blank(by_hand):
@@ -128,7 +128,7 @@ def test_lifetimes_by_hand(by_hand):
     assert segments(axis, "never scored 0.2") == [((2, 2.5), (11, 2.5)), ((5, 6), (7, 6)), ((9, 10), (11, 10))]
     assert segments(axis, "evicted") == [((9, 3), (9, 5)), ((7, 5), (7, 7))]
     assert [text.get_text() for text in axis.get_legend().get_texts()] == ["never scored 0.2", "evicted"]
-    assert texts(axis) == [("pinned input", (11, 0))] and axis.get_ylim() == (11, 0)
+    assert texts(axis) == [("pinned prompt", (11, 0))] and axis.get_ylim() == (11, 0)
     assert "step" in axis.get_xlabel() and "tokens" in axis.get_ylabel() and "0.2 or more" in scale.get_ylabel()
     at_an_eighth = viz.lifetimes(by_hand, **PLACE, alpha=0.125).axes[0]
     assert bars(at_an_eighth.containers[0])[2] == [5, 5, 7, 7], "page 5 scored 0.125"
@@ -179,7 +179,7 @@ def test_lost_mass_by_hand(by_hand, dense_by_hand):
     assert lost.share == 0.9375 / 4
     figure = viz.regret(by_hand, dense_by_hand, **PLACE)
     said = "23.4% of its attention over the 4 steps after the first eviction fell on evicted pages"
-    assert figure.get_suptitle().splitlines()[:2] == ["What was lost: layer 1, KV head 0", said]
+    assert figure.get_suptitle().splitlines()[:2] == ["Lost attention: layer 1, KV head 0", said]
     above, below = figure.axes
     (steps,) = (patch for patch in above.patches if isinstance(patch, StepPatch))
     assert steps.get_data().values.tolist() == lost.by_step.tolist()
@@ -220,10 +220,12 @@ def test_nothing_evicted_is_nothing_lost(dense_by_hand):
 def test_what_cannot_be_compared_is_refused(by_hand, dense_by_hand):
     mend = r"read the same ids after the same prompt through DenseCache\(budget, page_size=2\)"
     others = {
-        r"dense is of RaaSPolicy\(\) with page_size=2": by_hand,
-        r"dense is of DensePolicy\(\) with page_size=4": recording_of(HELD, page_size=4, method="DensePolicy()"),
-        "dense lacks 2 steps of the recording, first that at 9": recording_of(HELD[:6], method="DensePolicy()"),
-        "dense lacks 1 pages of the recording, first that at 5": recording_of([[0, 2, 3]] * 8, method="DensePolicy()"),
+        r"dense is a recording of RaaSPolicy\(\) with page_size=2": by_hand,
+        r"dense is a recording of DensePolicy\(\) with page_size=4": recording_of(
+            HELD, page_size=4, method="DensePolicy()"
+        ),
+        "dense lacks 2 steps of the recording, the first at 9": recording_of(HELD[:6], method="DensePolicy()"),
+        "dense lacks 1 pages of the recording, the first at 5": recording_of([[0, 2, 3]] * 8, method="DensePolicy()"),
     }
     for said, dense in others.items():
         for function in (viz.lost_mass, viz.regret):
@@ -240,7 +242,7 @@ FIGURES = {
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_what_was_not_recorded_is_refused(dense_by_hand, name):
-    for wrong, said in (({"layer": 0}, r"only of the layers \[1\]"), ({"head": 1}, "head=1"), ({"row": 2}, "1 rows")):
+    for wrong, said in (({"layer": 0}, r"only the layers \[1\]"), ({"head": 1}, "head=1"), ({"row": 2}, "1 rows")):
         with pytest.raises(ValueError, match=said):
             FIGURES[name](dense_by_hand, **{**PLACE, **wrong})
 
@@ -248,7 +250,7 @@ def test_what_was_not_recorded_is_refused(dense_by_hand, name):
 def test_an_empty_recording_is_refused():
     empty = Recording("RaaSPolicy()", 8, 2, "pin")
     for draw in (viz.occupancy, lambda recording: viz.tokens(recording, Words(), range(11))):
-        with pytest.raises(ValueError, match=r"recording holds nothing: generate in `with record\(cache\)"):
+        with pytest.raises(ValueError, match=r"recording is empty: generate inside `with record\(cache\)"):
             draw(empty)
 
 

@@ -50,7 +50,7 @@ def test_what_bounds_nothing_or_is_exceeded_says_so():
     for cache in (dense, over):
         generate(tiny_model(), prompt(1, 34), cache, 40)
     assert "73 of 73 tokens held; pages" in card(dense) and "over budget" not in card(dense)
-    assert "<b>over budget</b>: the prompt leaves less room than min_decode_pages" in card(over)
+    assert "<b>over budget</b>: the prompt leaves fewer than min_decode_pages pages" in card(over)
 
 
 def test_layers_without_pages_are_named():

@@ -94,7 +94,7 @@ def test_a_character_of_several_tokens_is_whole(kind):
 
 def test_ids_of_another_length_are_refused(by_hand, embedded, tokenizer):
     for ids, shape in ((range(10), r"\[10\]"), (range(13), r"\[13\]"), (torch.zeros(1, 11), r"\[1, 11\]")):
-        with pytest.raises(ValueError, match=f"ids is of shape {shape}, and the recording has seen 11 tokens: give"):
+        with pytest.raises(ValueError, match=f"ids has shape {shape}, and the recording has seen 11 tokens: give"):
             viz.tokens(by_hand, Words(), ids)
-    with pytest.raises(ValueError, match=r"ids is of shape \[1, 767\]"):
+    with pytest.raises(ValueError, match=r"ids has shape \[1, 767\]"):
         viz.tokens(embedded[0], tokenizer, embedded[2][None])

@@ -128,7 +128,9 @@ def waterfall(recording: Recording, layer: int, head: int, row: int = 0, alpha: 
     for start, stop in _pinned(history, left, right):
         axis.vlines([start, stop], tops[0], end, color="0", linewidth=1)
         axis.text(start, 1.01, "pinned prompt", transform=axis.get_xaxis_transform(), fontsize=9)
-    axis.set(xlabel="position in the sequence (a column is a page)", ylabel="step: position of the new token")
+    axis.set(
+        xlabel="position in the sequence, in tokens (a column is a page)", ylabel="step: position of the new token"
+    )
     axis.set(xlim=(edges[0], edges[-1]), ylim=(end, tops[0]))
     bar = figure.colorbar(image, ax=axis, label="score: attention weight on the page (0 to 1)", shrink=0.7, pad=0.02)
     bar.set_ticks([0, alpha, 1], labels=["0", f"{alpha:g}\n(alpha)", "1"])
@@ -168,7 +170,7 @@ def lifetimes(recording: Recording, layer: int, head: int, row: int = 0, alpha: 
     for start, stop in _pinned(history, top, bottom):
         axis.hlines([start, stop], top[0], end, color="0", linewidth=1)
         axis.text(end, start, "pinned prompt ", fontsize=9, va="bottom", ha="right")
-    axis.set(xlabel="step: position of the new token", ylabel="position in the sequence (a bar is a page)")
+    axis.set(xlabel="step: position of the new token", ylabel="position in tokens (a bar is a page)")
     axis.set(xlim=(top[0], end), ylim=(bottom[-1], top[0]))
     axis.legend(loc="lower left")
     figure.colorbar(colours, ax=axis, label=f"last step with a score of {alpha:g} or more", shrink=0.7, pad=0.02)
