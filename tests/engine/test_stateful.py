@@ -235,7 +235,7 @@ class CacheMachine(RuleBasedStateMachine):
                 for page in (page for page in state.pages if not page.pinned):
                     stamp = stamps.pop(page.tokens[0])
                     # The store stamps the open page when it is full: until then nothing asks for its stamp.
-                    is_open = page is state.open and len(page.tokens) < layer.page_size
+                    is_open = page is state.open and len(page.tokens) < layer.settings.page_size
                     assert is_open or math.isclose(stamp, page.priority, rel_tol=1e-9, abs_tol=1e-12)
                 assert not stamps
 

@@ -163,7 +163,7 @@ def test_a_recorded_step_is_not_compiled(model):
 def test_padding_is_in_no_page(recorded):
     _, recording, _ = recorded
     assert recording.history(0, 0, row=0).first[0] == 0
-    assert recording.history(0, 0, row=1).first[0] == 4  # of six tokens of padding, four fill a page
+    assert recording.history(0, 0, row=1).first[0] == 6  # the six tokens of padding are not held
     assert recording.history(0, 0, row=1).resident[0] == 14 - 6 + 1
 
 
@@ -192,7 +192,7 @@ def test_of_other_models_the_paged_layers(name):
     cache = RaaSCache(**SMALL, config=model.config)
     with record(cache) as recording:
         generate(model, prompt(1, 14), cache, 80)
-    paged = [index for index, layer in enumerate(cache.layers) if hasattr(layer, "recorder")]
+    paged = [index for index, layer in enumerate(cache.layers) if hasattr(layer, "trace")]
     assert paged and recording.recorded == paged
     for layer in paged:
         history = recording.history(layer, 0)
@@ -204,7 +204,7 @@ def test_without_a_config_too():
     cache = RaaSCache(**SMALL)
     with record(cache) as recording:
         generate(model, prompt(1, 14), cache, 80)
-    paged = [index for index, layer in enumerate(cache.layers) if hasattr(layer, "recorder")]
+    paged = [index for index, layer in enumerate(cache.layers) if hasattr(layer, "trace")]
     assert paged and recording.recorded == paged
     assert all(recording.history(layer, 0).steps[-1] == 92 for layer in paged)
 

@@ -130,6 +130,8 @@ def write_prefill(
 
 def count_leading(visible: torch.Tensor) -> list[int]:
     """For each row of `visible` `[rows, new]`, the hidden tokens before the first visible one."""
+    if visible.is_meta:  # `raas_cache.plan` asks for sizes only
+        return [0] * len(visible)
     counts: list[int] = (visible.cumsum(1) == 0).sum(1).tolist()
     return counts
 
