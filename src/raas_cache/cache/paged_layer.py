@@ -15,6 +15,7 @@ from ..engine.layer_settings import LayerSettings
 from ..engine.page_table import PageTable
 from ..engine.prefill import truncate
 from ..engine.resize import RowFunction, movable
+from ..engine.step import rank
 
 
 if TYPE_CHECKING:
@@ -200,7 +201,7 @@ class PagedLayer(CacheLayerMixin):
         def stamp_again(query: torch.Tensor, softmax: object) -> None:
             _, scores = engine.attend_prefill(query, softmax)  # type: ignore[arg-type]
             if table.is_decoding:
-                engine.rank(scores, query.shape[2])
+                rank(engine, scores, query.shape[2])
 
         if table.kv is not None:
             engine.rollback.undo(table, -tokens_to_remove, stamp_again)
