@@ -27,6 +27,24 @@ class TouchedRows:
         self._admitted: set[int] = set()
         self._on_device: dict[torch.device, Rows] = {}
 
+    @classmethod
+    def of(
+        cls, rows: int | Sequence[int], batch_size: int | None, admits: bool, layers: list[PagedLayer]
+    ) -> TouchedRows:
+        """The rows `rows` of a cache whose paged layers that hold anything are `layers`.
+
+        Raises:
+            TypeError, ValueError: they are no rows of the cache, or `batch_size` is not its number of rows.
+        """
+        held = layers[0].table.batch_size if layers else None
+        if held is not None and batch_size not in (None, held):
+            raise ValueError(f"batch_size={batch_size}: the cache has {held} rows already. Leave batch_size out.")
+        if held is None and not admits:
+            raise ValueError(f"rows={rows}: the cache is empty. Begin with cache.admit(rows, batch_size=...).")
+        given = [rows] if isinstance(rows, int) else list(rows)
+        batch = held or batch_size or max(given, default=0) + 1
+        return cls(checked_rows(rows, batch), batch, admits)
+
     def prepare(self, engine: LayerEngine, device: torch.device) -> None:
         """Tell a layer which rows the next forward touches; an admitted layer's next forward is not its first."""
         if device not in self._on_device:
