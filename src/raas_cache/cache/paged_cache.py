@@ -343,7 +343,9 @@ class PagedCache(Cache):
             TypeError, ValueError: `rows` are no rows of the cache.
         """
         layers = self._paged_layers
-        indices = checked_rows(rows, layers[0].table.batch_size if layers else 0)
+        if not layers:
+            raise ValueError(f"rows={rows}: the cache is empty, so there is no row to release.")
+        indices = checked_rows(rows, layers[0].table.batch_size)
         with self._all_or_none():
             for layer in layers:
                 layer.table.release_rows(Rows.of(indices, layer.table.device))
@@ -362,25 +364,27 @@ class PagedCache(Cache):
             raise ValueError(f"batch_size={batch_size}: the cache has {held} rows already. Leave batch_size out.")
         if held is None and not admits:
             raise ValueError(f"rows={rows}: the cache is empty. Begin with cache.admit(rows, batch_size=...).")
-        given = [rows] if isinstance(rows, int) else list(rows)
-        batch = held or batch_size or max(given, default=0) + 1
+        batch = held if batch_size is None else whole_number("batch_size", batch_size)
         indices = checked_rows(rows, batch)
-        touched = TouchedRows(indices, batch, admits)
+        touched = TouchedRows(indices, batch or max(indices) + 1, admits)
         if self._knows_layers:
             touched.check_layers(self.layers)
         if admits and held is not None:
             self.release_rows(indices)
         self._rows, before = touched, self._rows
+        self._past_mask = PastMask()  # a mask is now one of these rows only
         try:
             for layer in layers:
                 touched.prepare(layer.engine, layer.table.device)
             yield
         finally:
-            self._rows = before
+            self._rows, self._past_mask = before, PastMask()
             for each in self.layers:
                 if isinstance(each, PagedLayer):
                     each.engine.set_rows(None)
                     each.engine.admits = False
+                    if before is not None and each.table.kv is not None:
+                        before.prepare(each.engine, each.table.device)
 
     def preallocate(self) -> None:
         """Allocate the whole budget with the next forward, instead of pages as they come.
@@ -564,7 +568,9 @@ class PagedCache(Cache):
         `seen_tokens[:, None]` are the `position_ids` of the next token where rows began at different steps.
         """
         layers = self._paged_layers
-        return torch.from_numpy(layers[0].table.counts.seen.copy()).to(layers[0].device) if layers else torch.zeros(0)
+        if not layers:
+            return torch.zeros(0, dtype=torch.int64)
+        return torch.from_numpy(layers[0].table.counts.seen.copy()).to(layers[0].device)
 
     @property
     def evictions(self) -> int:
