@@ -80,7 +80,7 @@ def _split_past(mask: torch.Tensor, new: int, forward: Forward) -> torch.Tensor:
             "them the same. Pass a 2-d mask of ones and zeros, or give the tokens one forward each."
         )
     if seen:
-        forward.layer.show(past[:, -1].expand(forward.layer.table.batch_size, -1))
+        forward.layer.show(past[:, -1])
     return rest
 
 

@@ -298,7 +298,9 @@ class PagedCache(Cache):
             TypeError, ValueError: `rows` are no rows of the cache.
         """
         layers = self._paged_layers
-        indices = checked_rows(rows, layers[0].table.batch_size if layers else 0)
+        if not layers:
+            raise ValueError(f"rows={rows}: the cache is empty, so there is no row to release.")
+        indices = checked_rows(rows, layers[0].table.batch_size)
         with self._all_or_none():
             for layer in layers:
                 layer.table.release_rows(Rows.of(indices, layer.table.device))
@@ -318,15 +320,18 @@ class PagedCache(Cache):
         if admits and paged:
             self.release_rows(touched.indices)
         self._rows, before = touched, self._rows
+        self._past_mask = PastMask()  # a mask is now one of these rows only
         try:
             for layer in paged:
                 touched.prepare(layer.engine, layer.table.device)
             yield
         finally:
-            self._rows = before
+            self._rows, self._past_mask = before, PastMask()
             for layer in self._paged_layers:
                 layer.engine.set_rows(None)
                 layer.engine.admits = False
+                if before is not None:
+                    before.prepare(layer.engine, layer.table.device)
 
     def preallocate(self) -> None:
         """Allocate the whole budget with the next forward, instead of pages as they come.

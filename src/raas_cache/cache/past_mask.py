@@ -58,7 +58,7 @@ class PastMask:
         make the host wait for the device.
 
         Args:
-            mask: `[batch, tokens]` bool, False where a token is hidden.
+            mask: `[rows, tokens]` bool, False where a token is hidden; of the rows that the forward touches.
             seen: tokens before this forward.
             new: tokens of this forward.
             layers: the paged layers that hold tokens.
@@ -66,15 +66,26 @@ class PastMask:
         Raises:
             ValueError: the mask has fewer tokens than the sequence.
         """
-        batch = layers[0].table.batch_size
+        table, rows = layers[0].table, layers[0].engine.rows
+        batch = table.batch_size if rows is None else len(rows.on_host)
         if mask is None or mask.shape[0] not in (1, batch):  # `update` refuses another batch
             return
         if isinstance(seen, int):
             check_mask_length(mask, seen, new)
             if new > 1 or mask.device.type == "cpu":
-                check_padding(mask, layers[0].table.counts.padding)
+                padding = table.counts.padding
+                check_padding(mask, padding if rows is None else padding[rows.on_host])
             if mask.device.type == "cpu":
                 layers = self._stale(mask, seen, new, layers)
+        if rows is not None and seen == 0:  # nothing is held of these rows
+            self.learn(mask, new)
+            return
+        if rows is not None:
+            for layer in layers:
+                known = layer.engine.known_mask
+                layer.engine.show(mask.to(layer.table.device))
+                layer.engine.known_mask = known
+            return
         devices: dict[torch.device, list[PagedLayer]] = {}
         for layer in layers:
             devices.setdefault(layer.table.device, []).append(layer)

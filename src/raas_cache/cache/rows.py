@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -9,7 +10,6 @@ import torch
 from ..engine.layer_engine import LayerEngine
 from ..engine.row_counts import Rows
 from .paged_layer import PagedLayer
-from .settings import whole_number
 
 
 class TouchedRows:
@@ -41,9 +41,9 @@ class TouchedRows:
             raise ValueError(f"batch_size={batch_size}: the cache has {held} rows already. Leave batch_size out.")
         if held is None and not admits:
             raise ValueError(f"rows={rows}: the cache is empty. Begin with cache.admit(rows, batch_size=...).")
-        given = [rows] if isinstance(rows, int) else list(rows)
-        batch = held or batch_size or max(given, default=0) + 1
-        return cls(checked_rows(rows, batch), batch, admits)
+        batch = held if batch_size is None else whole_number("batch_size", batch_size)
+        indices = checked_rows(rows, batch)
+        return cls(indices, batch or max(indices) + 1, admits)
 
     def prepare(self, engine: LayerEngine, device: torch.device) -> None:
         """Tell a layer which rows the next forward touches; an admitted layer's next forward is not its first."""
@@ -65,16 +65,28 @@ class TouchedRows:
                 )
 
 
-def checked_rows(rows: int | Sequence[int], batch_size: int) -> list[int]:
-    """`rows` as a list of indices into a batch of `batch_size` rows.
+def checked_rows(rows: int | Sequence[int], batch_size: int | None) -> list[int]:
+    """`rows` as a list of indices.
+
+    Args:
+        rows: a row or several rows; NumPy and torch integers are taken too.
+        batch_size: rows of the cache; None if it takes as many as it needs.
 
     Raises:
-        TypeError, ValueError: it is something else, or an index is out of range or there twice.
+        TypeError: `rows` is something else.
+        ValueError: `rows` is empty, or a row is out of range or named twice.
     """
-    indices = [rows] if isinstance(rows, int) else list(rows)
+    given = rows.tolist() if isinstance(rows, torch.Tensor) else rows
+    listed = list(given) if isinstance(given, Iterable) else [given]
+    if not all(hasattr(row, "__index__") and not isinstance(row, bool) for row in listed):
+        raise TypeError(f"rows={rows!r} must be an int, or a list of ints.")
+    indices = [operator.index(row) for row in listed]
     if not indices or len(set(indices)) < len(indices):
         raise ValueError(f"rows={rows} must be one row, or several different rows.")
-    for index in indices:
-        if whole_number("rows", index + 1) > batch_size:
-            raise ValueError(f"rows={rows} must lie between 0 and {batch_size - 1}: the cache has {batch_size} rows.")
+    if min(indices) < 0 or (batch_size is not None and max(indices) >= batch_size):
+        raise ValueError(
+            f"rows={rows} must not be negative."
+            if batch_size is None
+            else f"rows={rows} must lie between 0 and {batch_size - 1}: the cache has {batch_size} rows."
+        )
     return indices

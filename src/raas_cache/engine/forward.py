@@ -174,7 +174,7 @@ class Decode(Forward):
     def hide(self, seen: Seen) -> None:
         visible = seen.get("visible")
         if visible is not None:
-            self.layer.table.hide_decoded(visible[:, 0].expand(self.layer.table.batch_size))
+            self.layer.table.hide_decoded(visible[:, 0], self.layer.rows)
 
 
 class Prefill(Forward):

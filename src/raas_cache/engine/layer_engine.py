@@ -109,9 +109,14 @@ class LayerEngine:
         return replace(kv, **buffers)
 
     def show(self, visible: torch.Tensor) -> None:
-        """Let attention read the held tokens that `visible` `[batch, tokens]` names, by position, and no others."""
+        """Let attention read the held tokens that `visible` `[rows, tokens]` names, by position, and no others."""
         self.known_mask = None
-        raas_kernels.show([self.kv], visible)
+        kv, rows = self.kv_of_rows(), self.row_index
+        raas_kernels.show([kv], visible.expand(len(kv.bias), -1))
+        if rows is not None:
+            for held, shown in ((self.kv.bias, kv.bias), (self.kv.key_min, kv.key_min), (self.kv.key_max, kv.key_max)):
+                if held is not None and shown is not None:
+                    held[rows] = shown
 
     # Scores.
 

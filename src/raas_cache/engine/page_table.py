@@ -300,13 +300,18 @@ class PageTable:
         self._make_finite(hidden)
         self.summarise()
 
-    def hide_decoded(self, visible: torch.Tensor) -> None:
-        """Hide the decode token stored last where `visible` `[batch]` is False."""
+    def hide_decoded(self, visible: torch.Tensor, rows: Rows | None) -> None:
+        """Hide the decode token stored last in `rows` where `visible` `[rows]` is False."""
         kv = self.kv
         assert kv is not None
         slot = (kv.open_slot + kv.clock[..., 1] % self.page_size)[..., None]
         lane = torch.arange(kv.bias.shape[2], device=self.device)
-        hidden = (lane == slot) & ~visible[:, None, None]  # [batch, kv_heads, slots]
+        is_hidden = ~visible.expand(self.batch_size if rows is None else len(rows.on_host))
+        if rows is not None:
+            is_hidden = torch.zeros(self.batch_size, dtype=torch.bool, device=self.device).index_copy(
+                0, rows.on_device, is_hidden
+            )
+        hidden = (lane == slot) & is_hidden[:, None, None]  # [batch, kv_heads, slots]
         kv.bias.copy_(torch.where(hidden, float("-inf"), kv.bias))
         self._make_finite(hidden)
 
