@@ -10,6 +10,7 @@ import torch
 from ..engine.layer_engine import LayerEngine
 from ..engine.row_counts import Rows
 from .paged_layer import PagedLayer
+from .settings import whole_number
 
 
 class TouchedRows:
