@@ -147,12 +147,14 @@ class PagedLayer(CacheLayerMixin):
     def warn_if_prefill_fills_budget(self, new: int) -> bool:
         """Warn if `new` more prefill tokens leave less room than `min_decode_pages`; returns whether they do."""
         settings, counts = self.settings, self.table.counts
-        prompt_pages = math.ceil((int(counts.prefilled.max(initial=0)) + new) / settings.page_size)
+        rows = slice(None) if self.engine.rows is None else self.engine.rows.on_host
+        prompt_pages = math.ceil((int(counts.prefilled[rows].max(initial=0)) + new) / settings.page_size)
         room, least = settings.room_beside(prompt_pages), settings.min_decode_pages
         if settings.grows or room >= least:
             return False
         # Once decoding has begun, the number of decode pages is settled.
-        decode_pages = int(counts.limit.min()) if self.table.is_decoding else least
+        settled = counts.limit[rows][counts.decoded[rows] > 0]
+        decode_pages = int(settled.min()) if settled.size else least
         warnings.warn(
             f"budget={settings.budget} leaves {max(room, 0)} pages of {settings.page_size} tokens beside the "
             f"{prompt_pages} pages of the prompt; the cache holds {decode_pages} decode pages all the same "

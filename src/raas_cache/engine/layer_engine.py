@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -15,7 +15,6 @@ from .layer_settings import LayerSettings
 from .page_table import PageTable
 from .prefill import Places
 from .prefill_eviction import enter_competition, keep_best
-from .resize import movable
 from .rollback import Rollback
 from .step import rank
 
@@ -97,16 +96,29 @@ class LayerEngine:
         return self.kv_of_rows().with_contents(keys, values)
 
     def kv_of_rows(self) -> PagedKV:
-        """The buffers of the rows that the forward touches: copies, except where it touches all rows."""
+        """The buffers of the rows that the forward touches, for ranking: copies without keys and values.
+
+        Where the forward touches all rows, these are the buffers themselves.
+        """
         kv, rows = self.kv, self.row_index
         if rows is None:
             return kv
-
-        def taken(held: torch.Tensor) -> torch.Tensor:
-            return movable(held)[rows].view(held.dtype)
-
-        buffers: dict[str, Any] = {name: taken(held) for name, held in vars(kv).items() if torch.is_tensor(held)}
-        return replace(kv, **buffers)
+        return replace(
+            kv,
+            keys=kv.keys[:0],
+            values=kv.values[:0],
+            bias=kv.bias[rows],
+            positions=kv.positions[rows],
+            priority=kv.priority[rows],
+            evictable=kv.evictable[rows],
+            open_slot=kv.open_slot[rows],
+            clock=kv.clock[rows],
+            key_scales=None,
+            value_scales=None,
+            key_min=None,
+            key_max=None,
+            states=None if kv.states is None else kv.states[rows],
+        )
 
     def show(self, visible: torch.Tensor) -> None:
         """Let attention read the held tokens that `visible` `[rows, tokens]` names, by position, and no others."""
