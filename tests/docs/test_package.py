@@ -4,6 +4,7 @@ import ast
 import graphlib
 import importlib.metadata
 import importlib.resources
+import re
 import shutil
 import subprocess
 import sys
@@ -34,33 +35,137 @@ def test_kernels_import_neither_transformers_nor_raas_cache():
     assert run("import sys, raas_kernels; print({'transformers', 'raas_cache'} & set(sys.modules))") == "set()\n"
 
 
-def imports_of(path):
-    """The modules of the package that a file names in its imports, those for type checkers too."""
-    inside = path.relative_to(ROOT / "src").parts[:-1]
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            module = [*inside[: len(inside) - node.level + 1], *(node.module or "").split(".")]
-            start = ".".join(part for part in module if part)
-            yield from (start if node.module else f"{start}.{name.name}" for name in node.names)
+# The rooms of docs/architecture.md, the lowest first. A file imports from its own room and from lower floors.
+FLOORS = [
+    {"raas_kernels"},
+    {"engine"},
+    {"attention"},
+    {"cache"},
+    {"common"},
+    {"methods", "tracing"},
+    {"bench", "sizing", "viz"},
+    {"raas_cache"},  # __init__.py and register.py
+    {"eval"},
+    {"cli"},
+]
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+
+# Imports that point up. None of them runs when the package is imported.
+UPWARD = {
+    # A cache gives each layer a trace, and Jupyter displays a cache: types only, and an import when it is displayed.
+    ("raas_cache.cache.paged_cache", "raas_cache.tracing.recording"),
+    ("raas_cache.cache.paged_layer", "raas_cache.tracing.layer_trace"),
+    ("raas_cache.cache.inspection", "raas_cache.viz.html"),
+    # Within a room, types only: the part of an object names the whole, or an argument names its maker.
+    ("raas_cache.cache.inspection", "raas_cache.cache.paged_cache"),
+    ("raas_cache.engine.step", "raas_cache.engine.forward"),
+    ("raas_cache.engine.step", "raas_cache.engine.layer_engine"),
+    ("raas_cache.engine.layer_engine", "raas_cache.engine.forward"),
+    ("raas_cache.engine.rollback", "raas_cache.engine.forward"),
+}
 
 
-def test_arrows_point_one_way():
-    """No file imports, over whatever way, one that imports it; the package's face hands names on and does not count."""
-    files = {
-        ".".join(path.relative_to(ROOT / "src").with_suffix("").parts): path
-        for path in (ROOT / "src" / "raas_cache").rglob("*.py")
-        if path.name != "__init__.py"
+def files_of_packages():
+    """Every file of both packages, by the name of its module."""
+    for folder in ("src", "kernels"):
+        package = "raas_cache" if folder == "src" else "raas_kernels"
+        for path in (ROOT / folder / package).rglob("*.py"):
+            parts = path.relative_to(ROOT / folder).with_suffix("").parts
+            yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
+
+
+FILES = dict(files_of_packages())
+
+
+def imports_of(name, only_at_import=False):
+    """The modules that a file imports: at its top, for type checkers, and inside functions.
+
+    Args:
+        only_at_import: leave out what does not run when the file is imported.
+    """
+    package = name.split(".") if FILES[name].name == "__init__.py" else name.split(".")[:-1]
+    tree = ast.parse(FILES[name].read_text())
+    for node in tree.body if only_at_import else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            start = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            module = ".".join(part for part in (start, node.module) if part)
+            for alias in node.names:
+                yield f"{module}.{alias.name}" if f"{module}.{alias.name}" in FILES else module
+
+
+ARROWS = {name: set(imports_of(name)) for name in FILES}
+
+
+def room_of(name):
+    package, _, inside = name.partition(".")
+    if package != "raas_cache":
+        return package
+    return inside.partition(".")[0] if inside.partition(".")[0] in FLOOR else "raas_cache"
+
+
+def test_arrows_point_down():
+    """No file imports from a higher floor, or from another room of its floor."""
+    rooms = {room_of(name) for name in FILES}
+    assert rooms == FLOOR.keys()
+    assert {room_of(target) for target in ARROWS["raas_cache.cache.paged_cache"] & FILES.keys()} >= {"attention"}
+    up = {
+        (name, target)
+        for name, targets in ARROWS.items()
+        for target in targets & FILES.keys()
+        if room_of(target) != room_of(name) and FLOOR[room_of(target)] >= FLOOR[room_of(name)]
     }
-    arrows = {name: set(imports_of(path)) & files.keys() for name, path in files.items()}
-    assert arrows["raas_cache.cache.paged_cache"] >= {
-        "raas_cache.attention.dispatch",
-        "raas_cache.cache.paged_layer",
-        "raas_cache.tracing.recording",
-    }
-    order = list(graphlib.TopologicalSorter(arrows).static_order())  # raises a CycleError that names the circle
-    layers = ["engine.page_table", "cache.paged_layer", "cache.paged_cache", "methods.raas", "cli.commands"]
-    places = [order.index(f"raas_cache.{name}") for name in layers]
-    assert places == sorted(places)
+    assert up == {(name, target) for name, target in UPWARD if room_of(name) != room_of(target)}
+
+
+def test_arrows_make_no_circle():
+    arrows = {name: {target for target in targets & FILES.keys() if target != name} for name, targets in ARROWS.items()}
+    for name, target in UPWARD:
+        arrows[name].remove(target)  # raises a KeyError if the import is gone: then remove its line from UPWARD
+    list(graphlib.TopologicalSorter(arrows).static_order())  # raises a CycleError that names the circle
+
+
+def test_arrows_that_point_up_do_not_run_at_import():
+    assert not {(name, target) for name, target in UPWARD if target in imports_of(name, only_at_import=True)}
+
+
+@pytest.mark.parametrize(
+    ("room", "may_import"),
+    [
+        ("raas_kernels", set()),
+        ("engine", {"raas_kernels"}),
+        ("attention", {"engine", "transformers"}),
+        ("cache", {"raas_kernels", "engine", "attention", "transformers", "tracing", "viz"}),  # the last two: UPWARD
+        ("methods", {"raas_kernels", "engine", "cache"}),
+        ("tracing", {"engine", "cache", "common"}),
+    ],
+)
+def test_what_a_room_knows(room, may_import):
+    known = {*FLOOR, "transformers"}
+    names = [name for name in FILES if room_of(name) == room]
+    assert names
+    found = {room_of(target) for name in names for target in ARROWS[name] if target.split(".")[0] != "raas_cache"}
+    found |= {room_of(target) for name in names for target in ARROWS[name] if target in FILES}
+    assert (found & known) - {room} == may_import
+
+
+def test_architecture_page_shows_the_arrows():
+    """The drawing has each room on its floor with the rooms that it imports; every room has a paragraph."""
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    lines = re.findall(r"^ *(\d+) +(\w+) +▼ (.*)$", page.split("```")[1], re.MULTILINE)
+    assert {room: int(floor) for floor, room, _ in lines} == FLOOR
+    for _, room, imports in lines:
+        found = {
+            room_of(target)
+            for name in FILES
+            if room_of(name) == room
+            for target in ARROWS[name] & FILES.keys()
+            if (name, target) not in UPWARD
+        }
+        assert set(re.findall(r"\w+", imports)) & FLOOR.keys() == found - {room}, room
+        if room != "raas_cache":
+            assert re.search(rf"^### `(?:src/raas_cache/|kernels/){room}/`", page, re.MULTILINE), room
 
 
 def test_package_is_typed():

@@ -20,9 +20,9 @@ def assert_same(one, other):
     """Two recordings of the same forwards."""
     assert one.layers.keys() == other.layers.keys()
     for layer in one.layers:
-        pairs = zip(one.layers[layer].forwards(), other.layers[layer].forwards(), strict=True)
+        pairs = zip(one.layers[layer].calls(), other.layers[layer].calls(), strict=True)
         for ours, theirs in pairs:
             assert (ours.step, ours.page) == (theirs.step, theirs.page)
-            for name in ("first", "stamp", "resident"):
+            for name in ("first", "priority", "resident"):
                 np.testing.assert_array_equal(*([getattr(f, name)] for f in (ours, theirs)), err_msg=name)
             np.testing.assert_allclose(ours.score, theirs.score, rtol=1e-5, atol=1e-6)

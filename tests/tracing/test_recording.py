@@ -68,13 +68,13 @@ def test_scores_and_stamps_are_the_oracles(model, method, options):
         assert set(noted) <= set(history.steps.tolist())
         for at, step in enumerate(history.steps.tolist()):
             if cache.settings.prompt == "evict" and step < 14:
-                continue  # before the prompt is cut, its pages have no stamps
+                continue  # before the prompt is cut, its pages have no priorities
             held = history.held[at]
             expected = noted[step]
             assert history.first[held].tolist() == sorted(expected), (step, layer, row, head)
-            scores, stamps = zip(*(expected[first] for first in history.first[held].tolist()), strict=True)
+            scores, priorities = zip(*(expected[first] for first in history.first[held].tolist()), strict=True)
             np.testing.assert_allclose(history.score[at, held], scores, rtol=1e-5, atol=1e-7)
-            np.testing.assert_allclose(history.stamp[at, held], stamps, rtol=1e-5, atol=1e-7)
+            np.testing.assert_allclose(history.priority[at, held], priorities, rtol=1e-5, atol=1e-7)
             compared += held.sum()
         assert np.isfinite(history.evicted).sum() == state.evicted == cache.evicted_pages(layer)[row, head]
     assert compared > 5000 and cache.evictions > 50
@@ -175,7 +175,7 @@ def test_layers_and_heads_are_chosen(model):
     every = RaaSCache(**SMALL)
     with record(every) as whole:
         generate(model, prompt(1, 14), every, 80)
-    np.testing.assert_array_equal(recording.history(1, 1).stamp, whole.history(1, 1).stamp)
+    np.testing.assert_array_equal(recording.history(1, 1).priority, whole.history(1, 1).priority)
     with pytest.raises(ValueError, match=r"layer=0 was not recorded, only the layers \[1\]"):
         recording.history(0, 1)
     with pytest.raises(ValueError, match=r"head=0 was not recorded, only the KV heads \[1\]"):
@@ -214,15 +214,15 @@ def test_table(recorded):
     pandas = pytest.importorskip("pandas")
     cache, recording, _ = recorded
     table = recording.to_pandas()
-    columns = ["row", "layer", "head", "step", "page", "is_pinned", "score", "stamp", "evicted"]
+    columns = ["row", "layer", "head", "step", "page", "is_pinned", "score", "priority", "evicted"]
     assert table.columns.tolist() == columns
     for (row, layer, head), part in table.groupby(["row", "layer", "head"]):
         history = recording.history(layer, head, row)
         assert len(part) == history.held.sum()
         score = part.pivot(index="step", columns="page", values="score")
         np.testing.assert_array_equal(score.to_numpy(), history.score)
-        stamp = part.pivot(index="step", columns="page", values="stamp")
-        np.testing.assert_array_equal(stamp.to_numpy(), history.stamp)
+        priority = part.pivot(index="step", columns="page", values="priority")
+        np.testing.assert_array_equal(priority.to_numpy(), history.priority)
         lives = part.groupby("page").first()
         np.testing.assert_array_equal(lives["evicted"], history.evicted)
         np.testing.assert_array_equal(lives["is_pinned"], history.is_pinned)

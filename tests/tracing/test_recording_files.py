@@ -51,8 +51,8 @@ def content(recording):
     layers = []
     for index, layer in recording.layers.items():
         layers.append((index, layer.heads))
-        for forward in layer.forwards():
-            arrays = (getattr(forward, name) for name in ("first", "score", "stamp", "resident"))
+        for forward in layer.calls():
+            arrays = (getattr(forward, name) for name in ("first", "score", "priority", "resident"))
             layers.append((forward.step, forward.page, *((a.dtype, a.shape, a.tobytes()) for a in arrays)))
     return about, layers
 

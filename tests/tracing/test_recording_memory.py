@@ -38,7 +38,9 @@ def tensors_of(cache):
 
 def arrays_of(recording):
     entries = (entry for layer in recording.layers.values() for entry in layer.entries)
-    return [weakref.ref(getattr(entry, name)) for entry in entries for name in ("first", "score", "stamp", "resident")]
+    return [
+        weakref.ref(getattr(entry, name)) for entry in entries for name in ("first", "score", "priority", "resident")
+    ]
 
 
 def alive(references):

@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 import numpy as np
 
 from raas_cache import Recording
-from raas_cache.tracing.layer_trace import Forward, LayerTrace
+from raas_cache.tracing.layer_trace import LayerTrace, TraceEntry
 
 
 PLACE = {"layer": 1, "head": 0}
@@ -21,7 +21,7 @@ def recording_of(pages, scores=None, start=3, page_size=2, method="RaaSPolicy()"
         score = [(scores or {}).get((step, page), 0) for page in held]
         stamp = [np.nan] * pinned + [step] * (len(held) - pinned)
         arrays = (np.array([[of]], kind) for of, kind in ((held, "i4"), (score, "f4"), (stamp, "f4")))
-        entries.append(Forward(step, held[-1], *arrays, np.array([[len(held) * page_size]])))
+        entries.append(TraceEntry(step, held[-1], *arrays, np.array([[len(held) * page_size]])))
     return Recording(method, 8, page_size, "pin", {1: LayerTrace((0,), entries)})
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..common.extras import require
 from . import recording_file
-from .layer_trace import GONE, INPUT, Forward, LayerTrace
+from .layer_trace import EVICTED, PER_PAGE, PREFILL, LayerTrace, TraceEntry
 from .recording_file import PAGED
 
 
@@ -24,7 +24,7 @@ class History:
     """The life of every page of one row, layer and KV head.
 
     T is the number of steps, N the number of pages in the order in which they were opened. There are E entries, one for
-    each page held at each step, ordered by step and then by page. `held`, `score` and `stamp` convert the entries to
+    each page held at each step, ordered by step and then by page. `held`, `score` and `priority` convert the entries to
     matrices over steps and pages, which need O(T * N) memory.
 
     Args:
@@ -35,7 +35,8 @@ class History:
         resident: `[T]`, number of tokens held.
         at, page: `[E]`, index of each entry in `steps` and in `first`.
         scores: `[E]` float32, attention score; NaN if the policy needs no scores.
-        stamps: `[E]` float32, priority, for RaaS the timestamp (the step of the last milestone); NaN for pinned pages.
+        priorities: `[E]` float32, priority of the page, for RaaS its timestamp (the step at which it was last a
+            milestone); NaN for pinned pages.
     """
 
     steps: np.ndarray
@@ -46,7 +47,7 @@ class History:
     at: np.ndarray
     page: np.ndarray
     scores: np.ndarray
-    stamps: np.ndarray
+    priorities: np.ndarray
 
     @property
     def held(self) -> np.ndarray:
@@ -61,9 +62,9 @@ class History:
         return self._spread(self.scores)
 
     @property
-    def stamp(self) -> np.ndarray:
-        """`[T, N]` float32, timestamp or priority of the page; NaN if it was not held or is pinned."""
-        return self._spread(self.stamps)
+    def priority(self) -> np.ndarray:
+        """`[T, N]` float32, priority of the page, for RaaS its timestamp; NaN if it was not held or is pinned."""
+        return self._spread(self.priorities)
 
     def last_use(self, alpha: float) -> np.ndarray:
         """`[N]` float, the last step at which each page scored `alpha` or more; NaN if there is none."""
@@ -109,20 +110,22 @@ class Recording:
     def recorded(self) -> list[int]:
         """Indices of the layers with at least one recorded attention call."""
         return sorted(
-            index for index, trace in self.layers.items() if any(isinstance(entry, Forward) for entry in trace.entries)
+            index
+            for index, trace in self.layers.items()
+            if any(isinstance(entry, TraceEntry) for entry in trace.entries)
         )
 
     @property
     def rows(self) -> int:
         """Number of rows of the current batch."""
-        return self.layers[self.recorded[0]].forwards()[-1].first.shape[0] if self.recorded else 0
+        return self.layers[self.recorded[0]].calls()[-1].first.shape[0] if self.recorded else 0
 
     @property
     def nbytes(self) -> int:
         """Size of the recording in bytes."""
         entries = (entry for trace in self.layers.values() for entry in trace.entries)
-        forwards = (entry for entry in entries if isinstance(entry, Forward))
-        return sum(getattr(forward, name).nbytes for forward in forwards for name in (*PAGED, "resident"))
+        calls = (entry for entry in entries if isinstance(entry, TraceEntry))
+        return sum(getattr(call, name).nbytes for call in calls for name in (*PER_PAGE, "resident"))
 
     def heads(self, layer: int) -> tuple[int, ...]:
         """The recorded KV heads of a layer.
@@ -146,57 +149,60 @@ class Recording:
             ValueError: nothing was recorded of this layer, head or row.
         """
         heads = self.heads(layer)
-        forwards = self.layers[layer].forwards()
+        calls = self.layers[layer].calls()
         if head not in heads:
             raise ValueError(f"head={head} was not recorded, only the KV heads {list(heads)}.")
         if not 0 <= row < self.rows:
             raise ValueError(f"row={row}: the batch has {self.rows} rows.")
         place = row, heads.index(head)
-        steps = np.array([forward.step for forward in forwards])
-        noted = np.concatenate([forward.first[place] for forward in forwards])
-        at = np.repeat(np.arange(len(steps)), [forward.first.shape[2] for forward in forwards])
+        steps = np.array([call.step for call in calls])
+        noted = np.concatenate([call.first[place] for call in calls])
+        at = np.repeat(np.arange(len(steps)), [call.first.shape[2] for call in calls])
         first, page = np.unique(noted, return_inverse=True)
         order = np.lexsort((page, at))
         order = order[noted[order] >= 0]  # leave out empty pages
         page, first = page[order] - np.count_nonzero(first < 0), first[first >= 0]
         at = at[order]
-        scores = np.concatenate([forward.score[place] for forward in forwards])[order]
-        stamps = np.concatenate([forward.stamp[place] for forward in forwards])[order]
+        scores = np.concatenate([call.score[place] for call in calls])[order]
+        priorities = np.concatenate([call.priority[place] for call in calls])[order]
         last = np.zeros(len(first), int)
         last[page] = np.arange(len(page))  # index of the last entry of each page: the last assignment remains
         is_gone = at[last] + 1 < len(steps)
         evicted = np.where(is_gone, steps[np.minimum(at[last] + 1, len(steps) - 1)], np.nan)
-        is_pinned = np.isnan(stamps[last]) & ~is_gone
-        resident = np.array([forward.resident[place] for forward in forwards])
-        return History(steps, first, is_pinned, evicted, resident, at, page, scores, stamps)
+        is_pinned = np.isnan(priorities[last]) & ~is_gone
+        resident = np.array([call.resident[place] for call in calls])
+        return History(steps, first, is_pinned, evicted, resident, at, page, scores, priorities)
 
     def pages_of_tokens(self, layer: int) -> np.ndarray:
         """`[tokens]` int: for each token seen, the position of the first token of its page.
 
-        The value is `INPUT` for tokens that were pinned after the first recorded step, and `GONE` for tokens whose page
-        was evicted before that step. If the `history` of a head lacks a page, this head evicted it before that step.
+        The value is `PREFILL` for tokens that were pinned after the first recorded step, and `EVICTED` for tokens whose
+        page was evicted before that step. If the `history` of a head lacks a page, this head evicted it before that
+        step.
         """
         self.heads(layer)
-        forwards = self.layers[layer].forwards()
-        pages = np.full(forwards[-1].step + 1, INPUT)
+        calls = self.layers[layer].calls()
+        pages = np.full(calls[-1].step + 1, PREFILL)
         seen = 0
-        for forward in forwards:
-            if seen == 0 or (forward.page == INPUT and self.prompt == "evict"):
-                first = np.unique(forward.first[forward.first >= 0])
-                tokens = np.arange(seen, forward.step + 1)
-                latest = np.concatenate([[GONE - self.page_size], first])[np.searchsorted(first, tokens, side="right")]
-                pages[tokens] = np.where(tokens < latest + self.page_size, latest, GONE)
-            if forward.page != INPUT:
-                pages[forward.step] = forward.page
-            seen = forward.step + 1
+        for call in calls:
+            if seen == 0 or (call.page == PREFILL and self.prompt == "evict"):
+                first = np.unique(call.first[call.first >= 0])
+                tokens = np.arange(seen, call.step + 1)
+                latest = np.concatenate([[EVICTED - self.page_size], first])[
+                    np.searchsorted(first, tokens, side="right")
+                ]
+                pages[tokens] = np.where(tokens < latest + self.page_size, latest, EVICTED)
+            if call.page != PREFILL:
+                pages[call.step] = call.page
+            seen = call.step + 1
         return pages
 
     def to_pandas(self) -> pandas.DataFrame:
         """A table with one line for each step and page held, for every recorded row, layer and KV head.
 
         Columns: `row`, `layer`, `head`, `step` (position of the newest token), `page` (position of the page's first
-        token, which is the step at which the page was opened), `is_pinned`, `score`, `stamp` (for RaaS the timestamp;
-        NaN for pinned pages) and `evicted` (the step of the eviction; NaN if the page was not evicted).
+        token, which is the step at which the page was opened), `is_pinned`, `score`, `priority` (for RaaS the
+        timestamp; NaN for pinned pages) and `evicted` (the step of the eviction; NaN if the page was not evicted).
 
         Raises:
             ImportError: pandas is missing. The message contains the pip command.
@@ -212,9 +218,9 @@ class Recording:
                     page = history.page
                     table = {"row": row, "layer": layer, "head": head, "step": history.steps[history.at]}
                     table |= {"page": history.first[page], "is_pinned": history.is_pinned[page]}
-                    table |= {"score": history.scores, "stamp": history.stamps, "evicted": history.evicted[page]}
+                    table |= {"score": history.scores, "priority": history.priorities, "evicted": history.evicted[page]}
                     tables.append(pandas.DataFrame(table))
-        columns = ["row", "layer", "head", "step", "page", "is_pinned", "score", "stamp", "evicted"]
+        columns = ["row", "layer", "head", "step", "page", "is_pinned", "score", "priority", "evicted"]
         return pandas.concat(tables, ignore_index=True) if tables else pandas.DataFrame(columns=columns)
 
     def save(self, path: str | Path) -> None:
@@ -223,12 +229,12 @@ class Recording:
         about |= {"page_size": self.page_size, "prompt": self.prompt, "heads": {}}
         arrays: dict[str, np.ndarray] = {}
         for layer in self.recorded:
-            forwards, about["heads"][layer] = self.layers[layer].forwards(), self.heads(layer)
-            arrays[f"{layer}/step"] = np.array([(forward.step, forward.page) for forward in forwards])
-            arrays[f"{layer}/pages"] = np.array([forward.first.shape[2] for forward in forwards])
-            arrays[f"{layer}/resident"] = np.stack([forward.resident for forward in forwards])
-            for name in PAGED:
-                arrays[f"{layer}/{name}"] = np.concatenate([getattr(forward, name) for forward in forwards], axis=2)
+            calls, about["heads"][layer] = self.layers[layer].calls(), self.heads(layer)
+            arrays[f"{layer}/step"] = np.array([(call.step, call.page) for call in calls])
+            arrays[f"{layer}/pages"] = np.array([call.first.shape[2] for call in calls])
+            arrays[f"{layer}/resident"] = np.stack([call.resident for call in calls])
+            for member, name in zip(PAGED, PER_PAGE, strict=True):
+                arrays[f"{layer}/{member}"] = np.concatenate([getattr(call, name) for call in calls], axis=2)
         recording_file.write(path, about, arrays)
 
     @classmethod
@@ -245,7 +251,7 @@ class Recording:
         for layer, heads in about["heads"].items():
             ends = arrays[f"{layer}/pages"].cumsum()[:-1]
             paged = (np.split(arrays[f"{layer}/{name}"], ends, axis=2) for name in PAGED)
-            forwards = zip(arrays[f"{layer}/step"].tolist(), *paged, arrays[f"{layer}/resident"], strict=True)
-            entries: list[Forward | np.ndarray] = [Forward(step, page, *held) for (step, page), *held in forwards]
+            calls = zip(arrays[f"{layer}/step"].tolist(), *paged, arrays[f"{layer}/resident"], strict=True)
+            entries: list[TraceEntry | np.ndarray] = [TraceEntry(step, page, *held) for (step, page), *held in calls]
             recording.layers[int(layer)] = LayerTrace(tuple(heads), entries)
         return recording

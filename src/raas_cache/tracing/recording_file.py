@@ -9,7 +9,7 @@
     <layer>/resident   [T, batch, heads] int32, tokens held
     <layer>/first      [batch, heads, P] int32, position of each page's first token, -1 for an empty page
     <layer>/score      [batch, heads, P] float32, not negative, or NaN
-    <layer>/stamp      [batch, heads, P] float32
+    <layer>/stamp      [batch, heads, P] float32, priority of each page, for RaaS the timestamp
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from ..common import reporting
 from ..engine.policy import check_number
 from ..methods.dense import DensePolicy
 from ..methods.raas import DEFAULT_ALPHA
-from ..tracing.layer_trace import INPUT
+from ..tracing.layer_trace import PREFILL
 from ..tracing.recording import History, Recording
 from . import html
 
@@ -293,8 +293,8 @@ def tokens(
     born = np.searchsorted(steps, index)
     kept = np.clip(np.searchsorted(steps, gone) - born, 0, None)
     share, left = kept.mean(0) / (len(steps) - born), np.isfinite(gone).sum(0)
-    first = recording.layers[layers[0]].forwards()[0]
-    start = first.step + (first.page == INPUT)  # the first token that is not part of the prompt
+    first = recording.layers[layers[0]].calls()[0]
+    start = first.step + (first.page == PREFILL)  # the first token that is not part of the prompt
     heads = f"{len(chosen)} KV head{'s' * (len(chosen) > 1)}"
 
     parts: tuple[list[html.Piece], list[html.Piece]] = [], []
@@ -313,7 +313,7 @@ def tokens(
 
 def _eviction_of_tokens(recording: Recording, layer: int, history: History) -> np.ndarray:
     """`[tokens]` float, step at which each token was evicted; NaN: not evicted, -1: evicted before the recording."""
-    evicted = dict(zip(history.first.tolist(), history.evicted.tolist(), strict=True)) | {INPUT: np.nan}
+    evicted = dict(zip(history.first.tolist(), history.evicted.tolist(), strict=True)) | {PREFILL: np.nan}
     return np.array([evicted.get(page, -1) for page in recording.pages_of_tokens(layer).tolist()])
 
 
