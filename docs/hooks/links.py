@@ -1,7 +1,7 @@
 """MkDocs hook: links from docs/ to other files of the repository also work in the site.
 
-The changelog and the card of the kernels become pages of the site. A link to README.md goes to the start page. Any other
-linked file is copied into the site. All other links stay unchanged, and MkDocs warns about broken links.
+The changelog and the card of the kernels become pages of the site. A link to README.md goes to the start page. Any
+other linked file is copied into the site. All other links stay unchanged, and MkDocs warns about broken links.
 """
 
 import posixpath
