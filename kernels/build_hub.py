@@ -1,13 +1,13 @@
 """Builds the Hugging Face Hub kernel of `raas_kernels` into a folder: `python kernels/build_hub.py build/hub`.
 
-What the folder holds is what a kernel repository on the Hub holds:
+The folder holds the files of a kernel repository on the Hub:
 
     README.md                                 the card, CARD.md here
     LICENSE
-    build/torch-universal/                    the package's files as they are: Python only, for every torch and device
-    build/torch-universal/metadata.json       who the kernel is, and the SHA-256 of each file
+    build/torch-universal/                    the package's files, unchanged: Python only, for every torch and device
+    build/torch-universal/metadata.json       the kernel's name, id and version, and the SHA-256 of each file
 
-`kernels.get_local_kernel` loads it from there. Uploading it is left to the Hub's own tools.
+`kernels.get_local_kernel` loads it from there. Upload it with the Hub's own tools.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 NAME = "raas-kernels"
-VERSION = 1  # what `get_kernel(..., version=1)` asks for: goes up when a call of a public function would break
+VERSION = 2  # the version in `get_kernel(..., version=2)`; raise it when a call of a public function would break
 VARIANT = Path("build", "torch-universal")
 
 
@@ -45,10 +45,10 @@ def build(target: Path) -> None:
 
 
 def metadata(variant: Path) -> dict:
-    """What `kernels` asks of a build variant.
+    """The contents of metadata.json, as the package `kernels` reads them.
 
-    The id is the name of the loaded module and of its operators' namespace. It comes from the content, so that two
-    versions in one process are two modules, and two builds of the same files are equal.
+    The id names the loaded module and the namespace of its operators. It is a hash of the files, so that two versions
+    in one process are two modules, and two builds of the same files are equal.
     """
     digests = {
         path.relative_to(variant).as_posix(): hashlib.sha256(path.read_bytes()).digest()
@@ -62,7 +62,7 @@ def metadata(variant: Path) -> dict:
         "version": VERSION,
         "license": "Apache-2.0",
         "python-depends": [],
-        "backend": {"type": "cuda"},  # one has to be named; a universal variant is loaded on any
+        "backend": {"type": "cuda"},  # the format wants one; a universal variant loads on every backend
         "digest": {
             "algorithm": "sha256",
             "files": {name: base64.b64encode(digest).decode() for name, digest in digests.items()},

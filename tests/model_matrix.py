@@ -141,8 +141,8 @@ def small_budget(name: str, method: str = "raas", steps: int = STEPS, **changes)
         if not isinstance(layer, PagedLayer) or not layer.is_initialized:
             continue
         assert not layer.keys.isnan().any() and not layer.values.isnan().any()
-        assert layer.keys.shape[2] <= SMALL["budget"] or layer.grows
-        for row, head in itertools.product(range(layer.batch_size), range(layer.num_heads)):
+        assert layer.keys.shape[2] <= SMALL["budget"] or layer.settings.grows
+        for row, head in itertools.product(range(layer.table.batch_size), range(layer.table.num_heads)):
             assert resident_set(cache, index, row, head) == oracle.resident_set(index, row, head)
             assert cache.evicted_pages(index)[row, head] == oracle.evicted(index, row, head)
         evicted += int(cache.evicted_pages(index).sum())

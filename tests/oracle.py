@@ -5,6 +5,7 @@ with an attention function that looks only at what would be resident, and of tha
 """
 
 import copy
+import itertools
 import math
 
 import numpy as np
@@ -124,8 +125,8 @@ class OracleCache(DynamicCache):
                 state.pages.append(pinned[-1])
             pinned[-1].tokens.append(token)
 
-    def fill(self, state, tokens, padding):
-        """Input tokens that may be evicted: pages of their own, and the first of all that has a real token stays.
+    def fill(self, state, tokens):
+        """Input tokens that may be evicted: pages of their own, and the first of all stays.
 
         They close the open page, full or not: from now on it competes, with the index of its newest token.
         """
@@ -137,9 +138,9 @@ class OracleCache(DynamicCache):
             held = tokens[start : start + self.page_size]
             state.pages.append(Page(held, pinned=False, priority=held[-1]))
         if is_first:
-            real = [page for page in state.pages if not padding.issuperset(page.tokens)]
-            (real or state.pages)[0].pinned = True
             state.limit = self.limit(1)
+            for page in state.pages[:1]:
+                page.pinned = True
 
     def attend(self, layer, new, query, keys, values, mask, scale, latent=False, softcap=None, sinks=None):
         batch, query_heads, _, _ = query.shape
@@ -220,10 +221,12 @@ class OracleCache(DynamicCache):
         return torch.from_numpy(output)
 
     def place(self, state, tokens, is_generated, padding):
+        if not is_generated and not state.pages:  # left padding is not held: a row is as it is alone
+            tokens = list(itertools.dropwhile(padding.__contains__, tokens))
         if is_generated:
             self.append(state, tokens[0])
         elif self.prompt == "evict":
-            self.fill(state, tokens, padding)
+            self.fill(state, tokens)
         else:
             self.pin(state, tokens)
         state.seen = list(state.pages)

@@ -1,22 +1,27 @@
-"""Paged-KV kernels on plain tensors: append, attend + score, page bounds, stamp (RaaS, arXiv 2502.11147, section 3).
+"""Operators on paged KV caches: append, attend + score, page bounds, stamp (RaaS, arXiv 2502.11147, section 3).
 
-Every operation exists twice with one signature: plain torch in `reference.py`, Triton in `fused.py`. `show`, for masks
-that change the past, stands in `visibility.py` and `visibility_triton.py`. The functions here are the one dispatch
-point: Triton for CUDA tensors, torch for all others. `RAAS_KERNELS=torch` or `RAAS_KERNELS=triton` forces an engine
-(Triton on CPU tensors needs `TRITON_INTERPRET=1`). Under `torch.compile` they are the operators
-`torch.ops.raas_kernels.*`. `python -m raas_kernels.tune` finds the best launches for a GPU.
+`PagedKV` is one layer's cache: every buffer, its shape and its dtype. Each operator takes it, and is a folder of
+`raas_kernels.ops`: the public function, plain torch in `reference.py`, Triton in `triton.py`. Triton serves CUDA
+tensors, torch all others. `RAAS_KERNELS=torch` or `RAAS_KERNELS=triton` forces an engine (Triton on CPU tensors needs
+`TRITON_INTERPRET=1`). Under `torch.compile`, Triton's functions are the operators `torch.ops.raas_kernels.*`.
+`python -m raas_kernels.ops.attend.tune` finds the best launches for a GPU.
 
-Shapes, everywhere: B batch rows, H KV heads, G query heads a KV head (the query group), P pages, S tokens a page,
-N = P * S slots, Dk / Dv head sizes of K / V, E evictable (decode) pages: the last E of the P pages.
+Shapes, everywhere: B batch rows, R the rows that a call touches (`rows`, otherwise all B), H KV heads, G query heads of
+each KV head (the query group), P pages of S tokens, N = P * S slots, Dk and Dv head sizes of K and V.
 """
 
-from .dispatch import append, attend, engine, page_bounds, show, stamp
-from .reference import Reduction, dequantize, extend, finite, page_extremes, quantize, resident, victim
-from .visibility import Held
+from .dispatch import engine
+from .ops.append import append, victim
+from .ops.attend import Reduction, attend, extend
+from .ops.page_bounds import page_extremes, page_logit_bounds
+from .ops.show import show
+from .ops.stamp import stamp
+from .paged_kv import PagedKV, finite, resident
+from .quantize import dequantize, quantize
 
 
 __all__ = [
-    "Held",
+    "PagedKV",
     "Reduction",
     "append",
     "attend",
@@ -24,8 +29,8 @@ __all__ = [
     "engine",
     "extend",
     "finite",
-    "page_bounds",
     "page_extremes",
+    "page_logit_bounds",
     "quantize",
     "resident",
     "show",

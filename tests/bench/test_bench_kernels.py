@@ -50,6 +50,6 @@ def test_dense_kernels_compute_the_same():
     query, keys, values = (torch.randn(2, heads, length, 16) for heads, length in ((4, 1), (2, 64), (2, 64)))
     dense = kernels._dense_kernels((query, keys, values))
     assert {"sdpa math", "sdpa math, packed"} <= dense.keys()
-    ours, _ = raas_kernels.attend(query, keys, values, torch.zeros(2, 2, 64), scale=0.25, page_size=4)
+    ours, _ = raas_kernels.attend(raas_kernels.PagedKV.filled(keys, values, 4), query, scale=0.25)
     for name, kernel in dense.items():
         torch.testing.assert_close(kernel(query, keys, values), ours, msg=name)

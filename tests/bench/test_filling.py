@@ -3,6 +3,7 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig
@@ -71,9 +72,14 @@ def test_fast_forward_is_where_streaming_really_gets_to():
         filler().feed(slow, 1)
     assert sorted(held(quick, 1, 1, 1)) == sorted(held(slow, 1, 1, 1))
     for ours, theirs in zip(quick.layers, slow.layers, strict=True):
-        assert torch.equal(ours.clock, theirs.clock)
-        assert torch.equal(ours.priority.sort(-1).values, theirs.priority.sort(-1).values)
-        assert (ours.seen, ours.decoded, ours.evicted) == (theirs.seen, theirs.decoded, theirs.evicted)
+        assert torch.equal(ours.engine.kv.clock, theirs.engine.kv.clock)
+        priorities = [
+            kv.priority.masked_fill(~kv.held, float("-inf")).sort(-1).values
+            for kv in (ours.engine.kv, theirs.engine.kv)
+        ]
+        assert torch.equal(*priorities)
+        assert np.array_equal(ours.table.counts.seen, theirs.table.counts.seen)
+        assert np.array_equal(ours.table.evicted, theirs.table.evicted)
 
 
 @pytest.mark.parametrize("method", ["raas", "h2o", "tova"])
@@ -87,10 +93,11 @@ def test_fast_forward_changes_when_but_not_what(method):
             source.feed(cache, 1)
     for one, other in zip(here.layers, there.layers, strict=True):
         assert torch.equal(one.keys, other.keys), "other pages were evicted"
-        pinned = one.pinned_pages * PAGE
-        assert torch.equal(one.positions[..., :pinned], other.positions[..., :pinned])
-        assert torch.equal(one.positions[..., pinned:] + 25 * PAGE, other.positions[..., pinned:])
-        assert other.evicted == one.evicted + 25
+        pinned = one.table.counts.pinned_pages[0] * PAGE
+        before, after = one.engine.kv.positions, other.engine.kv.positions
+        assert torch.equal(before[..., :pinned], after[..., :pinned])
+        assert torch.equal(before[..., pinned:] + 25 * PAGE, after[..., pinned:])
+        assert np.array_equal(other.table.evicted, one.table.evicted + 25)
 
 
 def test_what_was_filled_once_serves_all_lengths():
@@ -118,8 +125,8 @@ def test_layers_of_one_policy_are_copies_apart():
     one, other = cache.layers
     assert torch.equal(one.keys, other.keys) and one.keys.data_ptr() != other.keys.data_ptr()
     quest = filler(layers=4).paged("quest", 100)
-    assert [layer.policy.name for layer in quest.layers] == ["dense", "dense", "quest", "quest"]
-    assert [layer.has_bounds for layer in quest.layers] == [False, False, True, True]
+    assert [layer.settings.policy.name for layer in quest.layers] == ["dense", "dense", "quest", "quest"]
+    assert [layer.settings.has_key_bounds for layer in quest.layers] == [False, False, True, True]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

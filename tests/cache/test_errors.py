@@ -65,7 +65,7 @@ def test_top_ratio_replaces_the_default_alpha():
     model = tiny_model(layers=1)
     cache = RaaSCache(256, top_ratio=0.5)
     generate(model, prompt(), cache, 2)
-    assert (cache.layers[0].policy.alpha, cache.layers[0].policy.top_ratio) == (None, 0.5)
+    assert (cache.settings.policy.alpha, cache.settings.policy.top_ratio) == (None, 0.5)
 
 
 class TestUsedAgain:
@@ -247,7 +247,7 @@ class TestCrop:
             with pytest.raises(RuntimeError, match="activate_past_recording"):
                 cache.crop(-1)  # the pages could; the window, which is full, could not
             model(torch.ones(1, 1, dtype=torch.long), past_key_values=cache)
-        assert cache.layers[1].seen == 21
+        assert cache.layers[1].table.length == 21
 
     def test_a_recurrent_state(self):
         config = tiny_qwen3_next()

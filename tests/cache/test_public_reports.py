@@ -144,8 +144,8 @@ def test_a_page_closed_by_a_turn_has_the_stamp_of_its_newest_token(model):
         for token in ids(3, seed=1).split(1, dim=1):
             model(token, past_key_values=cache)
         model(ids(5, seed=2), past_key_values=cache)
-    layer = cache.layers[0]
-    by_first = dict(zip(layer.first[0, 0].tolist(), layer.priority[0, 0].tolist(), strict=True))
+    kv = cache.layers[0].engine.kv
+    by_first = dict(zip(kv.first[0, 0].tolist(), kv.priority[0, 0].tolist(), strict=True))
     assert by_first[12] == 14
     assert resident_set(cache, 0, 0, 0) == set(range(20))
 
@@ -177,10 +177,10 @@ class TestInput:
         with cache.prefilling():
             assert not cache.is_compileable
             generate(model, prompt(1, 8), cache, 3)
-        assert cache.layers[0].pinned == 10
+        assert cache.layers[0].table.counts.prefilled[0] == 10
         with torch.no_grad():
             model(ids(1), past_key_values=cache)
-        assert cache.layers[0].pinned == 10 and cache.is_compileable
+        assert cache.layers[0].table.counts.prefilled[0] == 10 and cache.is_compileable
 
 
 class TestReset:
@@ -274,8 +274,7 @@ class TestModes:
             for tokens in (ids(12), *ids(5, seed=1).split(1, dim=1), ids(4, seed=2)):
                 logits = model(tokens, past_key_values=cache).logits
             expected = model(torch.cat([ids(12), ids(5, seed=1), ids(4, seed=2)], 1)).logits[:, -4:]
-        layer = cache.layers[0]
-        assert layer.dtypes == (torch.float32, torch.bfloat16)
+        assert cache.layers[0].table.dtypes == (torch.float32, torch.bfloat16)
         assert difference(logits.float(), expected.float()) < 0.03
 
     def test_compileable_only_where_generate_compiles(self, model):

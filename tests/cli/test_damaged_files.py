@@ -12,7 +12,7 @@ import pytest
 from raas_cache import embedded_model
 from raas_cache.bench import filling, read_json
 from raas_cache.cli import commands
-from raas_kernels import configs
+from raas_kernels.ops.attend import configs
 
 
 ROOT = Path(__file__).parents[2]

@@ -110,8 +110,11 @@ def evaluate(folder: Path) -> None:
     print(table(summarize(rows)))
 
 
-def kernels(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor) -> None:
-    output, scores = raas_kernels.attend(query, keys, values, bias, scale=0.125, page_size=16, page_score="sum")
+def kernels(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+    kv = raas_kernels.PagedKV.filled(keys, values, page_size=16)
+    assert_type(kv.key_min, torch.Tensor | None)
+    raas_kernels.append(kv, keys[:, :, :1], values[:, :, :1])
+    output, scores = raas_kernels.attend(kv, query, scale=0.125, page_score="sum")
     assert_type(output, torch.Tensor)
     assert_type(scores, torch.Tensor)
-    raas_kernels.attend(query, keys, values, bias, 0.125, 16, page_score="least")  # type: ignore[arg-type]
+    raas_kernels.attend(kv, query, 0.125, page_score="least")  # type: ignore[arg-type]

@@ -114,7 +114,7 @@ def test_wheel_holds_everything(tmp_path):
         assert code, package
         assert code <= names
     data = {f"raas_cache/models/chain_reasoner/{name}" for name in MODEL_FILES}
-    assert data | {"raas_cache/py.typed", "raas_kernels/py.typed", "raas_kernels/configs.json"} <= names
+    assert data | {"raas_cache/py.typed", "raas_kernels/py.typed", "raas_kernels/ops/attend/configs.json"} <= names
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"raas_cache", "raas_kernels"}
 

@@ -222,19 +222,20 @@ class CacheMachine(RuleBasedStateMachine):
         if not self.seen:
             return
         layer = self.cache.layers[0]
-        pages = layer.positions[..., layer.pinned_pages * layer.page_size :: layer.page_size]
+        kv = layer.engine.kv
+        pages = kv.first
         for row in range(self.rows):
             for head in range(self.kv_heads):
                 state = self.oracle.heads[0, row, head]
                 assert resident_set(self.cache, 0, row, head) == self.oracle.resident_set(0, row, head)
                 assert self.cache.evicted_pages(0)[row, head] == state.evicted
-                held = layer.priority[row, head] > float("-inf")
-                held_pages, priority = pages[row, head][held], layer.priority[row, head][held]
+                held = kv.held[row, head]
+                held_pages, priority = pages[row, head][held], kv.priority[row, head][held]
                 stamps = dict(zip(held_pages.tolist(), priority.tolist(), strict=True))
                 for page in (page for page in state.pages if not page.pinned):
                     stamp = stamps.pop(page.tokens[0])
                     # The store stamps the open page when it is full: until then nothing asks for its stamp.
-                    is_open = page is state.open and len(page.tokens) < layer.page_size
+                    is_open = page is state.open and len(page.tokens) < layer.settings.page_size
                     assert is_open or math.isclose(stamp, page.priority, rel_tol=1e-9, abs_tol=1e-12)
                 assert not stamps
 

@@ -1,6 +1,6 @@
 """Compiles every kernel for one GPU architecture, without a GPU: `python -m tests.kernels.compile_ahead 90`.
 
-Run as a program of its own, outside Triton's interpreter. Prints one line a kernel, dtype and head size.
+It runs as a program of its own, outside Triton's interpreter, and prints a line for each kernel, dtype and head size.
 """
 
 import itertools
@@ -10,46 +10,63 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from raas_kernels import fused, visibility_triton
-from raas_kernels.configs import default_config
+from raas_kernels.ops.append import triton as append
+from raas_kernels.ops.attend import triton as attend
+from raas_kernels.ops.attend.configs import MIN_DOT, default_config
+from raas_kernels.ops.page_bounds import triton as page_bounds
+from raas_kernels.ops.show import triton as show
+from raas_kernels.ops.stamp import triton as stamp
+
+
+KERNELS = {
+    "append_kernel": append,
+    "attend_kernel": attend,
+    "reduce_kernel": attend,
+    "page_bounds_kernel": page_bounds,
+    "stamp_kernel": stamp,
+    "show_kernel": show,
+}
 
 
 HEAD_SIZES = (64, 80, 96, 128, 256)
 DTYPES = {"fp16": 2, "bf16": 2, "fp32": 4}
 OPERANDS = {"fp16": triton.language.float16, "bf16": triton.language.bfloat16, "fp32": triton.language.float32}
 POINTERS = {
-    "bias": "*fp32", "positions": "*i32", "first": "*i32", "priority": "*fp64", "open_slot": "*i64", "clock": "*i64",
+    "bias": "*fp32", "positions": "*i32", "priority": "*fp64", "evictable": "*i1", "open_slot": "*i64", "clock": "*i64",
+    "states": "*fp64", "rows": "*i64", "selected": "*i64",
     "part_output": "*fp32", "part_max": "*fp32", "part_sum": "*fp32", "unit_logit": "*fp32", "scores": "*fp32",
-    "bounds": "*fp32", "table": "*i64", "key_scales": "*fp32", "value_scales": "*fp32", "key_scale": "*fp32",
+    "bounds": "*fp32", "key_scales": "*fp32", "value_scales": "*fp32", "key_scale": "*fp32",
     "value_scale": "*fp32", "visible": "*i1",
 }  # fmt: skip
-STATES = ("keys", "values", "key", "value", "minima", "maxima", "query", "output", "sinks")
+STATES = ("keys", "values", "key", "value", "key_min", "key_max", "query", "output", "sinks")
 CODES = {"i8": triton.language.int8, "fp8e4nv": triton.language.float8e4nv}
 GROUP, PAGE = 4, 16
 
 
 def constants_of(kernel: str, head_size: int, dtype: str, code: str | None) -> list[dict]:
-    """The compile-time arguments the launchers would choose for a budget of 1,024 tokens.
+    """The compile-time arguments that the launchers choose for a budget of 1,024 tokens.
 
-    Options that only add an instruction here and there are all off, then all on.
+    Options that add only a few instructions are all off, then all on.
     """
     block = triton.next_power_of_2(head_size)
-    group = {"GROUP": GROUP, "DV": head_size, "BLOCK_GROUP": fused.MIN_DOT, "BLOCK_DV": block}
+    group = {"GROUP": GROUP, "DV": head_size, "BLOCK_GROUP": MIN_DOT, "BLOCK_DV": block}
     config = default_config(head_size, DTYPES[dtype])
     return {
         "append_kernel": [
             {
-                "PAGE": PAGE, "DK": head_size, "DV": head_size, "BOUNDS": is_other, "PADDED": is_other,
-                "MAY_CLOSE": is_other, "QUANTIZED": code is not None, "BLOCK_PAGES": 64, "BLOCK_DK": block,
-                "BLOCK_DV": block,
+                "PAGE": PAGE, "DK": head_size, "DV": head_size, "BOUNDS": is_other, "MASKED": is_other,
+                "MAY_CLOSE": is_other, "ROWS": is_other, "STATES": 3 * is_other, "QUANTIZED": code is not None,
+                "BLOCK_PAGES": 64, "BLOCK_DK": block, "BLOCK_DV": block, "BLOCK_STATES": 4 if is_other else 1,
             }
             for is_other in (False, True)
         ],
         "attend_kernel": [
             {
                 **group, "PAGE": PAGE, "UNIT": PAGE, "DK": head_size, "BLOCK_SLOTS": config.tile, "BLOCK_DK": block,
-                "OPERAND": OPERANDS[dtype], "CAPPED": is_other, "TABLE": is_other, "SUM": is_other, "MEAN": is_other,
-                "SINKS": is_other, "WHOLE": is_whole, "BLOCK_PAGES": 64, "QUANTIZED": code is not None,
+                "KEYS_SLOT": head_size, "VALUES_SLOT": head_size * (1 + is_other),
+                "OPERAND": OPERANDS[dtype], "CAPPED": is_other, "SELECTED": is_other, "ROWS": is_other,
+                "SUM": is_other, "MEAN": is_other, "SINKS": is_other, "WHOLE": is_whole, "BLOCK_PAGES": 64,
+                "QUANTIZED": code is not None,
             }
             for is_other, is_whole in ((False, True), (True, True), (True, False))
         ],
@@ -60,16 +77,18 @@ def constants_of(kernel: str, head_size: int, dtype: str, code: str | None) -> l
         "page_bounds_kernel": [
             {
                 "GROUP": GROUP, "PAGE": PAGE, "DK": head_size, "BLOCK_PAGES": 32, "BLOCK_DK": block,
-                "CAPPED": is_capped,
+                "CAPPED": is_other, "ROWS": is_other,
             }
-            for is_capped in (False, True)
+            for is_other in (False, True)
         ],
-        "stamp_kernel": [{"TOP_RATIO": ratio, "BLOCK_PAGES": 64} for ratio in (None, 0.5)],
+        "stamp_kernel": [
+            {"TOP_RATIO": ratio, "ROWS": ratio is not None, "PAGE": PAGE, "BLOCK_PAGES": 64} for ratio in (None, 0.5)
+        ],
         "show_kernel": [
             {
-                "COLUMNS": visibility_triton.COLUMNS, "BIAS": triton.language.float32, "KEY": key, "BOUND": bound,
+                "COLUMNS": show.COLUMNS, "BIAS": triton.language.float32, "KEY": key, "BOUND": bound,
                 "BOUNDS": has_bounds, "QUANTIZED": code is not None, "DK": head_size, "BLOCK_DK": block,
-                "BLOCK": PAGE if has_bounds else visibility_triton.BLOCK_SLOTS,
+                "BLOCK": PAGE if has_bounds else show.BLOCK_SLOTS,
             }
             for has_bounds in (False, True)
             for key, bound in [(CODES[code], triton.language.float32) if code else (OPERANDS[dtype],) * 2]
@@ -80,7 +99,7 @@ def constants_of(kernel: str, head_size: int, dtype: str, code: str | None) -> l
 def type_of(name: str, dtype: str, code: str | None, kernel: str) -> str:
     if code and (name in ("keys", "values") or (kernel == "append_kernel" and name in ("key", "value"))):
         return f"*{code}"
-    if code and name in ("minima", "maxima"):
+    if code and name in ("key_min", "key_max"):
         return "*fp32"
     if name in STATES:
         return f"*{dtype}"
@@ -93,15 +112,8 @@ def main(architecture: int) -> None:
     target = GPUTarget("cuda", architecture, 32)
     # fp8 as codes needs a GPU of 8.9 or newer.
     codes = [None, "i8"] + (["fp8e4nv"] if architecture >= 89 else [])
-    for name in (
-        "append_kernel",
-        "attend_kernel",
-        "reduce_kernel",
-        "page_bounds_kernel",
-        "stamp_kernel",
-        "show_kernel",
-    ):
-        kernel = getattr(visibility_triton if name == "show_kernel" else fused, name)
+    for name, module in KERNELS.items():
+        kernel = getattr(module, name)
         reads_codes = name in ("append_kernel", "attend_kernel", "show_kernel")
         for dtype, head_size, code in itertools.product(DTYPES, HEAD_SIZES, codes if reads_codes else [None]):
             if name == "stamp_kernel" and (dtype, head_size) != ("fp16", 64):  # knows neither

@@ -10,8 +10,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-# Shared memory a block may have, in bytes: a kernel that wants more compiles, and fails at its first launch.
-# For sm_80 that of its smaller kin, sm_86 and sm_89.
+# Bytes of shared memory that a block may have. A kernel that wants more compiles, and fails at its first launch.
+# The limit under 80 is the lower one of sm_86 and sm_89, which run the same code.
 SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 

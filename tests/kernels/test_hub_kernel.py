@@ -1,4 +1,4 @@
-"""The kernels as a kernel of the Hugging Face Hub: built, loaded by its package `kernels`, beside those installed."""
+"""The kernels as a kernel of the Hugging Face Hub: built, and loaded by its package `kernels` beside the installed."""
 
 import ast
 import subprocess
@@ -9,19 +9,16 @@ import pytest
 import torch
 
 import raas_kernels
-from raas_kernels import reference
 
 from ..helpers import use_engine
-from .test_kernels import DEVICE, make_store
+from .helpers import DEVICE, exact, make_kv, reference
 
 
-# Without that package, this repository's folder of the same name is what is imported: it has no version.
+# Without that package, this repository's folder of the same name is imported instead: it has no version.
 kernels = pytest.importorskip("kernels", minversion="0.17")
 
 ROOT = Path(__file__).parents[2]
 VARIANT = Path("build", "torch-universal")
-PAGE, DECODE_PAGES = 8, 3
-BUFFERS = ("keys", "values", "bias", "positions", "priority", "open_slot", "clock")
 
 
 def build(target):
@@ -44,46 +41,39 @@ def built(tmp_path_factory):
 
 @pytest.fixture
 def hub(built, monkeypatch):
-    """The Hub's kernel, forced to Triton, as are those installed."""
+    """The Hub's kernel; it and the installed one are forced to Triton."""
     use_engine(monkeypatch, "triton")
     return kernels.get_local_kernel(built)
 
 
-def make_state(dtype):
-    """A store whose open page is half full, with the same contents in any dtype."""
-    store, (minima, maxima) = make_store(batch=2, page_size=PAGE, decode_pages=DECODE_PAGES)
-    store |= {"minima": minima, "maxima": maxima}
-    store["clock"] = torch.tensor([43, PAGE // 2 - 1], device=DEVICE).expand(2, 2, 2).contiguous()
-    return {name: held.to(dtype) if held.dtype == torch.float32 else held for name, held in store.items()}
-
-
-def make_tokens(count, dtype):
+def make_tokens(count):
     generator = torch.Generator().manual_seed(1)
     shapes = (2, 6, 1, 16), (2, 2, 1, 16), (2, 2, 1, 16)
-    drawn = [[torch.randn(shape, generator=generator) for shape in shapes] for _ in range(count)]
-    return [[states.to(DEVICE, dtype) for states in token] for token in drawn]
+    return [[torch.randn(shape, generator=generator).to(DEVICE) for shape in shapes] for _ in range(count)]
 
 
-def decode(engine, state, query, key, value):
-    """One decode step: all four operations."""
-    bounds = state["minima"], state["maxima"]
-    engine.append(*(state[name] for name in BUFFERS), key, value, PAGE, *bounds)
-    output, scores = engine.attend(query, state["keys"], state["values"], state["bias"], 0.25, PAGE)
-    upper = engine.page_bounds(query, *bounds, state["bias"], 0.25, PAGE)
-    first = state["positions"][..., -DECODE_PAGES * PAGE :: PAGE]
-    engine.stamp(state["priority"], scores[..., -DECODE_PAGES:], first, state["clock"], 0.1, None)
-    return output, scores, upper
+def decode(engine, kv, query, key, value):
+    """One decode step: all four operators."""
+    engine.append(kv, key, value)
+    output, scores = engine.attend(kv, query, 0.25)
+    bounds = engine.page_logit_bounds(kv, query, 0.25)
+    engine.stamp(kv, scores, 0.1, None)
+    return output, scores, bounds
 
 
-def run(engine, dtype, decode=decode):
-    """What is held after six decode steps, and what they gave; the fifth opens a page."""
-    state = make_state(dtype)
-    given = [decode(engine, state, *token) for token in make_tokens(6, dtype)]
-    return [*state.values(), *(result for step in given for result in step)]
+def run(engine, decode=decode, dtype=torch.float32):
+    """The cache after six decode steps, and their results; the fifth opens a page."""
+    kv = make_kv(batch=2, bounds=True, states=1)
+    kv = exact(kv) if dtype == torch.float64 else kv
+    if hasattr(engine, "PagedKV"):  # the Hub's kernel has a class of its own
+        kv = engine.PagedKV(**vars(kv))
+    results = [decode(engine, kv, *(states.to(dtype) for states in token)) for token in make_tokens(6)]
+    buffers = [buffer for buffer in vars(kv).values() if torch.is_tensor(buffer)]
+    return [*buffers, *(result for step in results for result in step)]
 
 
 def check_against_reference(results):
-    for result, expected in zip(results, run(reference, torch.float64), strict=True):
+    for result, expected in zip(results, run(reference, dtype=torch.float64), strict=True):
         torch.testing.assert_close(result.double(), expected.double(), rtol=1e-5, atol=1e-5)
 
 
@@ -99,14 +89,14 @@ def test_holds_the_whole_package(built):
 def test_metadata_is_what_the_hub_asks_for(built):
     metadata = kernels.Metadata.read_from_file(built / VARIANT / "metadata.json")
     assert metadata.name.python_name == "raas_kernels" and metadata.id.isidentifier()
-    assert (metadata.version, metadata.license, metadata.python_depends) == (1, "Apache-2.0", [])
+    assert (metadata.version, metadata.license, metadata.python_depends) == (2, "Apache-2.0", [])
     metadata.digest.validate(type(metadata.digest).hash_variant(metadata.digest.algorithm, built / VARIANT))
 
 
 def test_imports_torch_triton_and_itself(built):
-    """A universal kernel is Python that imports nothing else, and itself by no name: it is loaded under another."""
+    """A universal kernel is Python that imports nothing else, and never itself by its own name."""
     imported = set()
-    for path in (built / VARIANT).glob("*.py"):
+    for path in (built / VARIANT).rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
                 imported |= {name.name.split(".")[0] for name in node.names}
@@ -141,10 +131,12 @@ def test_another_folder_is_refused_and_left_alone(name, tmp_path):
 def test_computes_what_the_reference_does(hub):
     device = torch.device(DEVICE)
     assert hub.__name__ != "raas_kernels" and hub.__all__ == raas_kernels.__all__
-    assert hub.engine(device).__name__ == f"{hub.__name__}.fused"
-    assert raas_kernels.engine(device).__name__ == "raas_kernels.fused"
+    for engine in (hub, raas_kernels):
+        module = sys.modules[engine.append.__module__.rpartition(".ops.")[0] + ".dispatch"]
+        implementation = module.implementation(engine.append.__module__, device)
+        assert implementation.__name__ == f"{engine.__name__}.ops.append.triton"
     for engine in (hub, raas_kernels, hub):
-        check_against_reference(run(engine, torch.float32))
+        check_against_reference(run(engine))
 
 
 def test_compiles_to_operators_of_its_own(hub):
@@ -157,5 +149,7 @@ def test_compiles_to_operators_of_its_own(hub):
     for engine in (hub, raas_kernels):
         traced.clear()
         compiled = torch.compile(decode, fullgraph=True, backend=backend)
-        check_against_reference(run(engine, torch.float32, compiled))
-        assert traced == [f"{engine.__name__}.{name}.default" for name in ("append", "attend", "page_bounds", "stamp")]
+        check_against_reference(run(engine, compiled))
+        assert traced == [
+            f"{engine.__name__}.{name}.default" for name in ("append", "attend", "page_logit_bounds", "stamp")
+        ]

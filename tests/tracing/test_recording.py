@@ -125,7 +125,7 @@ def test_tokens_are_unchanged(model, method, options):
         tokens = generate(model, inputs, cache, 80, **options)
     assert torch.equal(tokens, expected)
     for layer in range(2):
-        assert torch.equal(cache.layers[layer].priority, plain.layers[layer].priority)
+        assert torch.equal(cache.layers[layer].engine.kv.priority, plain.layers[layer].engine.kv.priority)
         assert torch.equal(cache.resident_positions(layer), plain.resident_positions(layer))
     assert recording.history(1, 0).steps[-1] == cache.get_seq_length() - 1
 
@@ -144,7 +144,7 @@ def test_off_again_a_step_launches_what_it_did():
         while_on = count()
     assert count() == before != while_on
     assert len(recording.layers[0].entries) == 1
-    assert recording.nbytes == cache.layers[0].num_heads * (8 * 12 + 4), "eight pages, and a count of tokens"
+    assert recording.nbytes == cache.layers[0].table.num_heads * (8 * 12 + 4), "eight pages, and a count of tokens"
 
 
 def test_a_recorded_step_is_not_compiled(model):
@@ -163,7 +163,7 @@ def test_a_recorded_step_is_not_compiled(model):
 def test_padding_is_in_no_page(recorded):
     _, recording, _ = recorded
     assert recording.history(0, 0, row=0).first[0] == 0
-    assert recording.history(0, 0, row=1).first[0] == 4  # of six tokens of padding, four fill a page
+    assert recording.history(0, 0, row=1).first[0] == 6  # the six tokens of padding are not held
     assert recording.history(0, 0, row=1).resident[0] == 14 - 6 + 1
 
 
@@ -192,7 +192,7 @@ def test_of_other_models_the_paged_layers(name):
     cache = RaaSCache(**SMALL, config=model.config)
     with record(cache) as recording:
         generate(model, prompt(1, 14), cache, 80)
-    paged = [index for index, layer in enumerate(cache.layers) if hasattr(layer, "recorder")]
+    paged = [index for index, layer in enumerate(cache.layers) if hasattr(layer, "trace")]
     assert paged and recording.recorded == paged
     for layer in paged:
         history = recording.history(layer, 0)
@@ -204,7 +204,7 @@ def test_without_a_config_too():
     cache = RaaSCache(**SMALL)
     with record(cache) as recording:
         generate(model, prompt(1, 14), cache, 80)
-    paged = [index for index, layer in enumerate(cache.layers) if hasattr(layer, "recorder")]
+    paged = [index for index, layer in enumerate(cache.layers) if hasattr(layer, "trace")]
     assert paged and recording.recorded == paged
     assert all(recording.history(layer, 0).steps[-1] == 92 for layer in paged)
 
@@ -260,7 +260,7 @@ def test_an_error_ends_the_recording(model):
     with pytest.raises(KeyError), record(cache):
         generate(model, prompt(1, 14), cache, 5)
         raise KeyError
-    assert cache.layers[0].recorder is None
+    assert cache.layers[0].trace is None
     with record(cache) as recording:
         pass
     assert not recording.recorded
@@ -269,7 +269,7 @@ def test_an_error_ends_the_recording(model):
         generate(model, prompt(1, 14), cache, 5)
         cache.reset()
     generate(model, prompt(1, 14), cache, 5)
-    assert not recording.recorded and all(layer.recorder is None for layer in cache.layers)
+    assert not recording.recorded and all(layer.trace is None for layer in cache.layers)
 
 
 def test_a_dense_recording_is_where_attention_went(model):

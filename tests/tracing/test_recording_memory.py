@@ -32,7 +32,7 @@ def without_collector():
 
 def tensors_of(cache):
     """Weak references to all that is large."""
-    held = (layer.held_tensors("keys", "values", "positions", "priority").values() for layer in cache.layers)
+    held = ([kv.keys, kv.values, kv.positions, kv.priority] for kv in (layer.engine.kv for layer in cache.layers))
     return [weakref.ref(tensor) for tensors in held for tensor in tensors]
 
 

@@ -110,4 +110,4 @@ def test_resetting_begins_anew_and_a_copy_has_a_copy(model):
         assert not recording.layers[0].entries
         generate(model, prompt(1, 14), cache, 10)
     assert len(recording.history(0, 0).steps) == 9
-    assert len(copied.layers[0].recorder.forwards()) == 29
+    assert len(copied.layers[0].trace.forwards()) == 29

@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 import numpy as np
 
 from raas_cache import Recording
-from raas_cache.tracing.layer_trace import Forward, LayerRecording
+from raas_cache.tracing.layer_trace import Forward, LayerTrace
 
 
 PLACE = {"layer": 1, "head": 0}
@@ -22,7 +22,7 @@ def recording_of(pages, scores=None, start=3, page_size=2, method="RaaSPolicy()"
         stamp = [np.nan] * pinned + [step] * (len(held) - pinned)
         arrays = (np.array([[of]], kind) for of, kind in ((held, "i4"), (score, "f4"), (stamp, "f4")))
         entries.append(Forward(step, held[-1], *arrays, np.array([[len(held) * page_size]])))
-    return Recording(method, 8, page_size, "pin", {1: LayerRecording((0,), entries)})
+    return Recording(method, 8, page_size, "pin", {1: LayerTrace((0,), entries)})
 
 
 # A prompt of 3 tokens and 8 generated ones in pages of 2: page 5 is evicted at step 7, page 3 at step 9.

@@ -1,13 +1,14 @@
 """The registered attention functions: the hand-off from a paged cache to its attention.
 
 `Cache.update` never sees the query and an attention function never sees the cache. So `update` returns a key and a
-value that carry their layer as the attribute `paged_layer`, and the functions registered here read it. Keys without it
-go to the original function, untouched.
+value that carry their forward as the attribute `paged_forward`, and the functions registered here call its `attend`.
+Keys without it go to the original function, untouched.
 """
 
 import functools
 import threading
 import weakref
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,50 +16,49 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from ..cache.model_code import OWN_CACHE_FOR_ENCODER
-from ..cache.paged_layer import PagedLayer
+from ..engine.forward import Forward, Softmax
 from .eager import AttentionFunction, eager_attention_forward, raas_attention_forward
 from .masks import mask_dispatcher, seen_by_new_tokens
 
 
 DISPATCHED = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+OWN_CACHE_FOR_ENCODER = "EncoderDecoderCache(RaaSCache(...), DynamicCache())"
 # What changes the softmax or its inputs in a way the paged attention does not: ignored, each would give wrong text.
 UNSUPPORTED = ("position_bias", "sliding_window", "dropout", "output_attentions")
 
 
 class _Expected(threading.local):
-    """The layer that updated last in this thread, until its attention is called: a latent cannot carry it (MLA)."""
+    """The forward that began last in this thread, until its attention is called: a latent cannot carry it (MLA)."""
 
-    reference: weakref.ref[PagedLayer] | None = None
+    reference: weakref.ref[Forward] | None = None
 
-    def get(self) -> PagedLayer | None:
+    def get(self) -> Forward | None:
         return None if self.reference is None else self.reference()
 
 
 _expected = _Expected()
 
 
-def expect(layer: PagedLayer) -> None:
-    """Tell the attention function which layer the next call is for, should the key lose its tag on the way."""
-    if layer.is_latent or layer.is_first_forward:
-        _expected.reference = weakref.ref(layer)
+def expect(forward: Forward) -> None:
+    """Tell the attention function which forward the next call is for, should the key lose its tag on the way."""
+    _expected.reference = weakref.ref(forward)
 
 
-def _latent_layer(module: torch.nn.Module) -> PagedLayer | None:
-    """The paged layer behind an untagged key, if the module expands a cached latent (MLA: DeepSeek-V2 and its kin)."""
+def _latent_forward(module: torch.nn.Module) -> Forward | None:
+    """The forward behind an untagged key, if the module expands a cached latent (MLA: DeepSeek-V2 and its kin)."""
     # Only MLA's own expansion is known to map each token by itself; any other change of the key stays refused.
-    layer = _expected.get() if hasattr(module, "expand_kv") else None
-    if layer is None or not layer.awaits_attention:
+    forward = _expected.get() if hasattr(module, "expand_kv") else None
+    if forward is None or not forward.awaits_attention:
         return None
-    if not layer.is_latent:
-        layer.expect_latent()
-    return layer
+    if not forward.layer.is_latent:
+        forward.layer.expect_latent()
+    return forward
 
 
 def dispatcher(dense: AttentionFunction) -> AttentionFunction:
     """An attention function that serves keys from a paged cache, and hands every other key to `dense`."""
-    # transformers' sdpa leaves these out where a model gives them, so that is what equals it.
-    extras = () if dense is sdpa_attention_forward else ("softcap", "s_aux")
+    # transformers' sdpa ignores a softcap and sinks that a model gives it; to equal it, the pages ignore them too.
+    has_extras = dense is not sdpa_attention_forward
 
     @functools.wraps(dense)
     def paged_attention_forward(
@@ -70,54 +70,51 @@ def dispatcher(dense: AttentionFunction) -> AttentionFunction:
         *args: Any,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        layer: PagedLayer | None = getattr(key, "paged_layer", None)
-        if layer is None:
-            layer = _latent_layer(module)
-        elif getattr(value, "paged_layer", None) is not layer:
+        forward: Forward = getattr(key, "paged_forward", None) or _latent_forward(module)  # type: ignore[assignment]
+        if forward is None:
+            return dense(module, query, key, value, attention_mask, *args, **kwargs)
+        if not forward.layer.is_latent and getattr(value, "paged_forward", None) is not forward:
             raise ValueError(
                 f"{type(module).__name__} changes its values between cache and attention, and the cache would not know "
                 "how: use a DynamicCache for this model."
             )
-        if layer is None:
-            return dense(module, query, key, value, attention_mask, *args, **kwargs)
+        layer = forward.layer
         if layer.on_module is not None:
-            settled = layer.on_module(module, key, value)
-            layer.on_module = None
-            if settled is not layer:  # a window or the like, which has taken the tokens over
-                layer.awaits_attention = False
+            stays, layer.on_module = layer.on_module(module, key, value), None
+            if not stays:  # a window or the like has taken the tokens over
+                forward.awaits_attention, layer.pending = False, None
                 # Other layers may share this key.
-                key.paged_layer = value.paged_layer = None  # type: ignore[attr-defined]
+                key.paged_forward = value.paged_forward = None  # type: ignore[attr-defined]
                 return dense(module, query, key, value, attention_mask, *args, **kwargs)
-        is_new, layer.awaits_attention = layer.awaits_attention, False
-        _refuse_unsupported(module, kwargs, is_input=layer.new > 1 or layer.is_first_forward)
-        visible = among = None
-        if is_new:  # not where a layer that shares the KV of another reads it once more
-            _require_self_attention(module, query, key, layer)
-            visible, among = seen_by_new_tokens(attention_mask, query.shape[2], layer)
+        # 1. Refuse what would give wrong text.
+        _refuse_unsupported(module, kwargs, is_prefill=forward.new > 1 or forward.is_first)
+        seen = None
+        if forward.awaits_attention:  # not a second read, by a layer that shares the KV of another
+            if query.shape[2] != key.shape[2] and not layer.is_latent:
+                raise ValueError(_not_self_attention(module, query, key))
+            # 2. What the mask says of the new tokens.
+            if attention_mask is not None:
+                seen = seen_by_new_tokens(attention_mask, query.shape[2], forward)
         scaling = kwargs.get("scaling")
-        scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-        softcap, sinks = (kwargs.get(name) if name in extras else None for name in ("softcap", "s_aux"))
+        softmax: Softmax = {
+            "scale": query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+            "softcap": kwargs.get("softcap") if has_extras else None,
+            "sinks": kwargs.get("s_aux") if has_extras else None,
+        }
+        expanded = (key, value) if layer.is_latent else None
+        # 3. A first forward attends to its own tokens only, as the model does by itself.
         attended = None
-        if layer.is_first_forward:
+        if forward.is_first:
             _expected.reference = None
             attended = dense(module, query, key, value, attention_mask, *args, **kwargs)
-
-        def read_pages() -> torch.Tensor | None:
-            if is_new:
-                layer.admit(visible, among)
-            if attended is None:
-                return layer.attend(query, scale, softcap, sinks, expanded=(key, value) if layer.is_latent else None)
-            layer.attend_first(query, (key, value), scale=scale, softcap=softcap, sinks=sinks)
-            return None
-
-        # The pages hold what the model gave them, in its dtypes, and no gradients.
+        # 4. Store, attend, rank; in the model's dtypes and without gradients.
         has_gradients, device = torch.is_grad_enabled(), query.device.type
-        read = torch.no_grad()(read_pages) if has_gradients else read_pages
-        if not query.is_meta and torch.is_autocast_enabled(device):  # of the meta device torch cannot tell
-            with torch.autocast(device, enabled=False):
-                output = read()
+        has_autocast = not query.is_meta and torch.is_autocast_enabled(device)  # of the meta device torch cannot tell
+        if has_gradients or has_autocast:
+            with torch.no_grad(), torch.autocast(device, enabled=False) if has_autocast else nullcontext():
+                output = forward.attend(query, softmax, seen, expanded)
         else:
-            output = read()
+            output = forward.attend(query, softmax, seen, expanded)
         if attended is not None:
             return attended
         assert output is not None
@@ -144,8 +141,8 @@ class _NoGradient(torch.autograd.Function):
         )
 
 
-def _refuse_unsupported(module: torch.nn.Module, kwargs: dict[str, Any], is_input: bool) -> None:
-    if is_input:  # a config is slow to ask, and the same at every decode step
+def _refuse_unsupported(module: torch.nn.Module, kwargs: dict[str, Any], is_prefill: bool) -> None:
+    if is_prefill:  # a config is slow to ask, and the same at every decode step
         kwargs = {"output_attentions": getattr(getattr(module, "config", None), "output_attentions", False), **kwargs}
     for name in UNSUPPORTED:
         value = kwargs.get(name)
@@ -163,13 +160,12 @@ def _refuse_unsupported(module: torch.nn.Module, kwargs: dict[str, Any], is_inpu
         )
 
 
-def _require_self_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, layer: PagedLayer) -> None:
-    if query.shape[2] != key.shape[2] and not layer.is_latent:
-        raise ValueError(
-            f"{type(module).__name__} reads {key.shape[2]} new keys with {query.shape[2]} new queries: a paged cache "
-            "serves self-attention, not attention to an image or an encoder. If the model has an encoder, pass "
-            f"past_key_values={OWN_CACHE_FOR_ENCODER}; otherwise use a DynamicCache for this model."
-        )
+def _not_self_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor) -> str:
+    return (
+        f"{type(module).__name__} reads {key.shape[2]} new keys with {query.shape[2]} new queries: a paged cache "
+        "serves self-attention, not attention to an image or an encoder. If the model has an encoder, pass "
+        f"past_key_values={OWN_CACHE_FOR_ENCODER}; otherwise use a DynamicCache for this model."
+    )
 
 
 def register() -> None:

@@ -1,4 +1,4 @@
-"""What attention masks say of the new tokens, and of those that a cache holds."""
+"""What attention masks say of new tokens, and of tokens that a cache holds."""
 
 from __future__ import annotations
 
@@ -8,48 +8,66 @@ from typing import Any
 
 import torch
 
-from ..cache.paged_layer import PagedLayer
+from ..engine.forward import Forward, Seen
+from ..engine.prefill import count_leading
 
 
-def seen_by_new_tokens(
-    mask: torch.Tensor | None, new: int, layer: PagedLayer
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Which new tokens are visible, and which of them each one sees, from the mask of a forward.
+def seen_by_new_tokens(mask: torch.Tensor | None, new: int, forward: Forward) -> Seen | None:
+    """Which new tokens are visible, and which of them each new token sees, from the mask of a forward.
 
     Args:
-        mask: 2-d, or 4-d and bool or additive. If it spans the past as well, that part is applied to `layer`.
+        mask: 2-d, or 4-d and bool or additive. If it spans the past as well, that part is applied to the layer.
 
     Returns:
-        `[batch, new]` bool, False for a hidden token; `[batch, new, new]` bool, None where it is causal, or where the
-        model attends by itself.
+        See `Seen`; `among` is None where the model attends by itself. None where the mask hides nothing.
     """
     if mask is None:
-        return None, None
-    is_first = layer.is_first_forward
+        return None
+    if new == 1 and not forward.is_first:
+        if mask.ndim == 2:
+            return {"visible": mask[:, -1:].bool()}
+        if mask.shape[-1] != 1:
+            mask = _split_past(mask, new, forward)
+        visible = _visible_generated(mask)
+        return None if visible is None else {"visible": visible}
+    # All layers of a forward get the one mask: only the first looks. A mask written to since is another.
+    key = (None if mask.is_inference() else mask._version), new, forward.is_first
+    known = getattr(mask, "seen_by_new_tokens", None)
+    if known is not None and key[0] is not None and known[0] == key:
+        seen: Seen = known[1]
+        return seen
+    if mask.ndim == 4 and mask.shape[-1] != new:
+        return _read(_split_past(mask, new, forward), new, forward.is_first)
+    seen = _read(mask, new, forward.is_first)
+    if not torch.compiler.is_compiling():
+        mask.seen_by_new_tokens = key, seen  # type: ignore[attr-defined]
+    return seen
+
+
+def _read(mask: torch.Tensor, new: int, is_first: bool) -> Seen:
     if mask.ndim == 2:
-        return mask[:, -new:].bool(), None
-    if mask.shape[-1] != new:
-        mask = _split_past(mask, new, layer)
-    if new == 1 and not is_first:
-        return _visible_generated(mask), None
+        visible = mask[:, -new:].bool()
+        return {"visible": visible, "leading": count_leading(visible)}
     allowed = _allowed(mask)
     if mask.dtype != torch.bool and not bool((allowed | (mask < -1e4)).all()):
         raise ValueError(
-            "attention_mask adds more than visible (0) and hidden (a large negative number) to the attention: such a "
-            "bias goes by where a token stands, which a paged cache changes. Use a DynamicCache for this model."
+            "attention_mask adds more than visible (0) and hidden (a large negative number) to the attention. Such a "
+            "bias depends on the slot of a token, which a paged cache changes. Use a DynamicCache for this model."
         )
     # The last token need not see all others (packed or branching prompts, images). A padding token does not see itself,
     # or sees everything, the last token too, which some masks do to keep its softmax finite.
     visible = allowed[:, 0, -1] | (allowed[:, 0].diagonal(dim1=1, dim2=2) & ~allowed[:, 0, :, -1])
-    if is_first:
-        return visible, None
-    causal = visible[:, None, None] & allowed.new_ones(new, new).tril()
-    return visible, None if torch.equal(allowed, causal.expand_as(allowed)) else allowed[:, 0].expand(-1, new, new)
+    seen: Seen = {"visible": visible, "leading": count_leading(visible)}
+    if not is_first:
+        causal = visible[:, None, None] & allowed.new_ones(new, new).tril()
+        if not torch.equal(allowed, causal.expand_as(allowed)):
+            seen["among"] = allowed[:, 0].expand(-1, new, new)
+    return seen
 
 
-def _split_past(mask: torch.Tensor, new: int, layer: PagedLayer) -> torch.Tensor:
-    """The part of a 4-d mask that is about the new tokens; what it says of the past goes to `layer`."""
-    seen = None if torch.compiler.is_compiling() else layer.seen_before
+def _split_past(mask: torch.Tensor, new: int, forward: Forward) -> torch.Tensor:
+    """The part of a 4-d mask that is about the new tokens; what it says of the past goes to the layer."""
+    seen = None if torch.compiler.is_compiling() else forward.seen_before
     if seen is None or mask.shape[-1] != seen + new or mask.shape[1] != 1:
         raise ValueError(
             f"attention_mask of shape {tuple(mask.shape)} spans {mask.shape[-1]} keys, and the sequence has {seen} and "
@@ -62,7 +80,7 @@ def _split_past(mask: torch.Tensor, new: int, layer: PagedLayer) -> torch.Tensor
             "them the same. Pass a 2-d mask of ones and zeros, or give the tokens one forward each."
         )
     if seen:
-        layer.show(past[:, -1].expand(layer.batch_size, -1))
+        forward.layer.show(past[:, -1].expand(forward.layer.table.batch_size, -1))
     return rest
 
 

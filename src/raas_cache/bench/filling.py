@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache
 
 from ..cache.paged_cache import PagedCache
 from ..cache.paged_layer import PagedLayer
+from ..engine.forward import Forward, Softmax
 from ..methods.registry import from_name
 
 
@@ -150,28 +151,21 @@ class Filler:
 
     @torch.no_grad()
     def feed(self, cache: Cache, tokens: int, layers: Iterable[int] | None = None) -> None:
-        """One forward of `tokens` random tokens as far as the cache has to do with it, the same for all `layers`.
-
-        A layer that never evicts does without the attention, which would only rank its pages.
-        """
+        """One forward of `tokens` random tokens as far as the cache has to do with it, the same for all `layers`."""
         key, value = (self._draw(self.kv_heads, tokens) for _ in range(2))
         for index in range(self.layers) if layers is None else layers:
-            is_first = not cache.get_seq_length(index)
-            # A view for each layer: `update` tags what it is given with the layer.
+            # A view for each layer: `update` tags the key and value that it is given.
             handed = cache.update(key.view_as(key), value.view_as(value), index)
             layer = cache.layers[index]
             if not isinstance(layer, PagedLayer):
                 continue
             # From here on as the registered attention function.
-            layer.admit(None)
-            if not layer.policy.evicts:
-                layer.is_busy = False
-                continue
-            query, scale = self._draw(self.heads, tokens), self.head_dim**-0.5
-            if is_first:
-                layer.attend_first(query, handed, scale=scale, softcap=None, sinks=None)
-            else:
-                layer.attend(query, scale)
+            forward: Forward = handed[0].paged_forward  # type: ignore[attr-defined]
+            query, softmax = (
+                self._draw(self.heads, tokens),
+                Softmax(scale=self.head_dim**-0.5, softcap=None, sinks=None),
+            )
+            forward.attend(query, softmax)
 
     def _draw(self, heads: int, tokens: int) -> torch.Tensor:
         size = (self.batch, heads, tokens, self.head_dim)
@@ -205,7 +199,7 @@ class Filler:
 
     def _feed_alike(self, cache: PagedCache, forwards: list[int]) -> None:
         """Feed forwards of these lengths to one layer per policy, and copy this layer to the other layers."""
-        policies = [layer.policy for layer in cache.layers if isinstance(layer, PagedLayer)]
+        policies = [layer.settings.policy for layer in cache.layers if isinstance(layer, PagedLayer)]
         sources = [policies.index(policy) for policy in policies]
         for tokens in forwards:
             self.feed(cache, tokens, sorted(set(sources)))
@@ -223,7 +217,9 @@ def fast_forward(cache: PagedCache, pages: int) -> None:
     for layer in cache.layers:
         if not isinstance(layer, PagedLayer):
             continue
-        tokens = pages * layer.page_size
-        layer.positions[:, :, layer.pinned_pages * layer.page_size :] += tokens
-        layer.priority += tokens  # empty pages stay at -inf
-        layer.move_clock(tokens, tokens)
+        table, kv = layer.table, layer.engine.kv
+        tokens = pages * kv.page_size
+        evictable = kv.evictable[:, None].expand(-1, table.num_heads, -1)  # [batch, kv_heads, pages]
+        kv.positions += tokens * evictable.repeat_interleave(kv.page_size, -1).int()
+        kv.priority += tokens  # empty pages stay at -inf
+        table.move_clock(tokens, tokens)

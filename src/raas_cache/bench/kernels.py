@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import cycle, islice, product, repeat
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -14,7 +15,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedConfig
 
-import raas_kernels
+from raas_kernels import PagedKV, attend
 
 from ..common.reporting import markdown
 from .filling import kv_shape
@@ -111,8 +112,8 @@ def run_kernels(
         query = draw(batch, heads, 1, head_dim)
         keys, values = (draw(batch, kv_heads, budget, head_dim) for _ in range(2))
         buffers = [(query, keys.clone(), values.clone()) for _ in range(max(2, -(-4 * llc // bytes_read)))]
-        bias = torch.zeros(batch, kv_heads, budget, device=device)
-        ours = partial(raas_kernels.attend, bias=bias, scale=head_dim**-0.5, page_size=page_size)
+        caches = [(query, PagedKV.filled(keys, values, page_size)) for query, keys, values in buffers]
+        ours = partial(_attend, scale=head_dim**-0.5)
         turns = cycle(buffers)
         dense = {name: _timing(kernel, turns, repeats) for name, kernel in _dense_kernels(buffers[0]).items()}
         best = min(dense, key=lambda name: dense[name].median)
@@ -126,13 +127,17 @@ def run_kernels(
                 page_size,
                 str(dtype).removeprefix("torch."),
                 bytes_read,
-                _timing(ours, turns, repeats),
+                _timing(ours, cycle(caches), repeats),
                 copy_bandwidth,
                 best,
                 dense[best],
             )
         )
     return rows
+
+
+def _attend(query: torch.Tensor, kv: PagedKV, scale: float) -> torch.Tensor:
+    return attend(kv, query, scale)[0]
 
 
 def last_level_cache(device: torch.device) -> int:
@@ -143,7 +148,7 @@ def last_level_cache(device: torch.device) -> int:
     return max((int(size.removesuffix("K")) * 1024 for size in sizes if size.endswith("K")), default=1 << 26)
 
 
-def _timing(kernel: Callable[..., object], turns: Iterator[Inputs], repeats: int) -> Timing:
+def _timing(kernel: Callable[..., object], turns: Iterator[tuple[Any, ...]], repeats: int) -> Timing:
     """Time `repeats` calls, each with the next inputs from `turns`, after a few untimed calls."""
     calls = list(islice(turns, WARMUP + repeats))
     device = calls[0][0].device

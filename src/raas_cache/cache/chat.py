@@ -4,7 +4,6 @@ import warnings
 
 import torch
 
-from ..engine.page_table import EMPTY, EVICTABLE
 from .paged_cache import PagedCache
 from .paged_layer import PagedLayer
 
@@ -73,7 +72,7 @@ def _check_ids(cache: PagedCache, held_ids: torch.Tensor, new_ids: torch.Tensor)
     for name, ids in (("held_ids", held_ids), ("new_ids", new_ids)):
         if ids.ndim != 2:
             raise ValueError(f"{name} of shape {tuple(ids.shape)} must be token ids of shape [batch, tokens].")
-    rows = {layer.batch_size for layer in cache.layers if isinstance(layer, PagedLayer) and layer.is_initialized}
+    rows = {layer.table.batch_size for layer in cache.layers if isinstance(layer, PagedLayer) and layer.is_initialized}
     rows |= {held_ids.shape[0], new_ids.shape[0]}
     if len(rows) > 1:
         raise ValueError(
@@ -90,7 +89,7 @@ def _check_ids(cache: PagedCache, held_ids: torch.Tensor, new_ids: torch.Tensor)
 def _seen(cache: PagedCache) -> int:
     """Tokens that the paged layers have seen; a cache whose layers are all windows has no other count."""
     paged = [layer for layer in cache.layers if isinstance(layer, PagedLayer)]
-    return paged[0].seen if paged else int(cache.get_seq_length())
+    return paged[0].table.length if paged else int(cache.get_seq_length())
 
 
 def _shared(held: torch.Tensor, new: torch.Tensor) -> int:
@@ -111,7 +110,7 @@ def _nearest_place(cache: PagedCache, shared: int) -> int:
 def _is_recorded(layer: PagedLayer, place: int) -> bool:
     """Whether `crop` can take the layer back to the first `place` tokens."""
     try:
-        layer.check_crop(place - layer.seen)
+        layer.check_crop(place - layer.table.length)
     except RuntimeError:
         return False
     return True
@@ -119,11 +118,14 @@ def _is_recorded(layer: PagedLayer, place: int) -> bool:
 
 def _leading_input(layer: PagedLayer) -> int:
     """Tokens of input before the first generated one."""
-    if layer.prompt == "evict":
+    kv, counts = layer.table.kv, layer.table.counts
+    if layer.settings.prompt == "evict" or kv is None:
         return 0
-    positions = layer.positions[0, 0, : layer.pinned]
-    in_place = positions == torch.arange(layer.pinned, device=positions.device)
-    return int(in_place.long().cumprod(0).sum())
+    # All rows began to decode at one step: the first row tells.
+    padding, prefilled = int(counts.padding[0]), int(counts.prefilled[0])
+    positions = kv.positions[0, 0, :prefilled]
+    in_place = positions == torch.arange(padding, padding + prefilled, device=positions.device)
+    return padding + int(in_place.long().cumprod(0).sum())
 
 
 def _go_back(cache: PagedCache, place: int) -> bool:
@@ -134,21 +136,9 @@ def _go_back(cache: PagedCache, place: int) -> bool:
     try:
         for layer in cache.layers:
             if isinstance(layer, PagedLayer) and not _is_recorded(layer, place):
-                _drop_generated(layer)
-                layer.crop(place - layer.seen)
+                layer.drop_decoded(place)
             else:
                 layer.crop(tokens_to_remove)  # type: ignore[union-attr]  # transformers calls it so, too
     except RuntimeError:  # a window that is full and was not recorded
         return False
     return True
-
-
-def _drop_generated(layer: PagedLayer) -> None:
-    """Count off all generated tokens and empty their pages; what stays is input, which can be taken back."""
-    layer.crop(0)  # ends what was recorded
-    first = layer.pinned_pages * layer.page_size
-    for name, tensor in layer.held_tensors("bias", "positions").items():
-        tensor[:, :, first:] = EMPTY.get(name, 0)
-    for name, tensor in layer.held_tensors(*EVICTABLE).items():
-        tensor.fill_(EMPTY.get(name, 0))
-    layer.move_clock(layer.pinned - layer.seen, -layer.decoded)

@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from transformers.cache_utils import Cache
 
@@ -101,3 +102,24 @@ def check_mask_length(attention_mask: torch.Tensor, seen: int, new: int) -> None
         f"{seen} tokens and {new} are new, so the mask needs {seen + new}, from the first token of the sequence on. "
         f"{MEND}"
     )
+
+
+def check_padding(attention_mask: torch.Tensor, padding: np.ndarray) -> None:
+    """Refuse a mask that shows left padding, which is not held.
+
+    Args:
+        attention_mask: `[batch, tokens]`, True or 1 where a token is visible.
+        padding: `[batch]`, tokens of left padding of each row.
+
+    Raises:
+        ValueError: the mask shows such a token.
+    """
+    longest = int(padding.max(initial=0))
+    if not longest:
+        return
+    is_padding = torch.arange(longest) < torch.from_numpy(padding)[:, None]
+    if bool((attention_mask[:, :longest].bool().cpu() & is_padding).any()):
+        raise ValueError(
+            f"attention_mask shows tokens that it hid as left padding when they came (up to {longest} in a row): a "
+            "paged cache does not hold them. Hide them again, or call cache.reset() and give it the whole sequence."
+        )

@@ -33,8 +33,8 @@ class LinearAttentionAndPagedLayer(LinearAttentionLayer, PagedLayer):  # type: i
     is_compileable = PagedLayer.is_compileable
 
     def __init__(self, number_of_states: int, settings: LayerSettings):
-        LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
         PagedLayer.__init__(self, settings)
+        LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         # `update` gives key and value by position, the linear-attention methods give their states by name.

@@ -13,9 +13,10 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
+from ..attention.dispatch import OWN_CACHE_FOR_ENCODER
+
 
 LIMIT = "original_max_position_embeddings"
-OWN_CACHE_FOR_ENCODER = "EncoderDecoderCache(RaaSCache(...), DynamicCache())"
 
 
 def length_to_tell(seen: int, caller: FrameType) -> int:

@@ -6,8 +6,9 @@ upstream's; a new option is checked here and goes into `LayerSettings`, what it 
 """
 
 import inspect
+import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -18,14 +19,18 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from ..attention.dispatch import DISPATCHED, expect
+from ..engine.forward import INTERRUPTED, Forward, begin
+from ..engine.layer_engine import LayerEngine
 from ..engine.layer_settings import LayerSettings
 from ..engine.policy import Policy
+from ..engine.row_counts import Rows
 from .guards import check_checkpointing, check_generate_step
 from .layer_types import plan_layers
 from .model_code import check_caller, length_to_tell
 from .model_probe import calling_module, generate_compiles, is_asked_by_generate
-from .paged_layer import INTERRUPTED, PagedLayer
+from .paged_layer import PagedLayer
 from .past_mask import PastMask, tagged
+from .rows import TouchedRows, checked_rows
 from .settings import (
     Budget,
     check_choice,
@@ -149,7 +154,8 @@ class PagedCache(Cache):
         super().__init__(layers=layers, offloading=offloading)
         self._config = config
         self._recording: Recording | None = None
-        self._preallocates = self._reads_input = False
+        self._preallocates = self._reads_prefill = False
+        self._rows: TouchedRows | None = None
         self._forget()
         if config is not None:
             self._warn_if_nothing_is_paged(config)
@@ -157,8 +163,8 @@ class PagedCache(Cache):
     def _forget(self) -> None:
         """What has been learnt of a model and its sequence; another may come after `reset`."""
         self._records_past = False
-        self._handed_out: PagedLayer | None = None
-        self._last_idx, self._seen_before = -1, 0  # of the layer that updated last, and of the forward that it is in
+        self._handed_out: LayerEngine | None = None  # of the layer that updated last
+        self._last_idx, self._tokens_before = -1, 0  # of that layer, and of the forward that it is in
         self._is_torn = False  # whether only some of the layers have had their rows changed
         self._past_mask = PastMask()
         self._not_offloaded: int | None = None
@@ -185,41 +191,66 @@ class PagedCache(Cache):
                 drop the cache (see `check_caller`).
         """
         self._check_last_forward(layer_idx)
-        if layer_idx == 0 and not torch.compiler.is_compiling():
-            is_empty = not (self.layers and self.layers[0].is_initialized)  # type: ignore[union-attr]  # has attention
+        layers, is_compiling = self.layers, torch.compiler.is_compiling()
+        if layer_idx == 0 and not is_compiling:
+            is_empty = not (layers and layers[0].is_initialized)  # type: ignore[union-attr]  # has attention
             if is_empty or key_states.shape[2] > 1:
                 seen = 0 if is_empty else self.get_seq_length()
                 check_caller(self, seen, key_states.shape[2], inspect.currentframe())
-        while len(self.layers) <= layer_idx:
-            self._add(PagedLayer(self._settings_of(len(self.layers))))
-        layer = self.layers[layer_idx]
+        while len(layers) <= layer_idx:
+            self._add(PagedLayer(self._settings_of(len(layers))))
+        layer = layers[layer_idx]
+        if not isinstance(layer, PagedLayer):
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        engine = layer.engine
+        if not is_compiling:
+            # A forward that an exception ended has reached some of the layers only.
+            if layer_idx <= self._last_idx or self._last_idx < 0:  # a forward begins
+                self._tokens_before = engine.table.tokens
+            elif engine.table.tokens != self._tokens_before:
+                raise RuntimeError(INTERRUPTED)
+            self._last_idx = layer_idx
+        if self._reads_prefill or self._preallocates or self._recording is not None or self._rows is not None:
+            self._prepare(layer, layer_idx, key_states.device)
         if self.offloading:
             layer.prefetch()
-        if isinstance(layer, PagedLayer):
-            if not torch.compiler.is_compiling():
-                self._check_step(layer, layer_idx)
-            layer.reads_input, layer.preallocates = self._reads_input, self._preallocates
-            if self._recording is not None and layer.recorder is None:
-                layer.recorder = self._recording.recorder_of(layer_idx)
-        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        if isinstance(layer, PagedLayer):
-            self._handed_out = layer
-            if not self._warned and (layer.is_first_forward or key_states.shape[2] > 1):
-                self._warn_if_prompt_fills_budget(layer)
-            if not self._knows_layers:
-                layer.on_module = partial(self._learn_layers, layer_idx)
-            expect(layer)
+            keys, values = super().update(key_states, value_states, layer_idx)
+            forward = engine.pending
+        else:
+            forward, keys, values = begin(layer.decode, key_states, value_states)
+        if forward is not layer.decode:
+            self._on_prefill(layer, layer_idx, forward)  # type: ignore[arg-type]  # it has just begun
+        self._handed_out = engine
         return keys, values
+
+    def _prepare(self, layer: PagedLayer, layer_idx: int, device: torch.device) -> None:
+        """Tell a layer what has been asked of the cache."""
+        engine = layer.engine
+        engine.reads_prefill, engine.table.preallocates = self._reads_prefill, self._preallocates
+        if self._recording is not None and layer.trace is None:
+            layer.trace = self._recording.trace_of(layer_idx)
+        if self._rows is not None:
+            self._rows.prepare(engine, device)
+
+    def _on_prefill(self, layer: PagedLayer, layer_idx: int, forward: Forward) -> None:
+        layer.has_begun()
+        if not self._warned and (forward.is_first or forward.new > 1):
+            self._warn_if_prompt_fills_budget(layer, forward.new)
+        if not self._knows_layers:
+            layer.engine.on_module = partial(self._learn_layers, layer_idx)
+        if forward.is_first or layer.engine.is_latent:
+            expect(forward)
 
     def _check_last_forward(self, layer_idx: int) -> None:
         """Refuse to go on where what was handed out last was not read, or rows were changed in some layers only."""
         if self._is_torn:
             raise RuntimeError(INTERRUPTED)
-        if self._handed_out is None or not self._handed_out.awaits_attention:
+        last = self._handed_out
+        if last is None or last.pending is None or not last.pending.awaits_attention:
             return
         config = getattr(calling_module(torch.nn.Module), "config", None)
         # The next layer finds out, unless the model has no other: that the same layer comes again is a new forward.
-        is_only_layer = not self._paged_layers[0].is_filled and getattr(config, "num_hidden_layers", None) == 1
+        is_only_layer = not self._paged_layers[0].table.tokens and getattr(config, "num_hidden_layers", None) == 1
         if layer_idx <= self._last_idx and not is_only_layer:
             raise RuntimeError(INTERRUPTED)
         implementation = "in use" if config is None else repr(config._attn_implementation)
@@ -229,14 +260,6 @@ class PagedCache(Cache):
             "cache. A model whose attention bypasses transformers' attention interface, or that changes its keys "
             "between cache and attention, needs a DynamicCache."
         )
-
-    def _check_step(self, layer: PagedLayer, layer_idx: int) -> None:
-        """Refuse a forward where a layer has not seen all that the layers before it have."""
-        if layer_idx <= self._last_idx or self._last_idx < 0:  # a forward begins
-            self._seen_before = layer.seen
-        elif layer.seen != self._seen_before:
-            raise RuntimeError(INTERRUPTED)
-        self._last_idx = layer_idx
 
     @property
     def _knows_layers(self) -> bool:
@@ -259,14 +282,105 @@ class PagedCache(Cache):
         ...         logits = model(token, past_key_values=cache).logits
         ```
         """
-        before, self._reads_input = self._reads_input, self.settings.prompt != "evict"
+        before, self._reads_prefill = self._reads_prefill, self.settings.prompt != "evict"
         try:
             yield
         finally:
-            self._reads_input = before
+            self._reads_prefill = before
             for layer in self.layers:
                 if isinstance(layer, PagedLayer):
-                    layer.reads_input = before
+                    layer.engine.reads_prefill = before
+
+    @contextmanager
+    def on_rows(self, rows: int | Sequence[int]) -> Iterator[None]:
+        """While the context lasts, forwards touch the rows `rows` of the cache only: their batch is as long as `rows`.
+
+        Give the model `position_ids=cache.seen_tokens[rows, None]`, for each row stands at a step of its own, and no
+        `attention_mask`.
+
+        Args:
+            rows: the rows, in the order of the forward's batch.
+
+        Raises:
+            TypeError, ValueError: `rows` are no rows of the cache; a layer of the model is not paged; or the cache is
+                being recorded, or notes what it overwrites.
+        """
+        with self._touching(rows, None, admits=False):
+            yield
+
+    @contextmanager
+    def admit(self, rows: int | Sequence[int], batch_size: int | None = None) -> Iterator[None]:
+        """While the context lasts, forwards prefill the rows `rows`; whatever these rows held goes.
+
+        The other rows stay as they are, so that a sequence can begin while others are being decoded.
+
+        Args:
+            rows: the rows, in the order of the forward's batch.
+            batch_size: rows of the cache, where it is empty; by default just enough for `rows`.
+
+        Raises:
+            TypeError, ValueError: as `on_rows`; or `batch_size` is not the number of rows that the cache has.
+
+        Example:
+
+        ```python
+        >>> with cache.admit(0, batch_size=2):
+        ...     model(first_prompt, past_key_values=cache)
+        >>> with cache.on_rows(0):
+        ...     model(token, position_ids=cache.seen_tokens[:1, None], past_key_values=cache)
+        >>> with cache.admit(1):
+        ...     model(second_prompt, past_key_values=cache)
+        >>> model(tokens, position_ids=cache.seen_tokens[:, None], past_key_values=cache)
+        ```
+        """
+        with self._touching(rows, batch_size, admits=True):
+            yield
+
+    def release_rows(self, rows: int | Sequence[int]) -> None:
+        """Forget the rows `rows`; `admit` can fill them again.
+
+        Raises:
+            TypeError, ValueError: `rows` are no rows of the cache.
+        """
+        layers = self._paged_layers
+        indices = checked_rows(rows, layers[0].table.batch_size if layers else 0)
+        with self._all_or_none():
+            for layer in layers:
+                layer.table.release_rows(Rows.of(indices, layer.table.device))
+                layer.engine.known_mask = None
+
+    @contextmanager
+    def _touching(self, rows: int | Sequence[int], batch_size: int | None, admits: bool) -> Iterator[None]:
+        layers = self._paged_layers
+        if self._records_past or self._recording is not None:
+            raise ValueError(
+                f"rows={rows}: the cache notes what its forwards do, and notes are of all rows. Call "
+                "cache.deactivate_past_recording() first, and end raas_cache.record."
+            )
+        held = layers[0].table.batch_size if layers else None
+        if held is not None and batch_size not in (None, held):
+            raise ValueError(f"batch_size={batch_size}: the cache has {held} rows already. Leave batch_size out.")
+        if held is None and not admits:
+            raise ValueError(f"rows={rows}: the cache is empty. Begin with cache.admit(rows, batch_size=...).")
+        given = [rows] if isinstance(rows, int) else list(rows)
+        batch = held or batch_size or max(given, default=0) + 1
+        indices = checked_rows(rows, batch)
+        touched = TouchedRows(indices, batch, admits)
+        if self._knows_layers:
+            touched.check_layers(self.layers)
+        if admits and held is not None:
+            self.release_rows(indices)
+        self._rows, before = touched, self._rows
+        try:
+            for layer in layers:
+                touched.prepare(layer.engine, layer.table.device)
+            yield
+        finally:
+            self._rows = before
+            for each in self.layers:
+                if isinstance(each, PagedLayer):
+                    each.engine.set_rows(None)
+                    each.engine.admits = False
 
     def preallocate(self) -> None:
         """Allocate the whole budget with the next forward, instead of pages as they come.
@@ -281,9 +395,7 @@ class PagedCache(Cache):
             layer.activate_past_recording()
         self.layers.append(layer)
 
-    def _learn_layers(
-        self, layer_idx: int, module: torch.nn.Module, key: torch.Tensor, value: torch.Tensor
-    ) -> "AnyLayer":
+    def _learn_layers(self, layer_idx: int, module: torch.nn.Module, key: torch.Tensor, value: torch.Tensor) -> bool:
         """The first attention call tells the model's config: give every layer the cache it is to have.
 
         Args:
@@ -291,13 +403,13 @@ class PagedCache(Cache):
             module: its attention module.
 
         Returns:
-            The layer that now stands at `layer_idx`.
+            Whether the layer that called stays at `layer_idx`.
         """
         held = self.layers[layer_idx]
         config = getattr(module, "config", None)
         if not isinstance(config, PreTrainedConfig):
             self.layers = list(self.layers)
-            return held
+            return True
         present = list(self.layers)
         planned, self.layers = plan_layers(config, self._settings_of), []
         for index, layer in enumerate(planned):
@@ -309,7 +421,9 @@ class PagedCache(Cache):
             if index == layer_idx:
                 layer.update(key, value)  # type: ignore[union-attr]  # it has attention
         self._warn_if_nothing_is_paged(config)
-        return self.layers[layer_idx]
+        if self._rows is not None:
+            self._rows.check_layers(self.layers)
+        return self.layers[layer_idx] is held
 
     def _warn_if_nothing_is_paged(self, config: PreTrainedConfig) -> None:
         if not any(isinstance(layer, PagedLayer) for layer in self.layers):
@@ -333,18 +447,19 @@ class PagedCache(Cache):
         if due is not None and due != self._not_offloaded:
             super().offload(due, only_non_sliding)
 
-    def _warn_if_prompt_fills_budget(self, layer: PagedLayer) -> None:
-        prompt_pages, least = layer.pages_with_input, layer.min_decode_pages
-        room = layer.room_beside(prompt_pages)
-        if layer.grows or room >= least:
+    def _warn_if_prompt_fills_budget(self, layer: PagedLayer, new: int) -> None:
+        settings, counts = layer.settings, layer.table.counts
+        prompt_pages = math.ceil((int(counts.prefilled.max(initial=0)) + new) / settings.page_size)
+        room, least = settings.room_beside(prompt_pages), settings.min_decode_pages
+        if settings.grows or room >= least:
             return
         self._warned = True
-        # A turn comes when the number of decode pages is settled.
-        decode_pages = layer.limit if layer.is_decoding else least
+        # Once decoding has begun, the number of decode pages is settled.
+        decode_pages = int(counts.limit.min()) if layer.table.is_decoding else least
         warnings.warn(
-            f"budget={layer.budget} leaves {max(room, 0)} pages of {layer.page_size} tokens beside the {prompt_pages} "
-            f"pages of the prompt; the cache holds {decode_pages} decode pages all the same "
-            f"(min_decode_pages={least}), {(prompt_pages + decode_pages) * layer.page_size} tokens in all.",
+            f"budget={settings.budget} leaves {max(room, 0)} pages of {settings.page_size} tokens beside the "
+            f"{prompt_pages} pages of the prompt; the cache holds {decode_pages} decode pages all the same "
+            f"(min_decode_pages={least}), {(prompt_pages + decode_pages) * settings.page_size} tokens in all.",
             stacklevel=2,
         )
 
@@ -396,7 +511,7 @@ class PagedCache(Cache):
         if not torch.compiler.is_compiling():
             check_generate_step(self)
         is_noted = self._records_past or self._recording is not None
-        if self.offloading or is_noted or self._reads_input or not self.settings.policy.evicts:
+        if self.offloading or is_noted or self._reads_prefill or not self.settings.policy.evicts:
             return False
         if not torch.compiler.is_compiling() and (self._suits_model is None or is_asked_by_generate()):
             self._ask_model()
@@ -420,45 +535,57 @@ class PagedCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of the K and V buffers over all layers, allocated, not used; scales of 8-bit codes counted in."""
-        # Linear-attention layers have none of these attributes, layers not yet filled have None.
-        names = ("keys", "values", "key_scales", "value_scales")
-        buffers = (getattr(layer, name, None) for layer in self.layers for name in names)
+        buffers = []
+        for layer in self.layers:
+            # Linear-attention layers have no keys, layers not yet filled have None.
+            buffers += [getattr(layer, "keys", None), getattr(layer, "values", None)]
+            if isinstance(layer, PagedLayer) and layer.table.kv is not None:
+                buffers += [layer.table.kv.key_scales, layer.table.kv.value_scales]
         return sum(buffer.nbytes for buffer in buffers if buffer is not None)
 
     def resident_positions(self, layer_idx: int) -> torch.Tensor:
         """Sequence index held in each slot: int64 `[batch, kv_heads, slots]`, -1 where empty or padding."""
-        layer = self._paged(layer_idx)
-        return layer.positions.long().masked_fill(layer.bias != 0, -1)
+        kv = self._paged(layer_idx).engine.kv
+        return kv.positions.long().masked_fill(kv.bias != 0, -1)
 
     def resident_tokens(self, layer_idx: int) -> torch.Tensor:
         """Tokens held, padding not counted: int64 `[batch, kv_heads]`."""
-        return (self._paged(layer_idx).bias == 0).sum(-1)
+        return (self._paged(layer_idx).engine.kv.bias == 0).sum(-1)
 
     def evicted_pages(self, layer_idx: int) -> torch.Tensor:
         """Pages evicted so far: int64 `[batch, kv_heads]`."""
-        layer = self._paged(layer_idx)
-        return torch.full((layer.batch_size, layer.num_heads), layer.evicted, device=layer.device)
+        table = self._paged(layer_idx).table
+        return torch.from_numpy(table.evicted)[:, None].expand(-1, table.num_heads).to(table.device)
+
+    @property
+    def seen_tokens(self) -> torch.Tensor:
+        """Tokens that each row has seen, evicted tokens and padding counted in: int64 `[batch]`.
+
+        `seen_tokens[:, None]` are the `position_ids` of the next token where rows began at different steps.
+        """
+        layers = self._paged_layers
+        return torch.from_numpy(layers[0].table.counts.seen.copy()).to(layers[0].device) if layers else torch.zeros(0)
 
     @property
     def evictions(self) -> int:
-        """Pages that each row has evicted so far, over all layers and KV heads."""
-        return sum(layer.evicted * layer.num_heads for layer in self._paged_layers)
+        """Pages that the row with the most evictions has evicted so far, over all layers and KV heads."""
+        return sum(int(layer.table.evicted.max()) * layer.table.num_heads for layer in self._paged_layers)
 
     @property
     def is_over_budget(self) -> bool:
         """Whether the prompt leaves a layer less room than `min_decode_pages`, so that more is held than budgeted."""
-        return any(layer.is_over_budget for layer in self._paged_layers)
+        return any(layer.table.is_over_budget for layer in self._paged_layers)
 
     @property
     def _paged_layers(self) -> list[PagedLayer]:
-        """Those that hold pages."""
-        return [layer for layer in self.layers if isinstance(layer, PagedLayer) and layer.is_initialized]
+        """The layers that hold pages."""
+        return [layer for layer in self.layers if isinstance(layer, PagedLayer) and layer.table.kv is not None]
 
     def _paged(self, layer_idx: int) -> PagedLayer:
         if not 0 <= layer_idx < len(self.layers):
             raise ValueError(f"layer_idx={layer_idx} is not a layer of this cache, which has {len(self.layers)} now.")
         layer = self.layers[layer_idx]
-        if not isinstance(layer, PagedLayer) or not layer.is_initialized:
+        if not isinstance(layer, PagedLayer) or layer.table.kv is None:
             raise ValueError(f"layer_idx={layer_idx} is a {type(layer).__name__} that holds no pages (yet).")
         return layer
 
@@ -473,7 +600,7 @@ class PagedCache(Cache):
         self._recording = recording
         for layer in self.layers:
             if isinstance(layer, PagedLayer):
-                layer.recorder = None  # `update` gives each its own
+                layer.trace = None  # `update` gives each layer its own
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens that a layer has seen, evicted ones included.
@@ -596,11 +723,11 @@ class PagedCache(Cache):
                     layer.crop(tokens_to_remove)
 
     def __repr__(self) -> str:
-        paged = self._paged_layers
-        held = max((int((layer.bias == 0).sum(-1).max()) for layer in paged), default=0)
-        seen = paged[0].seen if paged else 0
+        tables = [layer.table for layer in self._paged_layers]
+        held = max((int((table.kv.bias == 0).sum(-1).max()) for table in tables if table.kv is not None), default=0)
+        seen = tables[0].length if tables else 0
         policy = f"{self.settings.policy}, " if type(self) is PagedCache else ""
-        evicted = self.evictions * (paged[0].batch_size if paged else 0)
+        evicted = sum(int(table.evicted.sum()) * table.num_heads for table in tables)
         return (
             f"{type(self).__name__}({policy}budget={self.budget}, held={held}, seen={seen}, "
             f"evicted={evicted} pages, {self.nbytes} bytes)"
@@ -608,7 +735,7 @@ class PagedCache(Cache):
 
     def _repr_html_(self) -> str:
         """What Jupyter shows."""
-        from ..viz.html import of_cache  # not sooner: drawing knows the cache
+        from ..viz.html import of_cache
 
         settings = self.settings
         about = f"{settings.policy}, budget={self.budget}, page_size={settings.page_size}, prompt={settings.prompt!r}"

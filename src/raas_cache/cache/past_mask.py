@@ -13,7 +13,7 @@ import torch
 
 import raas_kernels
 
-from .guards import check_mask_length
+from .guards import check_mask_length, check_padding
 
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class PastMask:
 
     def __init__(self) -> None:
         self._known: torch.Tensor | None = None  # [batch, tokens] bool, on the CPU
-        self._token = object()  # what layers whose bias agrees with it carry as `obeys`
+        self._token = object()  # what layers whose bias agrees with it carry as `known_mask`
 
     def apply(self, mask: torch.Tensor | None, seen: int | torch.Tensor, new: int, layers: list[PagedLayer]) -> None:
         """Let `layers` show and hide the tokens that they hold as `mask` says; None says nothing.
@@ -65,27 +65,29 @@ class PastMask:
         Raises:
             ValueError: the mask has fewer tokens than the sequence.
         """
-        if mask is None or mask.shape[0] not in (1, layers[0].batch_size):  # `update` refuses another batch
+        batch = layers[0].table.batch_size
+        if mask is None or mask.shape[0] not in (1, batch):  # `update` refuses another batch
             return
         if isinstance(seen, int):
             check_mask_length(mask, seen, new)
+            if new > 1 or mask.device.type == "cpu":
+                check_padding(mask, layers[0].table.counts.padding)
             if mask.device.type == "cpu":
                 layers = self._stale(mask, seen, new, layers)
         devices: dict[torch.device, list[PagedLayer]] = {}
         for layer in layers:
-            devices.setdefault(layer.device, []).append(layer)
+            devices.setdefault(layer.table.device, []).append(layer)
         for device, group in devices.items():
-            visible = mask.to(device).expand(group[0].batch_size, -1)
-            raas_kernels.show([layer.held() for layer in group], visible)
+            raas_kernels.show([layer.engine.kv for layer in group], mask.to(device).expand(batch, -1))
 
     def _stale(self, mask: torch.Tensor, seen: int, new: int, layers: list[PagedLayer]) -> list[PagedLayer]:
         """The layers whose view of the past is not that of `mask`; from now on `mask` is what is known."""
         known, self._known = self._known, mask[:, : seen + new].clone()
         if known is None or known.shape[1] < seen or not torch.equal(known[:, :seen], mask[:, :seen]):
             self._token = object()
-        stale = [layer for layer in layers if layer.obeys is not self._token]
+        stale = [layer for layer in layers if layer.engine.known_mask is not self._token]
         for layer in stale:
-            layer.obeys = self._token
+            layer.engine.known_mask = self._token
         return stale
 
     def learn(self, mask: torch.Tensor | None, new: int) -> None:

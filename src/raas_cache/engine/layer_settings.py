@@ -1,19 +1,24 @@
-"""What one layer is told of the options of its cache."""
+"""The settings of one layer's pages."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from .policy import Policy
+
+
+CODES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
 @dataclass(frozen=True)
 class LayerSettings:
-    """What a paged layer is told; see `PagedCache` for the meanings.
+    """The settings of one layer; `PagedCache` documents their meanings.
 
     Args:
-        policy: orders the evictable pages.
+        policy: ranks the evictable pages.
     """
 
     policy: Policy
@@ -24,3 +29,34 @@ class LayerSettings:
     granularity: Literal["head", "layer"] = "head"
     prompt: Literal["pin", "select", "evict"] = "pin"
     kv_dtype: Literal["int8", "fp8"] | None = None
+
+    @property
+    def code(self) -> torch.dtype | None:
+        """The 8-bit dtype in which keys and values are held; None for the model's dtype."""
+        return None if self.kv_dtype is None else CODES[self.kv_dtype]
+
+    @property
+    def grows(self) -> bool:
+        """Whether the layer takes more pages without end, because its policy never evicts."""
+        return not self.policy.evicts
+
+    @property
+    def reads_all(self) -> bool:
+        """Whether a decode step reads every page."""
+        return self.policy.reads == "all" and (self.prompt != "select" or not self.policy.evicts)
+
+    @property
+    def has_key_bounds(self) -> bool:
+        """Whether each page's element-wise key minima and maxima are kept."""
+        return self.scoring == "minmax" or not self.reads_all
+
+    def prefill_pages_read(self, pinned_pages: int) -> int:
+        """How many of `pinned_pages` pinned pages a decode step reads."""
+        if self.prompt == "evict":
+            return 1
+        half = max(1, self.budget // self.page_size // 2)
+        return pinned_pages if self.prompt == "pin" else min(pinned_pages, half)
+
+    def room_beside(self, pinned_pages: int) -> int:
+        """Decode pages that the budget leaves beside `pinned_pages` pinned pages; may be negative."""
+        return self.budget // self.page_size - self.prefill_pages_read(pinned_pages)

@@ -8,48 +8,75 @@ from typing import ClassVar, Literal
 
 import torch
 
+from raas_kernels import PagedKV
+
 
 @dataclass(slots=True)
 class Pages:
-    """The E evictable pages of one layer after a forward; some may hold nothing yet.
+    """The pages of one layer after a forward: pinned pages, evictable pages, and pages that hold nothing yet.
+
+    A policy updates `priority` and `state` in place. It may write any page: `append` looks at the evictable ones only.
 
     Args:
-        priority: `[batch, kv_heads, E]` float64, to be updated in place: when a page must go, the one with the smallest
-            goes, among equals the oldest. -inf marks a page that holds nothing: leave it. A page comes with the
-            sequence index of its newest token.
-        scores: `[batch, kv_heads, E]`, attention score of each page for this forward's queries, reduced over tokens,
-            query group and queries as the policy asks for; 0 for a page that was not read.
-        first: `[batch, kv_heads, E]` int32, sequence index of each page's first token.
-        clock: `[batch, kv_heads, 2]` int64, (sequence index, decode-token index) of the present token, everywhere the
-            same.
-        state: the policy's own numbers by name, `[batch, kv_heads, E]` float64 each, to be updated in place; 0 for a
-            new page. They stay with their page whatever happens to rows, crops and drafts.
-        limit: pages that may be held; E is larger while a prompt is being cut down to the budget.
-        page_size: tokens a page.
+        kv: the buffers; a policy that calls a kernel hands them on.
+        scores: `[batch, kv_heads, pages]`, attention score of each page for this forward's queries, reduced over
+            tokens, query group and queries as the policy asks for; 0 for a page that was not read.
+        limit: `[batch, 1, 1]` int64, evictable pages that each row may hold; more pages are evictable while a prompt
+            is cut down to the budget.
         queries: how many queries the scores come from; 1 in a decode step.
-        mean_keys: gives the mean of each page's keys, `[batch, kv_heads, E, head_dim]`, 0 for a page of no token.
+        mean_keys: returns the mean of each page's visible keys, `[batch, kv_heads, pages, head_dim]`, 0 for a page
+            without any.
+        state: the policy's own numbers by name, `[batch, kv_heads, pages]` float64 each, to be updated in place. They
+            are 0 for a new page, and stay with their page when rows move or tokens are taken back.
     """
 
-    priority: torch.Tensor
+    kv: PagedKV
     scores: torch.Tensor
-    first: torch.Tensor
-    clock: torch.Tensor
-    state: dict[str, torch.Tensor]
-    limit: int
-    page_size: int
+    limit: torch.Tensor
     queries: int
     mean_keys: Callable[[], torch.Tensor]
+    state: dict[str, torch.Tensor]
+
+    @property
+    def priority(self) -> torch.Tensor:
+        """`[batch, kv_heads, pages]` float64, to be updated in place: when a page must go, the evictable page with the
+        smallest priority goes, among equals the oldest. -inf marks a page that holds nothing: leave it. A page comes
+        with the sequence index of its newest token.
+        """
+        return self.kv.priority
+
+    @property
+    def first(self) -> torch.Tensor:
+        """`[batch, kv_heads, pages]` int32, sequence index of each page's first token."""
+        return self.kv.first
+
+    @property
+    def clock(self) -> torch.Tensor:
+        """`[batch, kv_heads, 2]` int64, (sequence index, decode-token index) of the present token."""
+        return self.kv.clock
+
+    @property
+    def page_size(self) -> int:
+        """Tokens a page."""
+        return self.kv.page_size
 
     @property
     def held(self) -> torch.Tensor:
-        """Which pages hold anything, `[batch, kv_heads, E]` bool."""
-        return self.priority > float("-inf")
+        """Which pages are evictable and hold tokens, `[batch, kv_heads, pages]` bool."""
+        return self.kv.held
 
-    def newest(self, count: int) -> torch.Tensor:
-        """The `count` held pages that were opened last, `[batch, kv_heads, E]` bool."""
-        age = self.first.masked_fill(~self.held, -1)
-        count = min(count, age.shape[-1])
-        return self.held & (age >= age.topk(count, dim=-1).values[..., -1:]) if count else torch.zeros_like(self.held)
+    def newest(self, count: int | torch.Tensor) -> torch.Tensor:
+        """The `count` held pages that were opened last, `[batch, kv_heads, pages]` bool.
+
+        Args:
+            count: a number, or `[batch, 1, 1]` int64 where rows differ.
+        """
+        held = self.held
+        age = self.first.masked_fill(~held, -1)
+        ranked = age.sort(-1, descending=True).values
+        nth = torch.as_tensor(count, device=age.device).clamp(max=age.shape[-1]).expand(*age.shape[:2], 1)
+        oldest = ranked.gather(-1, (nth - 1).clamp(min=0))
+        return held & (age >= oldest) & (nth > 0)
 
 
 class Policy(ABC):

@@ -1,4 +1,4 @@
-"""Taking tokens back: what is noted of a page store while the past is recorded, so that `crop` leaves no trace."""
+"""Taking tokens back: what a forward overwrites is noted, so that `crop` leaves no trace."""
 
 from __future__ import annotations
 
@@ -6,154 +6,183 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
+import numpy as np
 import torch
 
 import raas_kernels
+from raas_kernels import PagedKV
 
-from .page_table import BOUNDS, EMPTY, EVICTABLE, SLOTS
+from .prefill import truncate
+from .resize import RowFunction, gathered, map_pages, put_page
 
 
 if TYPE_CHECKING:
-    from .page_table import PageStore, RowFunction
-    from .paged_attention import Softmax
-
-PAGED = (*SLOTS, *BOUNDS)
+    from .forward import Softmax
+    from .page_table import PageTable
 
 
-def _pages_of(store: PageStore, name: str) -> torch.Tensor:
-    """A paged tensor as `[batch, kv_heads, pages, width]`, in place."""
-    tensor: torch.Tensor = getattr(store, name)
-    return tensor.view(*tensor.shape[:2], store.pinned_pages + store.decode_pages, -1)
-
-
-def _restore(store: PageStore, name: str, before: torch.Tensor) -> None:
-    """Put a whole tensor back; pages that a store has grown by since hold nothing."""
-    tensor = getattr(store, name)
-    if tensor.shape != before.shape:
-        tensor[:, :, before.shape[2] :] = EMPTY.get(name, 0)
-        tensor = tensor[:, :, : before.shape[2]]
-    tensor.copy_(before)
+def _put_back(now: torch.Tensor | None, before: torch.Tensor | None, empty: float) -> None:
+    """Write a whole buffer `[batch, kv_heads, pages, ...]` back; pages that were added since hold nothing."""
+    if now is not None and before is not None:
+        now[:, :, : before.shape[2]] = before
+        now[:, :, before.shape[2] :] = empty
 
 
 @dataclass
-class Step:
-    """What one decode step overwrites: the page it recycles if it opens one, otherwise the open page's bounds.
+class DecodeNote:
+    """What one decode step overwrites.
 
     Args:
-        page: `[batch, kv_heads]` int64, index of that page.
-        state: name -> tensor of the store as it was: that page's contents `[batch, kv_heads, width]`, and the whole
-            `priority`, `page_state` and `open_slot`.
+        page: `[batch, kv_heads]` int64, the page that the step writes to: the page that it recycles, or the open one.
+        contents: that page alone, where a row opens one; otherwise None, and its key bounds are enough.
+        key_min, key_max: `[batch, kv_heads, 1, head_dim]`, that page's key bounds; None where there are none.
+        priority, states: of all pages, before the step.
+        open_slot: `[batch, kv_heads]`, before the step.
     """
 
     page: torch.Tensor
-    state: dict[str, torch.Tensor]
+    contents: PagedKV | None
+    key_min: torch.Tensor | None
+    key_max: torch.Tensor | None
+    priority: torch.Tensor
+    states: torch.Tensor | None
+    open_slot: torch.Tensor
     length: ClassVar[int] = 1
 
     @classmethod
-    def about_to_append(cls, store: PageStore) -> Step:
-        """Note what the next `append` on `store`, and the stamps after it, will overwrite."""
-        opening = store.decoded % store.page_size == 0
-        if opening:
-            page = raas_kernels.victim(store.positions, store.priority, store.page_size) + store.pinned_pages
-        else:
-            page = store.open_slot // store.page_size
-        state = {name: tensor.clone() for name, tensor in store.held_tensors(*EVICTABLE, "open_slot").items()}
-        for name in store.held_tensors(*(PAGED if opening else BOUNDS)):
-            state[name] = torch.take_along_dim(_pages_of(store, name), page[..., None, None], 2).squeeze(2)
-        return cls(page, state)
+    def before(cls, table: PageTable, length: int) -> DecodeNote:
+        """Note what the next decode step on `table` will overwrite (`length` is 1)."""
+        kv = table.kv
+        assert kv is not None
+        page, opens = kv.open_slot // table.page_size, table.counts.decoded % table.page_size == 0
+        contents = None
+        if opens.any():
+            device_opens = torch.from_numpy(opens).to(table.device)[:, None]
+            page = torch.where(device_opens, raas_kernels.victim(kv), page)
+            contents = gathered(kv, page[..., None])
+        index = page[..., None, None]
+        key_min, key_max = (
+            None if held is None else torch.take_along_dim(held, index, 2) for held in (kv.key_min, kv.key_max)
+        )
+        states = None if kv.states is None else kv.states.clone()
+        return cls(page, contents, key_min, key_max, kv.priority.clone(), states, kv.open_slot.clone())
 
-    def undo(self, store: PageStore, kept: int, attend: Callable[..., torch.Tensor]) -> int:
-        """Put `store` back as it was before the step (`kept` is 0); returns the tokens taken back: 1."""
-        store.retract()
-        # The token's slot, in case the page stays: a page that goes brings its own bias back.
-        slot = store.open_slot[..., None] + store.decoded % store.page_size
-        store.bias.scatter_(2, slot, float("-inf"))
-        for name, before in self.state.items():
-            if name in PAGED:
-                index = self.page[..., None, None].expand_as(before[:, :, None])
-                _pages_of(store, name).scatter_(2, index, before[:, :, None])
-            else:
-                _restore(store, name, before)
+    def undo(self, table: PageTable, kept: int, attend: Callable[..., None]) -> int:
+        """Put `table` back as it was before the step (`kept` is 0); returns the tokens taken back: 1."""
+        table.move_clock(-1, -1)
+        kv = table.kv
+        assert kv is not None
+        if self.contents is None:
+            slot = kv.open_slot + (kv.clock[..., 1] + 1) % table.page_size
+            kv.bias.scatter_(2, slot[..., None], float("-inf"))
+        else:
+            put_page(kv, self.page, self.contents)
+        index = self.page[..., None, None]
+        for held, before in ((kv.key_min, self.key_min), (kv.key_max, self.key_max)):
+            if held is not None and before is not None:
+                held.scatter_(2, index.expand_as(before), before)
+        _put_back(kv.priority, self.priority, float("-inf"))
+        _put_back(kv.states, self.states, 0)
+        kv.open_slot.copy_(self.open_slot)
         return 1
 
     def apply_to_rows(self, function: RowFunction) -> None:
-        self.page = function(self.page)
-        self.state = {name: function(tensor) for name, tensor in self.state.items()}
+        def moved(held: torch.Tensor | None) -> torch.Tensor | None:
+            return None if held is None else function(held)
+
+        self.page, self.priority, self.open_slot = (
+            function(held) for held in (self.page, self.priority, self.open_slot)
+        )
+        self.states, self.key_min, self.key_max = (moved(held) for held in (self.states, self.key_min, self.key_max))
+        if self.contents is not None:
+            self.contents = map_pages(self.contents, lambda held, entries, empty: function(held))
 
 
 @dataclass
-class Turn:
-    """Input tokens pinned in one forward after the first: a user's turn with the first draft behind it.
+class PrefillNote:
+    """Prefill tokens of one forward after the first: a user's turn with the first draft behind it.
 
     Args:
         length: tokens of the forward.
-        state: name -> the store's `priority` and `page_state` before the forward.
+        priority, states: of all pages, before the forward.
         reads: the attention calls of the forward: query, and settings of the softmax.
     """
 
     length: int
-    state: dict[str, torch.Tensor]
+    priority: torch.Tensor
+    states: torch.Tensor | None
     reads: list[tuple[torch.Tensor, Softmax]] = field(default_factory=list)
 
-    def undo(self, store: PageStore, kept: int, attend: Callable[..., torch.Tensor]) -> int:
-        """Take back all but the first `kept` tokens, and the stamps of those; returns the tokens taken back."""
-        store.unpin(self.length - kept)
-        if store.is_decoding:
-            for name, before in self.state.items():
-                _restore(store, name, before)
+    @classmethod
+    def before(cls, table: PageTable, length: int) -> PrefillNote:
+        """Note what a forward of `length` prefill tokens will overwrite."""
+        kv = table.kv
+        assert kv is not None
+        return cls(length, kv.priority.clone(), None if kv.states is None else kv.states.clone())
+
+    def undo(self, table: PageTable, kept: int, attend: Callable[..., None]) -> int:
+        """Take back all but the first `kept` tokens, and the stamps of the removed ones; returns the tokens removed."""
+        removed = self.length - kept
+        truncate(table, table.counts.seen - removed, drops_decoded=False)
+        kv = table.kv
+        assert kv is not None
+        if table.is_decoding:
+            pages = min(self.priority.shape[2], table.num_pages)
+            _put_back(kv.priority, self.priority[:, :, :pages], float("-inf"))
+            _put_back(kv.states, None if self.states is None else self.states[:, :, :pages], 0)
         if kept:
             for query, softmax in self.reads:
-                attend(query[:, :, :kept], **softmax)
-        return self.length - kept
+                attend(query[:, :, :kept], softmax)
+        return removed
 
     def apply_to_rows(self, function: RowFunction) -> None:
-        self.state = {name: function(tensor) for name, tensor in self.state.items()}
+        self.priority = function(self.priority)
+        self.states = None if self.states is None else function(self.states)
         self.reads = [(function(query), softmax) for query, softmax in self.reads]
 
 
-class Past:
-    """The steps and turns that can be taken back, the newest last: at most `limit` of them, the oldest go."""
+class Rollback:
+    """The forwards that can be taken back, the newest last: at most `limit` of them, the oldest go."""
 
     def __init__(self, limit: int):
         self.limit = limit
-        self.entries: list[Step | Turn] = []
+        self.notes: list[DecodeNote | PrefillNote] = []
 
-    def note(self, store: PageStore, length: int, pin: bool) -> None:
-        """Called before `store` stores `length` tokens, as input (`pin`) or as one decode step."""
-        if pin:
-            before = {name: tensor.clone() for name, tensor in store.held_tensors(*EVICTABLE).items()}
-            self.entries.append(Turn(length, before))
-        else:
-            self.entries.append(Step.about_to_append(store))
-        del self.entries[: -self.limit]
+    def note(self, note: DecodeNote | PrefillNote) -> None:
+        """Keep what a forward is about to overwrite."""
+        self.notes.append(note)
+        del self.notes[: -self.limit]
 
     def note_read(self, query: torch.Tensor, softmax: Softmax) -> None:
-        """Called before the attention of the tokens stored last: a turn's stamps are given again after a crop."""
-        turn = self.entries[-1] if self.entries else None
-        if isinstance(turn, Turn) and query.shape[2] == turn.length:
-            turn.reads.append((query.detach(), softmax))
+        """Keep an attention call of the newest prefill: after a crop, the tokens that stay give their stamps again."""
+        newest = self.notes[-1] if self.notes else None
+        if isinstance(newest, PrefillNote) and query.shape[2] == newest.length:
+            newest.reads.append((query.detach(), softmax))
 
-    def removable(self, store: PageStore) -> int:
+    def removable(self, table: PageTable) -> int:
         """Tokens that `undo` can take back."""
-        if store.prompt == "evict":  # of what was cut away there is no record
+        if table.settings.prompt == "evict":  # nothing is noted of the pages that a prefill evicted
             return 0
-        steps = sum(isinstance(entry, Step) for entry in self.entries)
-        # As long as no token was generated, input alone is held: it can go without a record.
-        return store.seen if steps == store.decoded else sum(entry.length for entry in self.entries)
+        steps = sum(isinstance(note, DecodeNote) for note in self.notes)
+        # As long as a row holds prefill alone, its tokens can go without a note.
+        if steps == int(table.counts.decoded.max(initial=0)):
+            return int(table.counts.seen.min(initial=table.length))
+        return sum(note.length for note in self.notes)
 
-    def undo(self, store: PageStore, tokens: int, attend: Callable[..., torch.Tensor]) -> None:
-        """Take back the last `tokens` tokens, at most `removable`, and forget how to take back those before them.
+    def undo(self, table: PageTable, tokens: int, attend: Callable[..., None]) -> None:
+        """Take back the last `tokens` tokens, at most `removable`, and forget how to take back the tokens before them.
 
         Args:
-            attend: gives the stamps of stored tokens again, called with their queries and the settings noted.
+            attend: called with the queries of tokens that stay, and the softmax settings, gives their stamps again.
         """
-        while tokens and self.entries:
-            entry = self.entries.pop()
-            tokens -= entry.undo(store, max(0, entry.length - tokens), attend)
+        while tokens and self.notes:
+            note = self.notes.pop()
+            tokens -= note.undo(table, max(0, note.length - tokens), attend)
         if tokens:
-            store.unpin(tokens)
-        self.entries.clear()
+            counts = table.counts
+            truncate(table, np.maximum(counts.seen - tokens, 0), drops_decoded=False)
+        self.notes.clear()
 
     def apply_to_rows(self, function: RowFunction) -> None:
-        for entry in self.entries:
-            entry.apply_to_rows(function)
+        for note in self.notes:
+            note.apply_to_rows(function)

@@ -53,7 +53,7 @@ def of_run(decoder: Decoder, batch_size: int) -> dict[str, Any]:
         "config": of_config(model),
         "tokenizer": of_tokenizer(decoder.tokenizer),
         "attention": model.config._attn_implementation,
-        "kernels": raas_kernels.engine(model.device).__name__.rpartition(".")[2],
+        "kernels": raas_kernels.engine(model.device),
         "device": model.device.type,
         "raas_cache": of_package(),
         "transformers": transformers.__version__,
@@ -122,8 +122,8 @@ def of_package() -> str:
         *ours.glob("*.py"),
         *(path for folder in _IN_ROWS for path in (ours / folder).glob("*.py") if path.name not in _NOT_IN_ROWS),
         ours / "eval" / "decoding.py",
-        *kernels.glob("*.py"),
-        *kernels.glob("*.json"),
+        *kernels.rglob("*.py"),
+        *kernels.rglob("*.json"),
     ]
     code = hash_of("".join(f"{path.name}\n{path.read_text(encoding='utf-8')}" for path in sorted(paths)))
     try:

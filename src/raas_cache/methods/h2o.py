@@ -45,7 +45,8 @@ class H2OPolicy(Policy):
 
     def on_scores(self, pages: Pages) -> None:
         attention = pages.state["attention"].add_(pages.scores)
-        ranked = attention.masked_fill(pages.newest(int(self.recent_ratio * pages.limit)), float("inf"))
+        recent = (self.recent_ratio * pages.limit.double()).long()
+        ranked = attention.masked_fill(pages.newest(recent), float("inf"))
         pages.priority.copy_(ranked.masked_fill(~pages.held, float("-inf")))
 
 

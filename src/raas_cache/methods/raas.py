@@ -54,7 +54,7 @@ class RaaSPolicy(Policy):
         check_number("top_ratio", self.top_ratio, lambda share: 0 < share <= 1, "lie in (0, 1]: a share of the pages")
 
     def on_scores(self, pages: Pages) -> None:
-        raas_kernels.stamp(pages.priority, pages.scores, pages.first, pages.clock, self.alpha, self.top_ratio)
+        raas_kernels.stamp(pages.kv, pages.scores, self.alpha, self.top_ratio)
 
 
 @register_cache("raas")

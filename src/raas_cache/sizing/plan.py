@@ -25,6 +25,7 @@ from ..cache.paged_layer import PagedLayer
 from ..common.measure import kv_nbytes
 from ..common.reporting import markdown
 from ..common.upstream import CACHE_ARGUMENT
+from ..engine.forward import Prefill
 from ..methods.raas import RaaSCache
 
 
@@ -187,11 +188,15 @@ class _Model:
             if not isinstance(layer, PagedLayer):
                 _fill(layer, of_a_token, batch_size, tokens)
                 continue
-            layer.preallocates = True
+            layer.table.preallocates = True
             _fill(layer, of_a_token, batch_size, prompt_tokens)
-            layer.admit(None)
-            if layer.holds_input:  # prompt="evict": a prompt that is all stored is cut to the budget
-                layer.keep(*layer.candidates())
+            forward = layer.engine.pending
+            assert isinstance(forward, Prefill)
+            forward.store({})
+            if (
+                forward.competes and forward.places is not None
+            ):  # with prompt="evict"
+                layer.engine.evict_prefill(forward.places, None, queries=0)
             paged.append(layer)
             bytes_per_token += batch_size * sum(states.nbytes for states in of_a_token)
         dynamic_nbytes = kv_nbytes(dynamic)
@@ -201,7 +206,7 @@ class _Model:
             dynamic_nbytes=dynamic_nbytes,
             bytes_per_token=bytes_per_token,
             saves_from=(cache.nbytes - windows_nbytes) // bytes_per_token + 1,
-            decode_tokens=min(layer.decode_pages * layer.page_size for layer in paged),
+            decode_tokens=min(int(layer.table.counts.limit[0]) * layer.settings.page_size for layer in paged),
             is_over_budget=cache.is_over_budget,
             paged_layers=len(paged),
             layers=len(cache.layers),

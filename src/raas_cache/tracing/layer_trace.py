@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ..engine.page_table import uncompiled
+from ..engine.resize import uncompiled
 from .recording_file import PAGED
 
 
 if TYPE_CHECKING:
-    from ..engine.page_table import PageStore
+    from ..engine.page_table import PageTable
 
 INPUT = -1  # a prefill: instead of the page of a generated token
 GONE = -2  # instead of a page that was evicted before the recording began
@@ -42,7 +42,7 @@ class Forward:
 
 
 @dataclass
-class LayerRecording:
+class LayerTrace:
     """What was recorded of one layer, written by the layer itself.
 
     Args:
@@ -55,22 +55,23 @@ class LayerRecording:
     entries: list[Forward | np.ndarray] = field(default_factory=list)
 
     @uncompiled
-    def note(self, store: PageStore, scores: torch.Tensor | None, is_input: bool) -> None:
-        """Take down what `store` holds, and the scores `[batch, kv_heads, pages]` that the policy was told."""
+    def note(self, table: PageTable, scores: torch.Tensor | None, is_prefill: bool) -> None:
+        """Take down what `table` holds, and the scores `[batch, kv_heads, pages]` that the policy was told."""
         if self.heads is None:
-            self.heads = tuple(range(store.num_heads))
-        if max(self.heads) >= store.num_heads:
-            raise ValueError(f"heads={list(self.heads)}: the layers of this model have {store.num_heads} KV heads.")
-        resident = store.bias == 0
-        first = store.positions[:, :, :: store.page_size]
-        first = first.masked_fill(~resident.unflatten(2, (-1, store.page_size)).any(-1), -1)
-        unstamped = store.priority.new_full((*first.shape[:2], store.pinned_pages), float("nan"))
-        stamp = torch.cat([unstamped, store.priority], -1)
+            self.heads = tuple(range(table.num_heads))
+        if max(self.heads) >= table.num_heads:
+            raise ValueError(f"heads={list(self.heads)}: the layers of this model have {table.num_heads} KV heads.")
+        kv = table.kv
+        assert kv is not None
+        resident = kv.bias == 0  # [batch, kv_heads, slots]
+        first = kv.first.masked_fill(~resident.unflatten(2, (-1, table.page_size)).any(-1), -1)
+        pinned = torch.from_numpy(table.counts.pinned).to(table.device)[:, None]  # [batch, 1, pages]
+        stamp = kv.priority.masked_fill(pinned, float("nan"))
         score = torch.full_like(stamp, float("nan")) if scores is None else scores
-        page = INPUT if is_input else int(store.positions[0, 0, store.open_slot[0, 0]])
+        page = INPUT if is_prefill else int(kv.positions[0, 0, kv.open_slot[0, 0]])
         noted = (first, score.float(), stamp.float(), resident.sum(-1).int())
         arrays = (tensor[:, list(self.heads)].cpu().numpy() for tensor in noted)
-        self.entries.append(Forward(store.seen - 1, page, *arrays))
+        self.entries.append(Forward(table.length - 1, page, *arrays))
 
     def forget(self, seen: int) -> None:
         """Remove the tokens from position `seen` on, which the cache has taken back."""

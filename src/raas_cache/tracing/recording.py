@@ -11,7 +11,7 @@ import numpy as np
 
 from ..common.extras import require
 from . import recording_file
-from .layer_trace import GONE, INPUT, Forward, LayerRecording
+from .layer_trace import GONE, INPUT, Forward, LayerTrace
 from .recording_file import PAGED
 
 
@@ -95,15 +95,15 @@ class Recording:
     budget: int | tuple[int, ...]
     page_size: int
     prompt: str
-    layers: dict[int, LayerRecording] = field(default_factory=dict)
+    layers: dict[int, LayerTrace] = field(default_factory=dict)
     wanted: tuple[Sequence[int] | None, Sequence[int] | None] = (None, None)
 
-    def recorder_of(self, layer: int) -> LayerRecording | None:
+    def trace_of(self, layer: int) -> LayerTrace | None:
         """The trace to which layer `layer` writes; None if this layer is not recorded."""
         layers, heads = self.wanted
         if layers is not None and layer not in layers:
             return None
-        return self.layers.setdefault(layer, LayerRecording(None if heads is None else tuple(heads)))
+        return self.layers.setdefault(layer, LayerTrace(None if heads is None else tuple(heads)))
 
     @property
     def recorded(self) -> list[int]:
@@ -247,5 +247,5 @@ class Recording:
             paged = (np.split(arrays[f"{layer}/{name}"], ends, axis=2) for name in PAGED)
             forwards = zip(arrays[f"{layer}/step"].tolist(), *paged, arrays[f"{layer}/resident"], strict=True)
             entries: list[Forward | np.ndarray] = [Forward(step, page, *held) for (step, page), *held in forwards]
-            recording.layers[int(layer)] = LayerRecording(tuple(heads), entries)
+            recording.layers[int(layer)] = LayerTrace(tuple(heads), entries)
         return recording

@@ -86,18 +86,24 @@ def _glance(layer: object) -> tuple[str, tuple[int, ...]]:
     """What a layer is said to hold, and its pages: pinned, evictable and free; none where it has no pages."""
     if not isinstance(layer, PagedLayer) or not layer.is_initialized:
         return f"{type(layer).__name__}, no pages", ()
-    evictable = min(layer.opened, layer.decode_pages)
-    pages = layer.pinned_pages, evictable, layer.decode_pages - evictable
-    held, budget = int((layer.bias == 0).sum(-1).max()), "" if layer.grows else f", budget {layer.budget:,}"
+    table = layer.table
+    pinned, opened, limit = (
+        int(counts.max()) for counts in (table.counts.pinned_pages, table.opened, table.counts.limit)
+    )
+    allocated = table.num_pages - pinned
+    evictable = min(opened, limit, allocated)
+    pages = pinned, evictable, allocated - evictable
+    held = int((layer.engine.kv.bias == 0).sum(-1).max())
+    budget = "" if layer.settings.grows else f", budget {layer.settings.budget:,}"
     names = (PINNED, "pinned"), (EVICTABLE, "evictable"), (FREE, "free")
     counts = [
         f'<span style="background:{colour}">&emsp;</span> {count:,} {name}'
         for count, (colour, name) in zip(pages, names, strict=True)
     ]
-    rows = f" in each of {layer.batch_size} rows" if layer.batch_size > 1 else ""
+    rows = f" in each of {table.batch_size} rows" if table.batch_size > 1 else ""
     return (
-        f"{held:,} of {layer.seen:,} tokens held{budget}; pages: {', '.join(counts)}, "
-        f"{layer.evicted:,} evicted by each KV head{rows}"
+        f"{held:,} of {table.length:,} tokens held{budget}; pages: {', '.join(counts)}, "
+        f"{int(table.evicted.max()):,} evicted by each KV head{rows}"
     ), pages
 
 

@@ -1,4 +1,7 @@
-"""How `attend` is launched: what `python -m raas_kernels.tune` measured for the common shapes, kept in configs.json."""
+"""How Triton's `attend` is launched: configs.json holds the fastest launch of each common shape.
+
+`python -m raas_kernels.ops.attend.tune` measures them.
+"""
 
 import functools
 import json
@@ -19,10 +22,10 @@ class Config:
     """One way to launch `attend`.
 
     Args:
-        tile: slots a program reads at once, a power of two.
-        warps: warps a program.
+        tile: slots that a program reads at once, a power of two.
+        warps: warps of a program.
         stages: tiles in flight.
-        programs: programs to aim at over all (row, KV head) pairs, by slicing each one's slots.
+        programs: the number of programs to aim at; the slots of each (row, KV head) are sliced to reach it.
     """
 
     tile: int
@@ -32,7 +35,7 @@ class Config:
 
 
 def default_config(head_size: int, itemsize: int) -> Config:
-    """For a shape that nobody tuned: as large a tile as 99 KiB of shared memory hold, pipeline and all."""
+    """For a shape that nobody tuned: the largest tile whose pipeline fits 99 KiB of shared memory."""
     tile = (32768 if itemsize == 2 else 16384) // (next_power_of_2(head_size) * itemsize)
     return Config(max(min(tile, 128), MIN_DOT))
 
@@ -42,9 +45,10 @@ def choose_config(capability: tuple[int, int] | None, rows: int, slots: int, hea
     """The configuration of the nearest tuned shape of the same head size and element size, else the default.
 
     Args:
-        capability: of the GPU, None in the interpreter. What was tuned on another kind of GPU may not fit this one.
+        capability: the GPU's compute capability, None in the interpreter. A GPU of another capability than the tuned
+            one gets the default, because the tuned launches may not fit it.
         rows: batch rows x KV heads.
-        slots: resident slots of each.
+        slots: slots that attention reads of each.
         head_size: the larger of the K and V head sizes; counts as the next power of two.
         itemsize: bytes of an element of the query.
     """
@@ -65,10 +69,10 @@ def _tuned() -> dict[str, Any]:
 
 
 def read_configs(path: Path) -> dict[str, Any]:
-    """What `tune` wrote: the `capability` of its GPU, and `shapes`, each with its `config`.
+    """The launches that `tune` wrote: the `capability` of its GPU, and `shapes`, each with its `config`.
 
     Raises:
-        ValueError: the file is missing, damaged, or something else; says what is wrong.
+        ValueError: the file is missing, is damaged, or is another kind of file.
     """
     try:
         measured: dict[str, Any] = json.loads(path.read_bytes())
@@ -85,6 +89,6 @@ def read_configs(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
         raise ValueError(
             f"{str(path)!r} holds no launch configurations ({type(error).__name__}: {error}): install raas-cache "
-            "again, or run python -m raas_kernels.tune on this GPU."
+            "again, or run python -m raas_kernels.ops.attend.tune on this GPU."
         ) from None
     return measured

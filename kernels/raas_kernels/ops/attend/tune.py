@@ -1,8 +1,8 @@
-"""Finds the fastest launch of `attend` for the common shapes on this GPU: `python -m raas_kernels.tune`.
+"""Finds the fastest launch of `attend` for the common shapes on this GPU: `python -m raas_kernels.ops.attend.tune`.
 
-Every shape runs from a CUDA graph over buffers that together do not fit the L2 cache, as between the layers of a model.
-Query groups up to 16 are padded to the same tile, and the page size changes no load: neither needs shapes of its own.
-Prints the best of each shape against the card's copy bandwidth, and writes configs.json (or the file given).
+Every shape runs from a CUDA graph, over buffers that do not fit the L2 cache together, as the layers of a model do not.
+Query groups up to 16 are padded to the same tile, and the page size changes no load, so that neither needs shapes of
+its own. Prints the fastest launch of each shape beside the card's copy bandwidth, and writes configs.json (or `--out`).
 """
 
 import argparse
@@ -17,8 +17,9 @@ from typing import Any
 import torch
 import triton
 
-from . import fused
+from ...paged_kv import PagedKV
 from .configs import CONFIGS_FILE, Config, default_config
+from .triton import attend
 
 
 ROWS = (8, 32, 128, 256)
@@ -26,7 +27,7 @@ SLOTS = (1024, 2048, 4096, 8192)
 HEAD_SIZES = (128, 64)
 GROUP, PAGE = 4, 16
 COLD_BYTES = 256 << 20  # several times the L2 cache of an H100
-Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+Inputs = tuple[PagedKV, torch.Tensor]
 
 
 def candidates(rows: int, head_size: int) -> list[Config]:
@@ -37,26 +38,21 @@ def candidates(rows: int, head_size: int) -> list[Config]:
 
 
 def make_inputs(rows: int, slots: int, head_size: int, dtype: torch.dtype) -> list[Inputs]:
-    """Query, keys, values and bias of as many stores as it takes to be cold; `rows` KV heads in one batch row."""
+    """Caches of one batch row of `rows` KV heads, and queries; enough of them to be cold."""
     copies = max(2, COLD_BYTES // (rows * slots * head_size * dtype.itemsize * 2))
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(shape, dtype=dtype, device="cuda")
 
-    store = 1, rows, slots
+    contents = 1, rows, slots, head_size
     return [
-        (
-            draw(1, rows * GROUP, 1, head_size),
-            draw(*store, head_size),
-            draw(*store, head_size),
-            torch.zeros(store, device="cuda"),
-        )
+        (PagedKV.filled(draw(*contents), draw(*contents), PAGE), draw(1, rows * GROUP, 1, head_size))
         for _ in range(min(copies, 64))
     ]
 
 
 def captured(run: Callable[[], object]) -> Callable[[], None]:
-    """A function that replays what `run` launches from a CUDA graph."""
+    """A function that replays the launches of `run` from a CUDA graph."""
     run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -86,14 +82,14 @@ def copy_bandwidth() -> float:
 
 
 def tune(rows: int, slots: int, head_size: int, dtype: torch.dtype) -> tuple[Config, float, float]:
-    """The fastest launch for a shape, its seconds a call, and those of the default."""
+    """The fastest launch for a shape, its seconds a call, and the default launch's seconds a call."""
     inputs = make_inputs(rows, slots, head_size, dtype)
     seconds: dict[Config, float] = {}
     for config in candidates(rows, head_size):
 
         def run(config: Config = config) -> None:
-            for one in inputs:
-                fused.attend_as(config, *one, scale=head_size**-0.5, page_size=PAGE)
+            for kv, query in inputs:
+                attend(kv, query, head_size**-0.5, config=config)
 
         try:
             seconds.setdefault(config, seconds_of(captured(run)) / len(inputs))
@@ -119,7 +115,7 @@ def main() -> None:
               f"default {default * 1e6:.1f} us; {config}", flush=True)  # fmt: skip
         shape = {"head_size": head_size, "itemsize": dtype.itemsize, "rows": rows, "slots": slots}
         shapes.append({**shape, "config": asdict(config)})
-        write(args.out, shapes)  # after every shape: a run may be cut off
+        write(args.out, shapes)  # after every shape, because a run may be cut off
 
 
 def write(path: Path, shapes: list[dict[str, Any]]) -> None:

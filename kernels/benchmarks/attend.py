@@ -1,0 +1,42 @@
+"""Times `raas_kernels.attend`: the whole cache, some of its pages, 8-bit codes, other scores."""
+
+import argparse
+from functools import partial
+
+import torch
+from common import HEAD_SIZE, Case, cold_copies, in_turn, main, make_kv, make_query
+
+from raas_kernels import attend, quantize
+
+
+def prepare(batch, budget, options, code=None, share=None, **settings):
+    calls = []
+    for _ in range(cold_copies(batch, budget, options)):
+        kv, query = make_kv(batch, budget, options), make_query(batch, options)
+        if code is not None:
+            kv.keys, kv.key_scales = quantize(kv.keys, code)
+            kv.values, kv.value_scales = quantize(kv.values, code)
+        selected = None
+        if share is not None:
+            order = torch.rand(kv.priority.shape, device=options.device).argsort(-1)
+            selected = order[..., : kv.num_pages // share].contiguous()
+        calls.append(partial(attend, kv, query, HEAD_SIZE**-0.5, selected=selected, **settings))
+    return in_turn(calls)
+
+
+def make_cases(options: argparse.Namespace) -> list[Case]:
+    kinds = {
+        "": {},
+        ", a quarter of the pages": {"share": 4},
+        ", int8": {"code": torch.int8},
+        ", sum and mean": {"page_score": "sum", "group_score": "mean"},
+    }
+    return [
+        (f"batch {batch}, {budget:,} tokens{kind}", partial(prepare, batch, budget, options, **settings))
+        for batch, budget in ((1, 1024), (1, 8192), (16, 1024))
+        for kind, settings in kinds.items()
+    ]
+
+
+if __name__ == "__main__":
+    main(__file__, __doc__, make_cases)

@@ -1,0 +1,148 @@
+"""Append in Triton: one program writes the token of one (row, KV head), without a host synchronisation."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...paged_kv import PagedKV, finite
+from ...quantize import quantize
+
+
+MAX_BLOCK_PAGES = 1024  # pages whose priorities a program compares at once
+
+
+@triton.jit
+def append_kernel(
+    keys, values, bias, positions, priority, evictable, open_slot, clock, key_scales, value_scales, key_min, key_max,
+    states, key, value, key_scale, value_scale, visible, rows,
+    heads, pages, keys_row, keys_head, keys_slot, values_row, values_head, values_slot,
+    key_row, key_head, value_row, value_head,
+    PAGE: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, STATES: tl.constexpr,
+    BOUNDS: tl.constexpr, QUANTIZED: tl.constexpr, MASKED: tl.constexpr, MAY_CLOSE: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_PAGES: tl.constexpr, BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_STATES: tl.constexpr,
+):  # fmt: skip
+    """Program i serves KV head i % heads of the call's row i // heads, which is row `rows[i // heads]` of the cache."""
+    call = tl.program_id(0).to(tl.int64)
+    call_row, head = call // heads, call % heads
+    row = tl.load(rows + call_row) if ROWS else call_row
+    pair = row * heads + head  # index of the (row, KV head) in the buffers
+
+    # 1. Advance the clock.
+    now = tl.load(clock + pair * 2) + 1
+    decoded = tl.load(clock + pair * 2 + 1) + 1
+    tl.debug_barrier()  # no warp may read the clock after another has advanced it
+    tl.store(clock + pair * 2, now)
+    tl.store(clock + pair * 2 + 1, decoded)
+    offset = decoded % PAGE
+    opening = offset == 0
+
+    # 2. If the open page is full, recycle the evictable page of the smallest (priority, first position).
+    start = tl.load(open_slot + pair)
+    lane = tl.arange(0, PAGE)
+    if opening:
+        lowest = tl.full([], float("inf"), tl.float64)
+        oldest = tl.full([], 0x7FFFFFFF, tl.int32)
+        victim = tl.full([], 0, tl.int32)
+        for block in range(0, pages, BLOCK_PAGES):
+            page = block + tl.arange(0, BLOCK_PAGES)
+            exists = page < pages
+            may_go = tl.load(evictable + row * pages + page, mask=exists, other=0).to(tl.int32) > 0
+            rank = tl.load(priority + pair * pages + page, mask=may_go, other=float("inf"))
+            first = tl.load(positions + (pair * pages + page) * PAGE, mask=may_go, other=0x7FFFFFFF)
+            block_lowest = tl.min(rank, 0)
+            first = tl.where(may_go & (rank == block_lowest), first, 0x7FFFFFFF)
+            block_oldest = tl.min(first, 0)
+            is_before = (block_lowest < lowest) | ((block_lowest == lowest) & (block_oldest < oldest))
+            victim = tl.where(is_before, block + tl.argmin(first, 0), victim)
+            oldest = tl.where(is_before, block_oldest, oldest)
+            lowest = tl.where(is_before, block_lowest, lowest)
+        tl.debug_barrier()  # no warp may compare priorities and positions after another has written them
+        start = victim.to(tl.int64) * PAGE
+        tl.store(open_slot + pair, start)
+        tl.store(positions + pair * pages * PAGE + start + lane, (now + lane).to(tl.int32))
+        if STATES > 0:
+            number = tl.arange(0, BLOCK_STATES)
+            zeros = tl.zeros([BLOCK_STATES], tl.float64)
+            tl.store(states + (pair * pages + victim) * STATES + number, zeros, mask=number < STATES)
+    page = start // PAGE
+
+    # 3. The bias: the token's own slot, and with an opening page (offset 0) the page's other slots, which are empty.
+    shown = tl.load(visible + call_row).to(tl.int32) if MASKED else 1
+    tl.store(
+        bias + pair * pages * PAGE + start + lane,
+        tl.where(lane == offset, tl.where(shown > 0, 0.0, float("-inf")), float("-inf")),
+        mask=(lane == offset) | (lane >= offset * PAGE),
+    )
+
+    # 4. The open page's priority becomes the present.
+    if opening | (offset == PAGE - 1) | MAY_CLOSE:
+        tl.store(priority + pair * pages + page, now.to(tl.float64))
+
+    # 5. Keys and values, [DK] and [DV], and for codes their scales.
+    slot = start + offset
+    dk, dv = tl.arange(0, BLOCK_DK), tl.arange(0, BLOCK_DV)
+    new_key = tl.load(key + call_row * key_row + head * key_head + dk, mask=dk < DK, other=0.0)
+    new_value = tl.load(value + call_row * value_row + head * value_head + dv, mask=dv < DV, other=0.0)
+    wide = new_key.to(tl.float32)
+    if MASKED and not QUANTIZED:
+        # A hidden token may hold NaN, and its weight 0 * NaN is NaN. Only for finite x is x - x == 0.
+        wide_value = new_value.to(tl.float32)
+        new_key = tl.where((shown > 0) | (wide - wide == 0.0), new_key, 0.0)
+        new_value = tl.where((shown > 0) | (wide_value - wide_value == 0.0), new_value, 0.0)
+    if QUANTIZED:
+        new_scale = tl.load(key_scale + call)
+        wide *= new_scale
+        tl.store(key_scales + pair * pages * PAGE + slot, new_scale)
+        tl.store(value_scales + pair * pages * PAGE + slot, tl.load(value_scale + call))
+    tl.store(keys + row * keys_row + head * keys_head + slot * keys_slot + dk, new_key, mask=dk < DK)
+    tl.store(values + row * values_row + head * values_head + slot * values_slot + dv, new_value, mask=dv < DV)
+
+    # 6. Widen the page's key_min and key_max by a visible key.
+    if BOUNDS:
+        extreme = (pair * pages + page) * DK + dk
+        low = tl.load(key_min + extreme, mask=dk < DK).to(tl.float32)
+        high = tl.load(key_max + extreme, mask=dk < DK).to(tl.float32)
+        lowest_key = tl.where(shown > 0, wide, float("inf"))
+        highest_key = tl.where(shown > 0, wide, float("-inf"))
+        low = tl.where(opening, lowest_key, tl.minimum(low, lowest_key))
+        high = tl.where(opening, highest_key, tl.maximum(high, highest_key))
+        tl.store(key_min + extreme, low.to(key_min.dtype.element_ty), mask=dk < DK)
+        tl.store(key_max + extreme, high.to(key_max.dtype.element_ty), mask=dk < DK)
+
+
+def append(
+    kv: PagedKV,
+    key: Tensor,
+    value: Tensor,
+    visible: Tensor | None = None,
+    rows: Tensor | None = None,
+    may_close: bool = False,
+) -> None:
+    """See `raas_kernels.append`."""
+    # 1. Codes and scales of the new token, [R, H, 1, D] and [R, H, 1].
+    is_quantized, unused = kv.key_scales is not None, kv.bias
+    key_scale = value_scale = unused
+    if is_quantized:
+        if visible is not None:
+            key, value = (finite(new, ~visible[:, None, None, None]) for new in (key, value))
+        (key, key_scale), (value, value_scale) = quantize(key, kv.keys.dtype), quantize(value, kv.values.dtype)
+    key, value = (new if new.stride(-1) == 1 else new.contiguous() for new in (key, value))
+
+    # 2. One program for each (row, KV head).
+    heads, dk, dv = key.shape[1], key.shape[-1], value.shape[-1]
+    states = 0 if kv.states is None else kv.states.shape[-1]
+    append_kernel[(key.shape[0] * heads,)](
+        kv.keys, kv.values, kv.bias, kv.positions, kv.priority, kv.evictable, kv.open_slot, kv.clock,
+        *(unused if buffer is None else buffer
+          for buffer in (kv.key_scales, kv.value_scales, kv.key_min, kv.key_max, kv.states)),
+        key, value, key_scale, value_scale,
+        unused if visible is None else visible.contiguous(), unused if rows is None else rows.contiguous(),
+        heads, kv.num_pages, *kv.keys.stride()[:3], *kv.values.stride()[:3], *key.stride()[:2], *value.stride()[:2],
+        PAGE=kv.page_size, DK=dk, DV=dv, STATES=states, BOUNDS=kv.key_min is not None, QUANTIZED=is_quantized,
+        MASKED=visible is not None, MAY_CLOSE=may_close, ROWS=rows is not None,
+        BLOCK_PAGES=min(MAX_BLOCK_PAGES, triton.next_power_of_2(kv.num_pages)),
+        BLOCK_DK=triton.next_power_of_2(dk), BLOCK_DV=triton.next_power_of_2(dv),
+        BLOCK_STATES=triton.next_power_of_2(max(states, 1)),
+    )  # fmt: skip

@@ -1,0 +1,120 @@
+"""Show in Triton: one launch for all layers of a cache that are of one shape.
+
+A decode step of many layers would otherwise pay several launches a layer, and nearly every step changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...paged_kv import PagedKV
+
+
+BLOCK_SLOTS = 1024
+COLUMNS = 11  # numbers in a layer's row of the address table
+MAX_TABLES = 64
+_TABLES: dict[tuple[int, ...], Tensor] = {}
+
+
+@triton.jit
+def show_kernel(
+    table, visible, heads, length,
+    COLUMNS: tl.constexpr, BIAS: tl.constexpr, KEY: tl.constexpr, BOUND: tl.constexpr,
+    BOUNDS: tl.constexpr, QUANTIZED: tl.constexpr, DK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_DK: tl.constexpr,
+):  # fmt: skip
+    """Program (layer, pair, block) serves BLOCK slots of one (row, KV head) of one layer: one page if it has bounds.
+
+    A layer's row of `table` holds the addresses of its bias, positions, clock, keys, key_scales, key_min and key_max,
+    its number of slots, and the strides of its keys by row, KV head and slot.
+    """
+    layer, pair, block = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    entry = table + layer * COLUMNS
+    bias = tl.load(entry).to(tl.pointer_type(BIAS))
+    positions = tl.load(entry + 1).to(tl.pointer_type(tl.int32))
+    clock = tl.load(entry + 2).to(tl.pointer_type(tl.int64))
+    slots = tl.load(entry + 7)
+    row, head = pair // heads, pair % heads
+    lane = block * BLOCK + tl.arange(0, BLOCK)
+    inside = lane < slots
+    slot = pair * slots + lane
+
+    # 1. A slot holds a token if the clock has reached its position.
+    position = tl.load(positions + slot, mask=inside, other=-1)
+    told = (position >= 0) & (position <= tl.load(clock + pair * 2)) & (position < length)
+    # 2. The mask says, by position, whether the token is visible.
+    shown = tl.load(visible + row * length + position, mask=told, other=0)
+    before = tl.load(bias + slot, mask=inside, other=float("-inf"))
+    after = tl.where(told, tl.where(shown > 0, 0.0, float("-inf")), before)
+    tl.store(bias + slot, after, mask=inside)
+
+    # 3. A page whose visible tokens have changed gets new bounds.
+    if BOUNDS:
+        changed = tl.max((before != after).to(tl.int32), 0)
+        if changed > 0:
+            keys = tl.load(entry + 3).to(tl.pointer_type(KEY))
+            key_min = tl.load(entry + 5).to(tl.pointer_type(BOUND))
+            key_max = tl.load(entry + 6).to(tl.pointer_type(BOUND))
+            keys += row * tl.load(entry + 8) + head * tl.load(entry + 9)
+            dk = tl.arange(0, BLOCK_DK)
+            mask = inside[:, None] & (dk[None, :] < DK)
+            key = tl.load(keys + lane[:, None] * tl.load(entry + 10) + dk[None, :], mask=mask, other=0.0)
+            key = key.to(tl.float32)
+            if QUANTIZED:
+                scales = tl.load(entry + 4).to(tl.pointer_type(tl.float32))
+                key *= tl.load(scales + slot, mask=inside, other=0.0)[:, None]
+            is_visible = (after == 0.0)[:, None]
+            low = tl.min(tl.where(is_visible, key, float("inf")), 0)
+            high = tl.max(tl.where(is_visible, key, float("-inf")), 0)
+            extreme = (pair * (slots // BLOCK) + block) * DK + dk
+            tl.store(key_min + extreme, low.to(BOUND), mask=dk < DK)
+            tl.store(key_max + extreme, high.to(BOUND), mask=dk < DK)
+
+
+def show(kvs: Sequence[PagedKV], visible: Tensor) -> None:
+    """See `raas_kernels.show`."""
+    groups: dict[tuple[object, ...], list[PagedKV]] = {}
+    for kv in kvs:
+        shape = (kv.bias.shape[:2], kv.keys.shape[-1], kv.page_size, kv.keys.dtype, kv.key_min is None)
+        groups.setdefault(shape, []).append(kv)
+    for group in groups.values():
+        _launch(group, visible.contiguous())
+
+
+def _launch(kvs: list[PagedKV], visible: Tensor) -> None:
+    first = kvs[0]
+    batch, heads, _ = first.bias.shape
+    has_bounds, dk = first.key_min is not None, first.keys.shape[-1]
+    block = first.page_size if has_bounds else BLOCK_SLOTS
+    most_slots = max(kv.bias.shape[2] for kv in kvs)
+    show_kernel[(len(kvs), batch * heads, triton.cdiv(most_slots, block))](
+        _table(kvs), visible.view(torch.uint8), heads, visible.shape[1],
+        COLUMNS=COLUMNS, BIAS=_triton_dtype(first.bias.dtype), KEY=_triton_dtype(first.keys.dtype),
+        BOUND=_triton_dtype(first.bias.dtype if first.key_min is None else first.key_min.dtype),
+        BOUNDS=has_bounds, QUANTIZED=first.key_scales is not None, DK=dk, BLOCK=block,
+        BLOCK_DK=triton.next_power_of_2(dk),
+    )  # fmt: skip
+
+
+def _triton_dtype(dtype: torch.dtype) -> tl.dtype:
+    return getattr(tl, {torch.float8_e4m3fn: "float8e4nv"}.get(dtype, str(dtype).removeprefix("torch.")))
+
+
+def _table(kvs: list[PagedKV]) -> Tensor:
+    """The address table of some layers, on their device; copied there only if an address has changed."""
+    device = kvs[0].bias.device
+    entries: list[int] = [-1 if device.index is None else device.index]
+    for kv in kvs:
+        tensors = kv.bias, kv.positions, kv.clock, kv.keys, kv.key_scales, kv.key_min, kv.key_max
+        entries += [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        entries += [kv.bias.shape[2], *kv.keys.stride()[:3]]
+    key = tuple(entries)
+    if key not in _TABLES:
+        if len(_TABLES) >= MAX_TABLES:
+            _TABLES.clear()
+        _TABLES[key] = torch.tensor(entries[1:], dtype=torch.int64).to(device, non_blocking=True)
+    return _TABLES[key]

@@ -1,0 +1,369 @@
+"""The forwards of a layer: what `update` took, until the attention has come and read it.
+
+`begin` tags a forward's key and value with a `Prefill`, `Decode`, `Draft` or `Latent`; the attention function calls its
+`attend`. Nothing is stored before: if the attention never comes, the layer is as it was.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypedDict
+
+import torch
+
+import raas_kernels
+
+from .prefill import write_prefill
+from .resize import uncompiled
+from .rollback import DecodeNote, PrefillNote
+from .step import step
+
+
+if TYPE_CHECKING:
+    from .layer_engine import LayerEngine
+    from .prefill import Places
+
+Expanded = tuple[torch.Tensor, torch.Tensor]
+"""Keys and values that a model made of a latent, `[rows, heads, slots, head_dim]`."""
+INTERRUPTED = (
+    "The last forward on this cache did not end: an exception or Ctrl-C stopped it after some layers had stored its "
+    "tokens. Call reset() on the cache and give it the sequence from its beginning."
+)
+
+
+class Softmax(TypedDict):
+    """Settings of the softmax.
+
+    Args:
+        scale: factor on `q . k`.
+        softcap: logits become `softcap * tanh(logits / softcap)`, or None.
+        sinks: `[heads]`, one more logit in each head's softmax with nothing behind it, or None.
+    """
+
+    scale: float
+    softcap: float | None
+    sinks: torch.Tensor | None
+
+
+class Seen(TypedDict, total=False):
+    """What the attention mask says of a forward's tokens.
+
+    Args:
+        visible: `[rows, new]` bool, False where the mask hides a token; None if it hides none.
+        among: `[rows, new, new]` bool, whether a new token sees another; None for causal.
+        leading: for each row, hidden tokens before its first visible one; None if that is not known.
+    """
+
+    visible: torch.Tensor | None
+    among: torch.Tensor | None
+    leading: list[int] | None
+
+
+class Forward:
+    """Tokens of one forward of one layer.
+
+    Attributes:
+        is_first: whether no earlier token is held, so that the model's own causal attention over the tokens is exact.
+        new: tokens of the forward.
+        awaits_attention: whether the attention has yet to come.
+        is_at_work: whether tokens are being stored and read; an exception leaves it set.
+    """
+
+    is_first = False
+
+    def __init__(self, layer: LayerEngine, key: torch.Tensor, value: torch.Tensor):
+        self.layer, self.key, self.value, self.new = layer, key, value, key.shape[2]
+        self.awaits_attention, self.is_at_work = True, False
+
+    def attend(
+        self, query: torch.Tensor, softmax: Softmax, seen: Seen | None = None, expanded: Expanded | None = None
+    ) -> torch.Tensor | None:
+        """Store the tokens, if nobody has read them yet; their attention over all stored tokens; rank the pages.
+
+        Args:
+            query: `[rows, heads, queries, head_dim]`, of the forward's tokens. A layer that shares this one's KV may
+                come for a second read, and with the last token's query only.
+            seen: what the attention mask says; None for a second read.
+            expanded: for a latent, what the model made of the tensors that `update` returned.
+
+        Returns:
+            `[rows, heads, queries, value_dim]`; None after a first forward, whose attention is the model's own.
+
+        Raises:
+            ValueError: a draft is read a second time, or its tokens are not causal among themselves.
+        """
+        is_new, self.awaits_attention = self.awaits_attention, False
+        self.is_at_work = True
+        if is_new:
+            self.store(seen or {})
+        output = self.read(query, softmax, expanded)
+        self.is_at_work = False
+        self.layer.pending = None
+        return output
+
+    @property
+    def seen_before(self) -> int:
+        """Tokens of the sequence before this forward, by the row that has seen the most."""
+        return self.layer.table.length_of(self.layer.rows)
+
+    def store(self, seen: Seen) -> None:
+        """Store the tokens."""
+        raise NotImplementedError
+
+    def read(self, query: torch.Tensor, softmax: Softmax, expanded: Expanded | None) -> torch.Tensor | None:
+        """Attention over the stored tokens; the policy sees the scores."""
+        raise NotImplementedError
+
+    def hide(self, seen: Seen) -> None:
+        """Take note of a mask that has come after the tokens were stored (a latent's)."""
+        raise NotImplementedError
+
+    def _note(self, note: type[DecodeNote] | type[PrefillNote]) -> None:
+        """Before tokens are stored: note what they overwrite, while the past is recorded."""
+        layer = self.layer
+        layer.expects_turn = False
+        if layer.records_past and layer.table.length:
+            layer.rollback.note(note.before(layer.table, self.new))
+        elif layer.rollback.notes:
+            layer.rollback.notes.clear()  # `undo` would put the notes back in the wrong place
+
+
+class Decode(Forward):
+    """One generated token a row. One object serves all decode steps of a layer, so that compiled steps see no other."""
+
+    def __init__(self, layer: LayerEngine):
+        self.layer, self.new = layer, 1
+        self.key = self.value = None  # type: ignore[assignment]
+        self.awaits_attention = self.is_at_work = False
+
+    def attend(
+        self, query: torch.Tensor, softmax: Softmax, seen: Seen | None = None, expanded: Expanded | None = None
+    ) -> torch.Tensor:
+        """As `Forward.attend`; written out, because every call counts in an eager step."""
+        layer, new = self.layer, None
+        self.is_at_work = True
+        if self.awaits_attention:
+            self.awaits_attention = False
+            if layer.records_past or layer.expects_turn or layer.rollback.notes:
+                self._note(DecodeNote)
+            visible = None if seen is None else seen.get("visible")
+            new = self.key, self.value, None if visible is None else visible[:, 0].expand(len(self.key))
+            self.key = self.value = None  # type: ignore[assignment]
+            layer.table.before_decode(layer.rows)
+        output = step(layer, query, softmax, new, expanded)
+        self.is_at_work = False
+        layer.pending = None
+        return output
+
+    def store(self, seen: Seen) -> None:
+        layer = self.layer
+        self._note(DecodeNote)
+        layer.table.before_decode(layer.rows)
+        visible = seen.get("visible")
+        shown = None if visible is None else visible[:, 0].expand(len(self.key))
+        raas_kernels.append(layer.kv, self.key, self.value, shown, layer.row_index, layer.closes_pages)
+        self.key = self.value = None  # type: ignore[assignment]
+
+    def read(self, query: torch.Tensor, softmax: Softmax, expanded: Expanded | None) -> torch.Tensor:
+        return step(self.layer, query, softmax, None, expanded)
+
+    def hide(self, seen: Seen) -> None:
+        visible = seen.get("visible")
+        if visible is not None:
+            self.layer.table.hide_decoded(visible[:, 0].expand(self.layer.table.batch_size))
+
+
+class Prefill(Forward):
+    """Tokens that are input: a prompt, a chunk of it, a user's turn."""
+
+    def __init__(self, layer: LayerEngine, key: torch.Tensor, value: torch.Tensor, is_first: bool):
+        super().__init__(layer, key, value)
+        self.is_first = is_first
+        self.among: torch.Tensor | None = None
+        self.places: Places | None = None
+        self.competes = False  # whether its pages have yet to compete for the budget
+
+    @uncompiled
+    def store(self, seen: Seen) -> None:
+        layer, self.among = self.layer, seen.get("among")
+        if self.among is not None and layer.records_past:
+            raise ValueError(
+                "attention_mask is not causal among the new tokens, and they may be taken back: leave out "
+                "assistant_model and prompt_lookup_num_tokens, or call cache.deactivate_past_recording() first."
+            )
+        self._note(PrefillNote)
+        visible, leading, count = seen.get("visible"), seen.get("leading"), len(self.key)
+        if visible is not None and len(visible) != count:  # one mask for all rows
+            visible, leading = visible.expand(count, -1), leading and leading * count
+        self.places = write_prefill(layer.table, self.key, self.value, visible, leading, layer.rows)
+        self.competes, layer.admits = layer.settings.prompt == "evict", False
+        self.key = self.value = None  # type: ignore[assignment]
+
+    @uncompiled
+    def read(self, query: torch.Tensor, softmax: Softmax, expanded: Expanded | None) -> torch.Tensor | None:
+        layer = self.layer
+        if self.is_first:
+            if self.competes:
+                self._compete(query, softmax, expanded)
+            return None
+        if layer.rollback.notes:
+            layer.rollback.note_read(query, softmax)
+        window = layer.policy.prompt_window if self.competes else None
+        output, scores = layer.attend_prefill(query, softmax, expanded, self.among, window)
+        queries = query.shape[2] if window is None else min(window, query.shape[2])
+        self._rank(scores, queries)
+        return output
+
+    def _compete(self, query: torch.Tensor, softmax: Softmax, expanded: Expanded | None) -> None:
+        """After a first forward: the last queries score the pages, which are then cut down to the budget."""
+        layer, window = self.layer, self.layer.policy.prompt_window
+        observed = self.new if window is None else min(window, self.new)
+        scores = None
+        if observed:
+            if expanded is not None:
+                expanded = self._by_slot(expanded[0]), self._by_slot(expanded[1])
+            _, scores = layer.attend_prefill(query[:, :, -observed:], softmax, expanded, self.among)
+        self._rank(scores, observed)
+
+    def _by_slot(self, states: torch.Tensor) -> torch.Tensor:
+        """States of the new tokens `[rows, heads, new, head_dim]`, moved to the tokens' slots."""
+        assert self.places is not None
+        slots = self.layer.kv.keys.shape[2]
+        dropped = torch.from_numpy(self.places.dropped).to(states.device)
+        token = (torch.arange(slots, device=states.device) + dropped[:, None]).clamp(max=self.new - 1)
+        return torch.take_along_dim(states, token[:, None, :, None], 2)
+
+    def _rank(self, scores: torch.Tensor | None, queries: int) -> None:
+        layer = self.layer
+        if self.competes:
+            assert self.places is not None
+            self.competes = False
+            layer.evict_prefill(self.places, scores, queries)
+        elif layer.table.is_decoding and scores is not None:
+            layer.rank(scores, queries)
+            if layer.tracer is not None:
+                layer.tracer.note(layer.table, scores, is_prefill=True)
+
+    @uncompiled
+    def hide(self, seen: Seen) -> None:
+        self.among = seen.get("among")
+        visible = seen.get("visible")
+        if visible is not None:
+            self.layer.table.hide_newest(visible, self.layer.rows)
+
+
+class Draft(Forward):
+    """Drafted tokens: decoded one after the other, so that the tokens that stay are where plain decoding puts them."""
+
+    def store(self, seen: Seen) -> None:
+        if seen.get("among") is not None:
+            raise ValueError(
+                "attention_mask is not causal among the new tokens, and they may be taken back: leave out "
+                "assistant_model and prompt_lookup_num_tokens, or call cache.deactivate_past_recording() first."
+            )
+        self.visible = seen.get("visible")
+        self.is_decoded = False
+
+    hide = store
+
+    @uncompiled
+    def read(self, query: torch.Tensor, softmax: Softmax, expanded: Expanded | None) -> torch.Tensor:
+        if self.is_decoded:
+            raise ValueError(
+                "This model shares the KV of a layer with another layer: RaaSCache serves that for one token at a "
+                "time, not for drafts. Leave out assistant_model / prompt_lookup_num_tokens."
+            )
+        self.is_decoded = True
+        layer, table, outputs = self.layer, self.layer.table, []
+        drafted: list[torch.Tensor] = []
+        if expanded is not None:  # the buffers' slots, and behind them the draft
+            slots = layer.kv.keys.shape[2]
+            drafted = [states[:, :, slots:] for states in expanded]
+            expanded = expanded[0][:, :, :slots].clone(), expanded[1][:, :, :slots].clone()
+        decode = Decode(layer)
+        for i in range(self.new):
+            decode.key, decode.value = self.key[:, :, i : i + 1], self.value[:, :, i : i + 1]
+            decode.store({"visible": None if self.visible is None else self.visible[:, i : i + 1]})
+            if expanded is not None:
+                slot = layer.kv.open_slot + layer.kv.clock[..., 1] % table.page_size
+                for whole, new in zip(expanded, drafted, strict=True):
+                    whole.scatter_(2, slot[:, :, None, None].expand_as(new[:, :, i : i + 1]), new[:, :, i : i + 1])
+            outputs.append(decode.read(query[:, :, i : i + 1], softmax, expanded))
+        return torch.cat(outputs, 2)
+
+
+class Latent(Forward):
+    """A forward whose tokens the model expands after `update` (MLA), together with all that is stored.
+
+    So the tokens are stored before their attention comes. A first forward is expanded alone, and stored as any other.
+    """
+
+    def __init__(self, forward: Forward):
+        super().__init__(forward.layer, forward.key, forward.value)
+        self.layer.pending = self
+        self.forward, self.is_at_work = forward, True
+        forward.awaits_attention = False
+        forward.store({})
+        keys, values = self.layer.table.states()
+        rows = self.layer.row_index
+        if rows is not None:
+            keys, values = keys[rows], values[rows]
+        if isinstance(forward, Draft):
+            keys, values = torch.cat([keys, self.key], 2), torch.cat([values, self.value], 2)
+        self.returned = keys, values  # for the model to expand
+
+    @property
+    def seen_before(self) -> int:
+        return super().seen_before - (0 if isinstance(self.forward, Draft) else self.new)
+
+    def store(self, seen: Seen) -> None:
+        self.forward.hide(seen)
+
+    def read(self, query: torch.Tensor, softmax: Softmax, expanded: Expanded | None) -> torch.Tensor | None:
+        return self.forward.read(query, softmax, expanded)
+
+
+def begin(decode: Decode, key: torch.Tensor, value: torch.Tensor) -> tuple[Forward, torch.Tensor, torch.Tensor]:
+    """Take the new tokens of a layer.
+
+    A single token after the first forward is a generated one, unless `reads_prefill`; several tokens are prefill. While
+    the past is recorded, several tokens are a draft. Only the first forward after `activate_past_recording` is prefill
+    then, because generation starts with it (not a latent's: its stamps could not be given again after a crop).
+
+    Args:
+        decode: the layer's forward for decode tokens.
+        key, value: `[rows, kv_heads, new, head_dim]`; RoPE applied to the keys.
+
+    Returns:
+        The forward, and the key and value to return from `update`: the arguments, with the forward as attribute
+        `paged_forward`. For a latent the whole buffers instead, and behind them a draft.
+
+    Raises:
+        RuntimeError: an exception stopped this layer while it stored tokens.
+        ValueError: rows, heads, head sizes, dtypes or device differ from those of the tokens held.
+    """
+    layer = decode.layer
+    table = layer.table
+    if table.kv is None:
+        table.allocate(key, value, layer.batch_size or key.shape[0])
+    table.check_same_use(key, value, layer.rows)
+    if layer.pending is not None and layer.pending.is_at_work:
+        raise RuntimeError(INTERRUPTED)
+    taken = (key.detach(), value.detach()) if key.requires_grad or value.requires_grad else (key, value)
+    forward: Forward
+    is_first = layer.admits or not table.tokens
+    if key.shape[2] == 1 and not is_first and not layer.reads_prefill:
+        forward = decode
+        decode.key, decode.value = taken
+        decode.awaits_attention = True
+    else:
+        is_turn = (layer.expects_turn and not layer.is_latent) or layer.reads_prefill
+        if layer.records_past and not is_first and not is_turn:
+            forward = Draft(layer, *taken)
+        else:
+            forward = Prefill(layer, *taken, is_first)
+    if layer.is_latent and not is_first:
+        latent = Latent(forward)
+        return latent, *latent.returned
+    layer.pending = forward
+    key.paged_forward = value.paged_forward = forward  # type: ignore[attr-defined]
+    return forward, key, value

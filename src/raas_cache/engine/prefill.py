@@ -1,0 +1,272 @@
+"""Writing prefill into a row's pages, and taking it back."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+import raas_kernels
+
+from .page_table import PageTable
+from .resize import allocating, movable
+from .row_counts import Rows
+
+
+class Places:
+    """The slots of a forward's prefill tokens, row by row.
+
+    A row's tokens go on in its last pinned page, then into new pages: behind the pinned ones as long as the row has
+    decoded nothing, otherwise behind all pages. With `prompt="evict"` they begin a page.
+
+    Args:
+        rows: int64 `[rows]`, the rows that the forward touches.
+        new: tokens of the forward.
+        leading: `[rows]`, hidden tokens before the first visible one; where a row holds nothing, they are left padding
+            and get no slot.
+    """
+
+    def __init__(self, table: PageTable, rows: np.ndarray, new: int, leading: np.ndarray):
+        counts, size, is_kept = table.counts, table.page_size, table.settings.prompt != "evict"
+        self.new, self.page_size = new, size
+        # 1. Tokens without padding.
+        self.dropped = np.where(counts.hold_nothing[rows], leading, 0)
+        self.stored = new - self.dropped
+        self.begins = counts.hold_nothing[rows] & (self.stored > 0)  # whether the row's first token is among them
+        # 2. The rest of the last pinned page.
+        prefilled = counts.prefilled[rows]
+        self.room = np.minimum(-prefilled % size if is_kept else 0 * prefilled, self.stored)
+        columns = np.arange(counts.pinned.shape[1])
+        last = np.where(counts.pinned[rows], columns, 0).max(1, initial=0)
+        self.tail = last * size + prefilled % size
+        # 3. New pages.
+        self.pages = -(-(self.stored - self.room) // size)
+        self.is_fresh = (counts.decoded[rows] == 0) & (counts.released[rows] == 0)
+        self.base = np.where(self.is_fresh, counts.pinned_pages[rows], table.num_pages)
+
+    @property
+    def pages_needed(self) -> int:
+        """Pages that hold the new tokens and all before them."""
+        return int((self.base + self.pages).max(initial=0))
+
+    @property
+    def segments(self) -> list[tuple[slice, slice]] | None:
+        """(Tokens, slots) of each run of tokens, the same for all rows; None where rows differ."""
+        placed = np.stack([self.dropped, self.room, self.tail, self.base])
+        if (placed != placed[:, :1]).any():
+            return None
+        dropped, room, tail, base = (int(value) for value in placed[:, 0])
+        begin, rest = base * self.page_size, self.new - dropped - room
+        runs = [(dropped, tail, room), (dropped + room, begin, rest)]
+        return [(slice(token, token + count), slice(slot, slot + count)) for token, slot, count in runs if count]
+
+    def pairs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """For each token with a slot: its place among the rows touched, its place among the new tokens, its slot."""
+        token = np.arange(self.new)[None]
+        nth = token - self.dropped[:, None]  # [rows, new], negative for padding
+        behind = self.base[:, None] * self.page_size + nth - self.room[:, None]
+        slot = np.where(nth < self.room[:, None], self.tail[:, None] + nth, behind)
+        row, place = np.nonzero(nth >= 0)
+        return row, place, slot[row, place]
+
+
+@allocating
+def write_prefill(
+    table: PageTable,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    visible: torch.Tensor | None = None,
+    leading: list[int] | None = None,
+    rows: Rows | None = None,
+) -> Places:
+    """Write the prefill tokens of one forward into pinned pages.
+
+    With `prompt="evict"` the pages stay pinned until `evict_prefill` has ranked them.
+
+    Args:
+        key, value: `[rows, kv_heads, new, head_dim]`.
+        visible: `[rows, new]` bool, False where the attention mask hides a token; None if it hides none.
+        leading: for each row, hidden tokens before its first visible one; None counts them here.
+        rows: the rows that the forward touches; None for all.
+    """
+    touched = np.arange(table.batch_size) if rows is None else rows.on_host
+    new = key.shape[2]
+    if leading is None:
+        leading = [0] * len(touched) if visible is None else count_leading(visible)
+    counts = table.counts
+    places = Places(table, touched, new, np.array(leading, np.int64))
+    # 1. Pages: pin the ones that the tokens take, and settle what they leave for decoding.
+    pages = _pages_for(table, touched, places)
+    seen, decoded = counts.seen[touched].copy(), counts.decoded[touched].copy()
+    limits = _limits_after(table, touched, places)
+    before = counts.pinned, counts.limit
+    counts.limit = counts.limit.copy()
+    counts.limit[touched] = limits
+    try:
+        table.set_pages(pages)
+    except BaseException:
+        counts.pinned, counts.limit = before
+        raise
+    columns = np.arange(pages)
+    taken = (columns >= places.base[:, None]) & (columns < (places.base + places.pages)[:, None])
+    counts.pinned[touched] |= taken
+    counts.seen[touched] += new
+    counts.padding[touched] += places.dropped
+    counts.prefilled[touched] += places.stored
+    table.tokens += new
+    # 2. Keys, values, and where they stand.
+    _write(table, places, key, value, visible, torch.from_numpy(seen).to(table.device), rows)
+    # 3. The clock; a half-filled open page goes on behind the new tokens.
+    _move_positions(table, new, decoded, rows)
+    kv = table.kv
+    assert kv is not None
+    if rows is None:
+        kv.clock[..., 0] += new
+    else:
+        kv.clock[rows.on_device, :, 0] += new
+    table.lay_out()
+    table.summarise()
+    return places
+
+
+def count_leading(visible: torch.Tensor) -> list[int]:
+    """For each row of `visible` `[rows, new]`, the hidden tokens before the first visible one."""
+    if visible.is_meta:  # `raas_cache.plan` asks for sizes only
+        return [0] * len(visible)
+    counts: list[int] = (visible.cumsum(1) == 0).sum(1).tolist()
+    return counts
+
+
+def _limits_after(table: PageTable, touched: np.ndarray, places: Places) -> np.ndarray:
+    """Evictable pages that each row may hold: settled when its decoding begins."""
+    counts = table.counts
+    if table.settings.prompt == "evict":
+        return np.full(len(touched), table.limit_beside(1))
+    after = counts.pinned_pages[touched] + places.pages
+    settled = counts.decoded[touched] > 0
+    fresh = np.array([table.limit_beside(int(pages)) for pages in after], np.int64)
+    return np.where(settled, counts.limit[touched], fresh)
+
+
+def _pages_for(table: PageTable, touched: np.ndarray, places: Places) -> int:
+    """Pages to have for the new tokens, and for the decode tokens of rows that have yet to decode."""
+    if table.settings.prompt == "evict":
+        return max(
+            places.pages_needed, 0 if places.is_fresh.all() and len(touched) == table.batch_size else table.num_pages
+        )
+    limits = _limits_after(table, touched, places)
+    needed = places.base + places.pages
+    for i in np.flatnonzero(places.is_fresh):
+        needed[i] += table.pages_to_allocate(0, int(limits[i]))
+    is_whole = places.is_fresh.all() and len(touched) == table.batch_size
+    return max(int(needed.max()), 0 if is_whole else table.num_pages)
+
+
+def _write(
+    table: PageTable,
+    places: Places,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    visible: torch.Tensor | None,
+    seen: torch.Tensor,
+    rows: Rows | None,
+) -> None:
+    kv, device, heads = table.kv, table.device, table.num_heads
+    assert kv is not None
+    count, _, new, _ = key.shape
+    bias = torch.zeros(count, 1, new, dtype=kv.bias.dtype, device=device)
+    if visible is not None:
+        hidden = ~visible[:, None]  # [rows, 1, new]
+        bias.masked_fill_(hidden, float("-inf"))
+        key, value = (raas_kernels.finite(states, hidden[..., None]) for states in (key, value))
+    positions = seen[:, None, None] + torch.arange(new, device=device)  # [rows, 1, new]
+    writes = [(kv.bias, bias.expand(-1, heads, -1)), (kv.positions, positions.int().expand(-1, heads, -1))]
+    for held, scales, states in ((kv.keys, kv.key_scales, key), (kv.values, kv.value_scales, value)):
+        if scales is not None:
+            states, scale = raas_kernels.quantize(states, held.dtype)
+            writes.append((scales, scale))
+        writes.append((movable(held), movable(states)))
+    segments = places.segments if rows is None else None
+    if segments is not None:
+        for buffer, states in writes:
+            for tokens, slots in segments:
+                buffer[:, :, slots] = states[:, :, tokens]
+        return
+    source, token, slot = (torch.from_numpy(index).to(device) for index in places.pairs())
+    target = source if rows is None else rows.on_device[source]
+    for buffer, states in writes:
+        buffer[target, :, slot] = states[source, :, token]
+
+
+def _move_positions(table: PageTable, by: int, decoded: np.ndarray, rows: Rows | None) -> None:
+    """Move the positions that the free slots of the open pages expect by `by` tokens.
+
+    Args:
+        decoded: `[rows]`, decode tokens of each row.
+    """
+    kv = table.kv
+    assert kv is not None
+    filled = decoded % table.page_size  # [rows]; 0 where no page is open
+    if not filled.any():
+        return
+    index = slice(None) if rows is None else rows.on_device
+    device_filled = torch.from_numpy(filled)[:, None, None].to(table.device)
+    lane = torch.arange(table.page_size, device=table.device)
+    slots = kv.open_slot[index][..., None] + lane  # [rows, kv_heads, page_size]
+    is_free = (device_filled > 0) & (lane >= device_filled)
+    positions = kv.positions[index]
+    positions = positions.scatter_add(2, slots, (is_free.int() * by).expand_as(slots).contiguous())
+    kv.positions[index] = positions
+
+
+@allocating
+def truncate(table: PageTable, seen: np.ndarray, drops_decoded: bool) -> None:
+    """Take back all prefill from position `seen` on, which no decode token may follow unless it is dropped.
+
+    Args:
+        seen: `[batch]`, tokens of each row that stay.
+        drops_decoded: whether to empty all evictable pages, and begin to count decode tokens anew.
+    """
+    kv, counts = table.kv, table.counts
+    assert kv is not None
+    size, pinned_pages = table.page_size, counts.pinned_pages
+    gone = counts.seen - seen
+    # 1. Slots: of pinned pages by position; of evictable pages all or none.
+    pinned = torch.from_numpy(counts.pinned).to(table.device).repeat_interleave(size, 1)[:, None]  # [batch, 1, slots]
+    place = torch.from_numpy(seen).to(table.device)[:, None, None]
+    emptied = pinned & (kv.positions >= place)
+    if drops_decoded:
+        emptied = emptied | ~pinned
+        kv.priority.fill_(float("-inf"))
+        if kv.states is not None:
+            kv.states.zero_()
+    else:
+        for length in np.unique(gone):
+            rows = Rows.of(np.flatnonzero(gone == length).tolist(), table.device)
+            _move_positions(table, -int(length), counts.decoded[rows.on_host], rows)
+    is_held = pinned & (kv.positions >= 0) & ~emptied
+    prefilled = is_held[:, 0].sum(1).cpu().numpy()
+    kv.bias.masked_fill_(emptied, float("-inf"))
+    kv.positions.masked_fill_(emptied, -1)
+    # 2. Counts.
+    counts.seen, counts.prefilled = seen.copy(), prefilled
+    counts.padding = np.minimum(counts.padding, seen)
+    if drops_decoded:
+        counts.decoded[:], counts.released[:] = 0, 0
+        kv.clock[..., 1] = -1
+        table.is_decoding = False
+    kv.clock[..., 0] = torch.from_numpy(seen - 1).to(table.device)[:, None]
+    table.tokens = table.length
+    # 3. Pages: the first pinned ones stay.
+    kept = -(-prefilled // size)
+    counts.pinned &= counts.pinned.cumsum(1) <= kept[:, None]
+    fresh = counts.decoded == 0
+    for row in np.flatnonzero(fresh):
+        counts.limit[row] = table.limit_beside(int(kept[row]))
+    if fresh.all():
+        table.set_pages(
+            max(int(n) + table.pages_to_allocate(0, int(limit)) for n, limit in zip(kept, counts.limit, strict=True))
+        )
+    else:
+        added = int((pinned_pages - kept).min())  # behind all other pages, and empty again
+        table.set_pages(table.num_pages - added)
+    table.summarise()

@@ -1,0 +1,137 @@
+"""Buffers of another size, or with other rows: each function makes a new `PagedKV` and leaves the old one as it was."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+
+from raas_kernels import PagedKV
+
+
+AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
+RowFunction = Callable[[torch.Tensor], torch.Tensor]
+"""Takes a tensor `[batch, ...]` and returns a tensor whose rows are rows of it."""
+NOTHING = float("-inf")
+
+
+def allocating(function: AnyFunction) -> AnyFunction:
+    """Decorator for functions that make buffers: the buffers can be written to later, in and out of inference mode."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        # An inference tensor refuses in-place writes outside inference mode for as long as it lives.
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args, **kwargs)
+
+    return run  # type: ignore[return-value]
+
+
+def uncompiled(function: AnyFunction) -> AnyFunction:
+    """Decorator: `torch.compile` leaves the function to Python. Unlike torch's own decorator it keeps the types."""
+    left: AnyFunction = torch.compiler.disable(function)
+    return left
+
+
+def movable(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor`, with 8-bit codes as bytes: most operators of torch refuse float8."""
+    return tensor.view(torch.int8) if tensor.dtype == torch.float8_e4m3fn else tensor
+
+
+def map_pages(kv: PagedKV, function: Callable[[torch.Tensor, int, float], torch.Tensor]) -> PagedKV:
+    """`kv` with `function(buffer, entries, empty)` in place of every buffer that has pages.
+
+    Args:
+        function: takes a buffer `[batch, kv_heads, pages * entries, ...]`, its entries a page (`page_size` or 1), and
+            the value that says "nothing here".
+    """
+
+    def codes(tensor: torch.Tensor) -> torch.Tensor:
+        return function(movable(tensor), kv.page_size, 0).view(tensor.dtype)
+
+    def optional(tensor: torch.Tensor | None, entries: int) -> torch.Tensor | None:
+        return None if tensor is None else function(tensor, entries, 0)
+
+    return replace(
+        kv,
+        keys=codes(kv.keys),
+        values=codes(kv.values),
+        bias=function(kv.bias, kv.page_size, NOTHING),
+        positions=function(kv.positions, kv.page_size, -1),
+        priority=function(kv.priority, 1, NOTHING),
+        key_scales=optional(kv.key_scales, kv.page_size),
+        value_scales=optional(kv.value_scales, kv.page_size),
+        key_min=optional(kv.key_min, 1),
+        key_max=optional(kv.key_max, 1),
+        states=optional(kv.states, 1),
+    )
+
+
+def map_rows(kv: PagedKV, function: RowFunction) -> PagedKV:
+    """`kv` with `function(buffer)` in place of every buffer; a buffer that may be in a CUDA graph keeps its address."""
+
+    def moved(old: torch.Tensor) -> torch.Tensor:
+        new = function(movable(old)).contiguous().view(old.dtype)
+        if new.shape == old.shape and new.is_cuda:
+            # Beams change places at every step, and a CUDA graph may read the buffer.
+            movable(old).copy_(movable(new))
+            return old
+        return new
+
+    whole = map_pages(kv, lambda buffer, entries, empty: moved(buffer))
+    return replace(whole, evictable=moved(kv.evictable), open_slot=moved(kv.open_slot), clock=moved(kv.clock))
+
+
+def resized(kv: PagedKV, pages: int) -> PagedKV:
+    """`kv` with `pages` pages: more pages hold nothing, fewer pages are the first ones."""
+    kept = min(pages, kv.num_pages)
+
+    def moved(old: torch.Tensor, entries: int, empty: float) -> torch.Tensor:
+        new = old.new_full((*old.shape[:2], pages * entries, *old.shape[3:]), empty)
+        new[:, :, : kept * entries] = old[:, :, : kept * entries]
+        return new
+
+    return map_pages(kv, moved)
+
+
+def gathered(kv: PagedKV, index: torch.Tensor) -> PagedKV:
+    """`kv` with the pages `index` `[batch, kv_heads, pages]` only, in that order."""
+
+    def moved(old: torch.Tensor, entries: int, empty: float) -> torch.Tensor:
+        by_page = old.reshape(*old.shape[:2], kv.num_pages, -1)  # [batch, kv_heads, pages, entries * ...]
+        chosen = torch.take_along_dim(by_page, index[..., None], 2)
+        return chosen.view(*old.shape[:2], index.shape[-1] * entries, *old.shape[3:])
+
+    return map_pages(kv, moved)
+
+
+def put_page(kv: PagedKV, page: torch.Tensor, contents: PagedKV) -> None:
+    """Write a page of each row and KV head, that `gathered` gave, back to the page `page` `[batch, kv_heads]`."""
+
+    def put(held: torch.Tensor | None, before: torch.Tensor | None) -> None:
+        if held is None or before is None:
+            return
+        by_page = movable(held).view(*held.shape[:2], kv.num_pages, -1)  # [batch, kv_heads, pages, entries * ...]
+        index = page[..., None, None].expand(-1, -1, 1, by_page.shape[-1])
+        by_page.scatter_(2, index, movable(before).reshape(*before.shape[:2], 1, -1))
+
+    for held, before in (
+        (kv.keys, contents.keys),
+        (kv.values, contents.values),
+        (kv.bias, contents.bias),
+        (kv.positions, contents.positions),
+        (kv.key_scales, contents.key_scales),
+        (kv.value_scales, contents.value_scales),
+    ):
+        put(held, before)
+
+
+def fix_addresses(kv: PagedKV) -> None:
+    """Promise that the buffers stay where they are from step to step, which a CUDA graph needs to know."""
+    if kv.keys.device.type == "cuda":
+        for buffer in vars(kv).values():
+            if isinstance(buffer, torch.Tensor):
+                torch._dynamo.mark_static_address(buffer, guard=False)

@@ -1,0 +1,85 @@
+"""What the host knows of each row: how many tokens it has seen, decoded and pinned, and which pages are pinned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some of a batch's rows.
+
+    Args:
+        on_host: int64 `[rows]`.
+        on_device: int64 `[rows]`, for the kernels.
+    """
+
+    on_host: np.ndarray
+    on_device: torch.Tensor
+
+    @classmethod
+    def of(cls, indices: list[int], device: torch.device) -> Rows:
+        return cls(np.array(indices, np.int64), torch.tensor(indices, dtype=torch.int64, device=device))
+
+
+@dataclass
+class RowCounts:
+    """Counts of each row of a batch.
+
+    Args:
+        seen: `[batch]`, tokens of the row so far; evicted tokens and padding are counted in.
+        decoded: `[batch]`, generated tokens so far; a turn with `prompt="evict"` counts on to a full page.
+        padding: `[batch]`, left padding: seen, and never stored.
+        prefilled: `[batch]`, prefill tokens in pinned pages.
+        released: `[batch]`, prefill pages that became evictable.
+        limit: `[batch]`, evictable pages that the row may hold.
+        pinned: `[batch, pages]` bool, the pages that hold prefill and are never evicted.
+    """
+
+    seen: np.ndarray
+    decoded: np.ndarray
+    padding: np.ndarray
+    prefilled: np.ndarray
+    released: np.ndarray
+    limit: np.ndarray
+    pinned: np.ndarray
+
+    @classmethod
+    def empty(cls, batch_size: int) -> RowCounts:
+        seen, decoded, padding, prefilled, released, limit = (np.zeros(batch_size, np.int64) for _ in range(6))
+        return cls(seen, decoded, padding, prefilled, released, limit, np.zeros((batch_size, 0), bool))
+
+    @property
+    def pinned_pages(self) -> np.ndarray:
+        """Pinned pages of each row, `[batch]`."""
+        pages: np.ndarray = self.pinned.sum(1)
+        return pages
+
+    @property
+    def are_alike(self) -> bool:
+        """Whether all rows have the same counts."""
+        return all(bool((counts == counts[:1]).all()) for counts in vars(self).values())
+
+    @property
+    def hold_nothing(self) -> np.ndarray:
+        """Which rows hold no token, `[batch]` bool."""
+        nothing: np.ndarray = self.prefilled + self.decoded + self.released == 0
+        return nothing
+
+    def clear(self, rows: np.ndarray) -> None:
+        """Forget the rows `rows`."""
+        for counts in vars(self).values():
+            counts[rows] = 0
+
+    def taken(self, index: np.ndarray) -> RowCounts:
+        """The counts of the rows `index`, in that order."""
+        return RowCounts(**{name: counts[index] for name, counts in vars(self).items()})
+
+    def set_pages(self, pages: int) -> None:
+        """Have `pages` columns in `pinned`; new ones are not pinned."""
+        old = self.pinned
+        self.pinned = np.zeros((len(old), pages), bool)
+        self.pinned[:, : old.shape[1]] = old[:, :pages]

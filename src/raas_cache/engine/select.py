@@ -1,0 +1,46 @@
+"""Which pages a decode step reads, where it does not read all of them (Quest, section 3.3)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+
+if TYPE_CHECKING:
+    from .page_table import PageTable
+
+
+def select_pages(table: PageTable, bounds: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor | None:
+    """The pages with the highest bounds.
+
+    A policy that evicts reads all evictable pages, and with `prompt="select"` only some of the pinned ones. A policy
+    that reads the top pages always reads the page of the newest token, and with `prompt="pin"` all pinned pages.
+
+    Args:
+        bounds: `[rows, heads, pages]`, upper bounds of the pages' logits.
+        rows: `[rows]` int64, the rows of the batch; None for all.
+
+    Returns:
+        `[rows, heads, selected]` int64, ties to the older page, -1 behind the last page of a row that reads fewer;
+        None if every page is read.
+    """
+    kv, settings, wanted = table.kv, table.settings, table.pages_read
+    assert kv is not None
+    if wanted >= bounds.shape[-1] and table.pages_read_of is None:
+        return None
+    evictable = kv.evictable if rows is None else kv.evictable[rows]
+    open_slot = kv.open_slot if rows is None else kv.open_slot[rows]
+    evictable = evictable[:, None].expand_as(bounds)
+    if settings.policy.reads == "all":
+        bounds = bounds.masked_fill(evictable, float("inf"))
+    else:
+        newest = (open_slot // table.page_size)[..., None].expand(-1, bounds.shape[1], -1)
+        bounds = bounds.scatter(-1, newest, float("inf"))
+        if settings.prompt == "pin":
+            bounds = bounds.masked_fill(~evictable, float("inf"))
+    selected = bounds.argsort(dim=-1, descending=True, stable=True)[..., :wanted]
+    if table.pages_read_of is None:
+        return selected
+    limit = table.pages_read_of if rows is None else table.pages_read_of[rows]
+    return selected.masked_fill(torch.arange(wanted, device=bounds.device) >= limit, -1)
