@@ -5,8 +5,8 @@ import torch
 from transformers import DynamicCache
 
 from raas_cache import RaaSCache, embedded_model
-from raas_cache.cache.paged_layer import PagedLayer
 from raas_cache.bench.filling import load_config, read_config
+from raas_cache.cache.paged_layer import PagedLayer
 from raas_cache.common.measure import kv_nbytes
 from raas_cache.sizing.plan import Plan, largest_budget, plan
 

@@ -193,9 +193,7 @@ class _Model:
             forward = layer.engine.pending
             assert isinstance(forward, Prefill)
             forward.store({})
-            if (
-                forward.competes and forward.places is not None
-            ):  # with prompt="evict"
+            if forward.competes and forward.places is not None:  # with prompt="evict"
                 layer.engine.evict_prefill(forward.places, None, queries=0)
             paged.append(layer)
             bytes_per_token += batch_size * sum(states.nbytes for states in of_a_token)
