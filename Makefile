@@ -1,6 +1,6 @@
 PYTHON ?= python3
-# The torch that the recorded results were measured with. Installed first and by number, because the package's own
-# range lets pip pass over a CPU build at hand for the newest release and its gigabytes of CUDA.
+# The torch release of the recorded results. It is installed first and by version, because the version range of the
+# package would let pip replace an installed CPU build with the newest release and its gigabytes of CUDA.
 TORCH ?= 2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,11 +11,11 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.installed-cli
 	$(BIN)/raas-cache demo
 
-# One thread a worker: the tests' models are too small to share among cores.
+# One thread per worker, because the models of the tests are too small for several cores.
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
-# The rows already there are not run again. For a look at it: make study ARGS=--quick
+# Stored rows are not run again. A small version: make study ARGS=--quick
 study: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 examples/study.py $(ARGS)
 
@@ -23,18 +23,18 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 
-# Each notebook runs from top to bottom, in this environment.
+# Run each notebook from top to bottom in this environment.
 notebooks: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --nbmake --nbmake-timeout 600 examples
 
 types: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
-# A link or an anchor that leads nowhere is an error. To write with a look at it: $(BIN)/mkdocs serve
+# A broken link or anchor is an error. For a live preview: $(BIN)/mkdocs serve
 docs: $(VENV)/.installed-dev
 	$(BIN)/mkdocs build --strict
 
-# The kernels as the Hugging Face Hub keeps one; needs no package but Python.
+# Build the kernels for the Hugging Face Hub. This needs only Python.
 hub-kernel:
 	$(PYTHON) kernels/build_hub.py build/hub
 

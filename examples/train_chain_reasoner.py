@@ -207,7 +207,7 @@ def train(
     bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, mininterval=1.0)
     before, start = seconds, time.monotonic()
     while step < steps and seconds < 60 * minutes:
-        # One loader a stage: its batches must all be of that stage, prefetched ones too.
+        # Use a new loader for each stage, so that no batch of the stage before has been prefetched.
         data = Batches(vocabulary, STAGES[stage], batch_tokens, seed, steps)
         loader = DataLoader(data, batch_size=None, sampler=range(step, steps), num_workers=workers)
         for ids, prompt in loader:

@@ -1,6 +1,6 @@
-"""griffe extension: types that a docstring repeats in transformers' manner, "budget (`int`): ...", are the signature's.
+"""griffe extension: remove types such as "budget (`int`): ..." from docstrings in the style of transformers.
 
-mkdocstrings would show them raw; without them it takes those of the signature.
+mkdocstrings would print them as text. Without them, it shows the types from the signature.
 """
 
 import re

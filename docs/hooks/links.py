@@ -1,8 +1,7 @@
-"""MkDocs hook: a link that leads out of docs/ holds in the site as it does in the repository.
+"""MkDocs hook: links from docs/ to other files of the repository also work in the site.
 
-The changelog and the card of the kernels are pages of the site, for README.md there is the start page, and any other
-file that a page links to is copied into the site. Other links are left as they are: MkDocs warns of those that lead
-nowhere.
+The changelog and the card of the kernels become pages of the site. A link to README.md goes to the start page. Any
+other linked file is copied into the site. All other links stay unchanged, and MkDocs warns about broken links.
 """
 
 import posixpath

@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from raas_cache import embedded_model, register
 from raas_cache.eval.chains import problems
-from raas_cache.methods.registry import POLICIES
+from raas_cache.methods.registry import CACHES, POLICIES
 
 
 pytest.importorskip("typer")
@@ -142,10 +142,11 @@ def offline(monkeypatch, tmp_path, tokenizer, inputs):
     monkeypatch.setattr("socket.socket.connect", refuse)
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.chdir(tmp_path)
-    methods, threads = dict(POLICIES), torch.get_num_threads()
+    policies, caches, threads = dict(POLICIES), dict(CACHES), torch.get_num_threads()
     yield tmp_path
-    POLICIES.clear()
-    POLICIES.update(methods)
+    for registry, before in ((POLICIES, policies), (CACHES, caches)):
+        registry.clear()
+        registry.update(before)
     torch.set_num_threads(threads)
     torch.compiler.reset()
     register()

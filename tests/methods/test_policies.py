@@ -19,7 +19,7 @@ from raas_cache.eval import chain_task, run
 from raas_cache.eval.chains import problems, share_right, tokens_of
 from raas_cache.eval.settings import Setting
 from raas_cache.methods.raas import RaaSPolicy
-from raas_cache.methods.registry import POLICIES
+from raas_cache.methods.registry import CACHES, POLICIES
 from raas_cache.sizing.learn_budgets import _deal_out, _interpolated
 
 from ..helpers import generate, prompt, resident_set, tiny_model
@@ -53,19 +53,21 @@ def code_of(page):
 
 @pytest.fixture
 def registry():
-    before = dict(POLICIES)
+    before = dict(POLICIES), dict(CACHES)
     yield
-    POLICIES.clear()
-    POLICIES.update(before)
+    for registered, names in zip((POLICIES, CACHES), before, strict=True):
+        registered.clear()
+        registered.update(names)
 
 
 def test_the_page_on_new_methods_runs(registry, capsys):
     blocks = code_of("new-method.md")
-    assert len(blocks) == 2 and len(blocks[0].splitlines()) <= 30
+    assert len(blocks) == 3 and len(blocks[0].splitlines()) <= 30
     names = {"model": tiny_model(), "inputs": prompt(2, 30, (7, 0))}
     for block in blocks:
         exec(compile(block, "docs/new-method.md", "exec"), names)
     assert "FadingAttention(half_life=50.0)" in capsys.readouterr().out
+    assert isinstance(from_name("fading", 64, half_life=7.0), names["FadingCache"])
     assert names["out"].shape == (2, 430) and names["cache"].evicted_pages(1).min() > 20
     assert "fading" in list_methods()
     # It is neither a window nor the cache of another half-life.

@@ -92,10 +92,7 @@ class RaaSLM(HFLM):
     def _model_generate(
         self, context: torch.Tensor, max_length: int, stop: list[str], attention_mask: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
-        """Generate a batch in parts. All prompts of a part fill the same number of pages.
-
-        Padding fills pages like a prompt. In a single part, the pages that a row may hold would depend on the length of
-        the other prompts.
+        """Generate a batch in parts. All prompts of a part fill the same number of pages, see `span_of`.
 
         Args:
             context: prompts `[rows, tokens]`, padded on the left.

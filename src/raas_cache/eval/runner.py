@@ -53,8 +53,8 @@ def run(
     """Run the model on a task with every setting.
 
     Under `accelerate launch`, each process calls this function and runs its share of the batches. The batches are the
-    same for any number of processes. The prompts of a batch fill the same number of pages, or have the same length if
-    padding would move the page borders. A row therefore gives the same result as the row alone.
+    same for any number of processes. Greedy rows do not depend on their batch. The prompts of a batch fill the same number
+    of pages, so that bytes and evictions of a batch are also those of each row.
 
     Args:
         out: folder for the rows; None stores nothing. Each row is written when it ends. Rows that the folder already
@@ -192,8 +192,9 @@ def _batches(ids: list[list[int]], setting: Setting, batch_size: int) -> list[tu
 def span_of(setting: Setting) -> int:
     """Tokens per span: prompts that fill the same number of spans can share a padded batch.
 
-    The span is one page if the prompt is pinned and scores are exact, because padding within a page then changes
-    nothing. It is one token for other paged caches. For `DynamicCache` every span is correct; 16 keeps padding short.
+    All rows of a batch then hold the same number of pages, so the sizes of the cache are those of each row. The span is
+    one page if the prompt is pinned and scores are exact, and one token for other paged caches. For `DynamicCache`
+    every span is correct; 16 keeps padding short.
     """
     cache = setting.new_cache()
     if not isinstance(cache, PagedCache):

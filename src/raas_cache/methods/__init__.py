@@ -1,6 +1,6 @@
-"""One file for each method: its eviction policy and its cache class.
+"""One file per method: the rule of its paper, its eviction policy and its cache class.
 
-A method must not know the model or where pages lie in memory.
+A method must not know the model, or where pages lie in memory.
 """
 
 from .dense import DenseCache, DensePolicy

@@ -1,4 +1,7 @@
-"""Dense: every page is kept and read, on the same store as every other method."""
+"""Dense: all pages are kept and read, with the same pages and the same attention as every other method.
+
+Rule: nothing is evicted. The cache grows with the sequence, and its output is the reference for all methods.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,9 @@ if TYPE_CHECKING:
 @register_policy("dense")
 @dataclass(frozen=True)
 class DensePolicy(Policy):
-    """Evict nothing: O(N) time and memory, the accuracy that all other methods are measured against.
+    """Evict nothing: O(N) time and memory.
 
-    Nothing depends on the scores, so they are the page's share of the attention, for those who record it.
+    No decision depends on the scores. They are each page's share of the attention, for `raas_cache.record`.
     """
 
     prompts = ("pin",)
@@ -35,7 +38,7 @@ class DensePolicy(Policy):
 
 @register_cache("dense")
 class DenseCache(PagedCache):
-    """Keep and read everything, on the store of the other methods; see `DensePolicy`. `budget` bounds nothing here."""
+    """Keep and read everything, in pages; see `DensePolicy`. `budget` has no effect."""
 
     def __init__(self, budget: Budget, **options: Unpack[CacheOptions]):
         super().__init__(budget, policy=DensePolicy(), **options)

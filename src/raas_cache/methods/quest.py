@@ -1,4 +1,8 @@
-"""Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference (Tang et al., ICML 2024, arXiv 2406.10774)."""
+"""Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference (Tang et al., ICML 2024, arXiv 2406.10774).
+
+Rule: nothing is evicted. key_min and key_max of a page give an upper bound of its logits for a query (logit_bound).
+A decode step reads only the pages with the highest logit_bound, up to the budget.
+"""
 
 from __future__ import annotations
 
@@ -21,16 +25,17 @@ if TYPE_CHECKING:
 @register_policy("quest")
 @dataclass(frozen=True)
 class QuestPolicy(Policy):
-    """Keep everything, read the pages with the highest min/max bound on their logits (section 3.3).
+    """Keep everything, and read the pages with the highest logit_bound (section 3.3).
 
     The page with the newest token is always read. Forwards of several tokens read everything, as in the paper. The
-    query heads of a KV head share a selection, by their largest bound.
+    query heads of a KV head share one selection, by their largest logit_bound.
 
     Args:
-        dense_layers: layers at the bottom that read everything, as attention is less sparse there (section 3.4: 2).
+        dense_layers: number of first layers that read everything, because attention is less sparse there (section 3.4
+            uses 2).
 
     Raises:
-        TypeError, ValueError: `dense_layers` is no number or negative.
+        TypeError, ValueError: `dense_layers` is not a number or negative.
     """
 
     dense_layers: int = 2
@@ -54,12 +59,12 @@ class QuestPolicy(Policy):
 
 @register_cache("quest")
 class QuestCache(PagedCache):
-    """Quest: keep everything, read the `budget` tokens' worth of pages that matter most now; see `QuestPolicy`.
+    """Quest: keep everything, and read the pages with the highest logit_bound; see `QuestPolicy`.
 
     Args:
-        budget (`int`): tokens that a decode step reads in a layer. Memory grows with the sequence.
-        dense_layers (`int`): layers at the bottom that read everything.
-        options: as `PagedCache`.
+        budget (`int`): number of tokens that a decode step reads in a layer. Memory grows with the sequence.
+        dense_layers (`int`): number of first layers that read everything.
+        options: as in `PagedCache`.
     """
 
     def __init__(self, budget: Budget, *, dense_layers: int = 2, **options: Unpack[CacheOptions]):

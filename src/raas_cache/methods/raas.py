@@ -1,4 +1,8 @@
-"""RaaS: Reasoning-Aware Attention Sparsity (Hu et al., Findings of ACL 2025, arXiv 2502.11147)."""
+"""RaaS: Reasoning-Aware Attention Sparsity (Hu et al., Findings of ACL 2025, arXiv 2502.11147).
+
+Rule: a page with an attention score of at least alpha gets the current step as its timestamp.
+If a page is needed, the decode page with the oldest timestamp is evicted. The prompt is never evicted.
+"""
 
 from __future__ import annotations
 
@@ -19,20 +23,21 @@ if TYPE_CHECKING:
     from ..cache.settings import Budget
 
 
-DEFAULT_ALPHA = 0.2  # chosen in docs/stamping-study.md; the paper's is 1e-4
+DEFAULT_ALPHA = 0.2  # from docs/stamping-study.md; the paper uses 1e-4
 
 
 @register_policy("raas")
 @dataclass(frozen=True)
 class RaaSPolicy(Policy):
-    """Evict the page whose last milestone stamp is oldest (section 3): the priority of a page is its timestamp.
+    """Evict the page with the oldest timestamp (section 3). The priority of a page is its timestamp.
 
     Args:
-        alpha: a page that scores at least this is a milestone now, and gets the present timestamp. In (0, 1).
-        top_ratio: instead, stamp this share of the held pages, the highest scores (paper's variant: 0.5). In (0, 1].
+        alpha: a page with at least this score is a milestone, and its timestamp becomes the current step. In (0, 1).
+        top_ratio: instead of `alpha`, this share of the held pages, those with the highest scores, get the current step
+            as timestamp (the paper's variant: 0.5). In (0, 1].
 
     Raises:
-        TypeError, ValueError: an argument is no number or out of range, or both `alpha` and `top_ratio` are given.
+        TypeError, ValueError: an argument is not a number or out of range, or both `alpha` and `top_ratio` are given.
     """
 
     alpha: float | None = None
@@ -56,10 +61,10 @@ class RaaSPolicy(Policy):
 class RaaSCache(PagedCache):
     """A KV cache of bounded size for long chains of thought (RaaS, Hu et al., Findings of ACL 2025, section 3).
 
-    Pages of KV get the present step as timestamp whenever their attention score makes them a milestone; when the
-    budget is full the page with the oldest timestamp is evicted; the prompt never is, unless `prompt` says so. Time and
-    memory a step are O(budget), however many tokens have been seen. As long as nothing is evicted, outputs are
-    `DynamicCache`'s.
+    A page whose attention score makes it a milestone gets the current step as timestamp. If the budget is full, the
+    page with the oldest timestamp is evicted. The prompt is not evicted, unless `prompt="evict"`. Time and memory of a
+    step are O(budget), however many tokens have been seen. As long as nothing is evicted, the output equals the output
+    with `DynamicCache`.
 
     Example:
 
@@ -69,16 +74,16 @@ class RaaSCache(PagedCache):
     ```
 
     Args:
-        budget (`int`): tokens to hold for each row, layer and KV head, the prompt counted in; at least one page.
-        alpha (`float`, *optional*): a page with an attention weight of at least `alpha` on one of its tokens is
-            stamped. In (0, 1).
-            The default is chosen in docs/stamping-study.md; the paper's is 1e-4.
-        top_ratio (`float`, *optional*): instead of `alpha`, stamp this share of the held decode pages, the ones with
-            the highest scores. In (0, 1].
-        options: as `PagedCache`.
+        budget (`int`): number of tokens that each row, layer and KV head holds, including the prompt; at least one
+            page. Or a list with one number per layer.
+        alpha (`float`, *optional*): a page with an attention weight of at least `alpha` on one of its tokens is a
+            milestone. In (0, 1). The default is 0.2 (see docs/stamping-study.md), and the paper uses 1e-4.
+        top_ratio (`float`, *optional*): instead of `alpha`, this share of the held decode pages, those with the highest
+            scores, are milestones. In (0, 1].
+        options: as in `PagedCache`.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong type or out of range, see also `PagedCache`.
+        TypeError, ValueError: an argument has the wrong type or is out of range, see also `PagedCache`.
     """
 
     def __init__(
@@ -93,7 +98,7 @@ class RaaSCache(PagedCache):
 
 
 class RaaSOptions(CacheOptions, total=False):
-    """The options that `RaaSCache` takes."""
+    """The options of `RaaSCache`."""
 
     alpha: float | None
     top_ratio: float | None

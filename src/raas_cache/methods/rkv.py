@@ -1,4 +1,8 @@
-"""R-KV: Redundancy-aware KV Cache Compression for Reasoning Models (Cai et al., NeurIPS 2025, arXiv 2505.24133)."""
+"""R-KV: Redundancy-aware KV Cache Compression for Reasoning Models (Cai et al., NeurIPS 2025, arXiv 2505.24133).
+
+Rule: importance is the recent attention to a page, and redundancy its similarity to the keys of other pages.
+If a page is needed, the page with the smallest 0.1 * importance - 0.9 * redundancy is evicted. The newest tokens stay.
+"""
 
 from __future__ import annotations
 
@@ -20,25 +24,26 @@ if TYPE_CHECKING:
     from ..cache.settings import Budget, CacheOptions
 
 
-OBSERVED = 8  # newest queries that say what is important; the newest tokens, as many, are always kept
-SIMILAR = 0.5  # cosine from which two keys say the same
+OBSERVED = 8  # number of newest queries that decide importance, and number of newest tokens that are always kept
+SIMILAR = 0.5  # cosine from which two keys count as similar
 
 
 @register_policy("rkv")
 @dataclass(frozen=True)
 class RKVPolicy(Policy):
-    """Evict what is unimportant and redundant: SnapKV's importance, weighed against similarity of keys (section 3).
+    """Evict pages that are unimportant and redundant: SnapKV's importance minus similarity of keys (section 3).
 
-    Importance is a running mean of a page's attention over about the last 8 queries (the paper: the mean of just
-    these). Redundancy is the mean cosine between a page's mean key and the others', softmax over pages, except that the
-    newest of the pages that resemble a page is not blamed for it. The paper evicts 128 tokens at a time, here a page
-    goes whenever one is needed, and a page takes the part of the paper's pooling over neighbours.
+    Importance is a running mean of a page's attention over about the last 8 queries (the paper: the mean of exactly 8
+    queries). Redundancy is the mean cosine between a page's mean key and the mean keys of the other pages, followed by
+    a softmax over the pages. The similarity to the newest similar page is not counted for that page. The paper evicts
+    128 tokens at a time; here one page is evicted whenever a page is needed. Pages replace the paper's pooling over
+    neighbouring tokens.
 
     Args:
-        importance_weight: share of importance in the priority, the rest is for redundancy. In [0, 1]; the paper's 0.1.
+        importance_weight: weight of importance in the priority; redundancy has the rest. In [0, 1]; the paper uses 0.1.
 
     Raises:
-        TypeError, ValueError: `importance_weight` is no number or out of range.
+        TypeError, ValueError: `importance_weight` is not a number or out of range.
     """
 
     importance_weight: float = 0.1
@@ -56,7 +61,7 @@ class RKVPolicy(Policy):
         share = min(pages.queries / OBSERVED, 1.0)
         importance = pages.state["importance"].lerp_(pages.scores.double() / pages.queries, share)
         held, keys = pages.held, normalize(pages.mean_keys().double(), dim=-1, eps=1e-8)
-        # Only held pages resemble each other, and no page itself.
+        # Compare only held pages, and no page with itself.  [batch, kv_heads, pages, pages]
         pairs = held[..., None] & held[..., None, :] & ~torch.eye(held.shape[-1], dtype=torch.bool, device=held.device)
         similarity = (keys @ keys.mT).masked_fill(~pairs, 0.0)
         newest = pages.first[..., None, :].masked_fill(similarity <= SIMILAR, -1).argmax(-1, keepdim=True)
@@ -71,12 +76,12 @@ class RKVPolicy(Policy):
 
 @register_cache("rkv")
 class RKVCache(PagedCache):
-    """R-KV: evict what is unimportant and redundant; see `RKVPolicy`.
+    """R-KV: evict pages that are unimportant and redundant; see `RKVPolicy`.
 
     Args:
-        budget (`int`): tokens to hold for each row, layer and KV head.
-        importance_weight (`float`): share of importance in what decides, the rest is for redundancy.
-        options: as `PagedCache`.
+        budget (`int`): number of tokens that each row, layer and KV head holds.
+        importance_weight (`float`): weight of importance; redundancy has the rest.
+        options: as in `PagedCache`.
     """
 
     def __init__(self, budget: Budget, *, importance_weight: float = 0.1, **options: Unpack[CacheOptions]):

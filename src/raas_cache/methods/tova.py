@@ -1,4 +1,8 @@
-"""TOVA: Transformers are Multi-State RNNs (Oren et al., EMNLP 2024, arXiv 2401.06104)."""
+"""TOVA: Transformers are Multi-State RNNs (Oren et al., EMNLP 2024, arXiv 2401.06104).
+
+Rule: the newest query gives each page a score, the mean over the heads of the layer.
+If a page is needed, the page with the smallest score is evicted.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +23,9 @@ if TYPE_CHECKING:
 @register_policy("tova")
 @dataclass(frozen=True)
 class TOVAPolicy(Policy):
-    """Evict the page that the newest query attends to least, by the mean over the heads of the layer (section 4).
+    """Evict the page that the newest query attends to least, with the mean over the heads of the layer (section 4).
 
-    A page is as important as its most attended token; `page_size=1` is the paper's method.
+    A page has the score of its most attended token. With `page_size=1`, this is the paper's method.
     """
 
     prompt = "evict"
@@ -35,7 +39,7 @@ class TOVAPolicy(Policy):
 
 @register_cache("tova")
 class TOVACache(PagedCache):
-    """TOVA: evict what the newest query attends to least; see `TOVAPolicy`. Takes what `PagedCache` does."""
+    """TOVA: evict the page that the newest query attends to least; see `TOVAPolicy`. Arguments as in `PagedCache`."""
 
     def __init__(self, budget: Budget, **options: Unpack[CacheOptions]):
         super().__init__(budget, policy=TOVAPolicy(), **options)

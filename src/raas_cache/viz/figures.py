@@ -170,7 +170,7 @@ def lifetimes(recording: Recording, layer: int, head: int, row: int = 0, alpha: 
     for start, stop in _pinned(history, top, bottom):
         axis.hlines([start, stop], top[0], end, color="0", linewidth=1)
         axis.text(end, start, "pinned prompt ", fontsize=9, va="bottom", ha="right")
-    axis.set(xlabel="step: position of the new token", ylabel="position in tokens (a bar is a page)")
+    axis.set(xlabel="step: position of the new token", ylabel="position in the sequence, in tokens (a bar is a page)")
     axis.set(xlim=(top[0], end), ylim=(bottom[-1], top[0]))
     axis.legend(loc="lower left")
     figure.colorbar(colours, ax=axis, label=f"last step with a score of {alpha:g} or more", shrink=0.7, pad=0.02)
