@@ -6,6 +6,7 @@ from transformers import DynamicCache
 
 from raas_cache import RaaSCache, embedded_model
 from raas_cache.bench.filling import load_config, read_config
+from raas_cache.cache.paged_layer import PagedLayer
 from raas_cache.common.measure import kv_nbytes
 from raas_cache.sizing.plan import Plan, largest_budget, plan
 
@@ -66,7 +67,7 @@ def test_plan_is_what_a_run_allocates(name, budget, options):
     assert planned.nbytes == cache.nbytes
     assert planned.dynamic_nbytes == kv_nbytes(dynamic)
     assert planned.is_over_budget == cache.is_over_budget == (budget == 16 and options.get("prompt") != "evict")
-    paged = [layer for layer in cache.layers if hasattr(layer, "decode_pages") and layer.is_initialized]
+    paged = [layer for layer in cache.layers if isinstance(layer, PagedLayer) and layer.is_initialized]
     decode_pages = (int(layer.table.counts.limit.min()) * layer.settings.page_size for layer in paged)
     assert planned.decode_tokens == min(decode_pages)
     assert (planned.paged_layers, planned.layers) == (len(paged), len(dynamic.layers))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +66,21 @@ class LinearAttentionAndPagedLayer(LinearAttentionLayer, PagedLayer):  # type: i
         LinearAttentionLayer.crop(self, tokens_to_remove)
 
 
+NEEDS_CONFIG = (
+    "This model has linear-attention layers, which the cache must know beforehand: use "
+    "RaaSCache(budget, config=model.config)."
+)
+
+
+class LayersToCome(list["AnyLayer"]):
+    """Layers of a cache that has yet to learn the model's config; linear attention cannot wait for that."""
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, int) and index >= len(self):
+            raise ValueError(NEEDS_CONFIG)
+        return super().__getitem__(index)
+
+
 def plan_layers(config: PreTrainedConfig, settings_of: Callable[[int], LayerSettings]) -> list[AnyLayer]:
     """The cache layers that transformers would build for `config`, the full-attention ones paged.
 
@@ -95,3 +111,34 @@ def plan_layers(config: PreTrainedConfig, settings_of: Callable[[int], LayerSett
                 "DynamicCache for this model."
             )
     return layers
+
+
+def learn_layers(
+    planned: list[AnyLayer], present: list[AnyLayer], layer_idx: int, key: torch.Tensor, value: torch.Tensor
+) -> list[AnyLayer]:
+    """The layers of a cache whose first attention call has told the model's config.
+
+    Args:
+        planned: what `plan_layers` made of the config.
+        present: the layers so far, all of them paged. A paged layer stays where one is planned, because compiled steps
+            may know it from before a reset.
+        layer_idx: the layer that called, which holds `key` and `value` and nothing else yet.
+    """
+    layers: list[AnyLayer] = []
+    for index, layer in enumerate(planned):
+        if isinstance(layer, PagedLayer) and index < len(present) and type(layer) is type(present[index]):
+            layer = present[index]
+        elif index == layer_idx:
+            layer.update(key, value)  # type: ignore[union-attr]  # it has attention
+        layers.append(layer)
+    return layers
+
+
+def warn_if_nothing_is_paged(layers: list[AnyLayer], model_type: str, budget: object) -> None:
+    """Warn if no layer of a model has full attention."""
+    if not any(isinstance(layer, PagedLayer) for layer in layers):
+        warnings.warn(
+            f"No layer of {model_type!r} has full attention, so there is nothing to evict: budget={budget} has no "
+            "effect, and every layer keeps the bounded cache that transformers gives it.",
+            stacklevel=4,
+        )

@@ -1,21 +1,33 @@
-"""Looks into the model that uses a cache, where transformers does not hand it over: stack frames and configs.
+"""Every look into a model, or into a stack frame, that this package takes.
 
-`Cache.update` and `Cache.is_compileable` are told nothing of their model, and what they decide depends on it.
+transformers tells a cache neither which model uses it nor which method calls, and the cache decides by both. Each
+function names the releases of transformers that it was written for; it can go when a release tells the cache.
 """
 
 from __future__ import annotations
 
+import copy
+import inspect
 import sys
-from types import FrameType
-from typing import TypeVar
+from collections.abc import Iterable, Sequence
+from types import CodeType, FrameType
+from typing import Any, TypeVar
 
 import torch
-from transformers import GenerationConfig, PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, EncoderDecoderCache
+
+from ..attention.dispatch import OWN_CACHE_FOR_ENCODER
 
 
 AnyModule = TypeVar("AnyModule", bound=torch.nn.Module)
 # Where `generate` compiles its decode step by itself: GenerationMixin._valid_auto_compile_criteria of 5.17 to 5.24.
 COMPILED_DEVICES = ("cuda", "xpu", "neuron", "tpu")
+LIMIT = "original_max_position_embeddings"
+MEND = (
+    "If this is the next turn of a conversation, its text differs from what the cache has seen (a chat template drops "
+    "earlier thinking, for example): call raas_cache.rewind(cache, held_ids, new_ids) first, or cache.reset()."
+)
 
 
 def _callers() -> FrameType | None:
@@ -58,3 +70,176 @@ def generate_compiles(device: torch.device) -> bool | None:
             return device.type in COMPILED_DEVICES or is_forced
         frame = frame.f_back
     return None
+
+
+def can_compile(model: PreTrainedModel, implementations: Sequence[str]) -> bool:
+    """Whether transformers can compile a decode step of `model`, with an attention that serves paged caches.
+
+    Args:
+        implementations: the names under which such an attention is registered, apart from `"raas"`.
+    """
+    return bool(model._can_compile_fullgraph) and model.config._attn_implementation in (*implementations, "raas")
+
+
+def check_generate_step(cache: Cache) -> None:
+    """Refuse a step of `generate` that would feed the cache tokens it has seen, or that shows that it got none.
+
+    Reads the arguments of the `prepare_inputs_for_generation` (public, and the one place where `generate` says which
+    tokens of its text are new) that is asking the cache at this moment; does nothing if something else asks.
+
+    Raises:
+        ValueError: `generate` runs with `use_cache=False`; its text is no longer than what the cache has seen; or the
+            model has run without putting anything into the cache.
+    """
+    step = _asking_step()
+    if step is None:
+        return
+    if step["kwargs"].get("use_cache") is False:
+        raise ValueError(
+            "use_cache=False was given together with a cache: every step would put the whole text into the cache once "
+            "more. Leave out use_cache=False, also in the generation config, or leave out the cache."
+        )
+    new = step.get("next_sequence_length")
+    if new is None:
+        return
+    if new < 1:
+        seen = cache.get_seq_length()
+        raise ValueError(
+            f"input_ids has {seen + new} tokens, and the cache has seen {seen}: there is no new token to read, and "
+            f"transformers would read old ones again. {MEND}"
+        )
+    if new == 1 and not step.get("is_first_iteration", True) and not _holds_anything(cache.layers):
+        raise ValueError(
+            f"{type(step['self']).__name__} has read its prompt and put nothing into the cache: this model keeps no "
+            "keys and values, or keeps them elsewhere. Leave out the cache."
+        )
+
+
+def _asking_step() -> dict[str, Any] | None:
+    """The arguments of the `prepare_inputs_for_generation` that asks a property of the cache, or of one around it."""
+    frame = inspect.currentframe()
+    for _ in range(5):
+        frame = frame.f_back if frame is not None else None
+        if frame is not None and frame.f_code.co_name == "prepare_inputs_for_generation":
+            arguments = frame.f_locals
+            return arguments if {"self", "kwargs"} <= arguments.keys() else None
+    return None
+
+
+def _holds_anything(layers: Iterable[object]) -> bool:
+    """Whether a layer was ever filled; one that does not say so (linear attention) counts as filled."""
+    return any(getattr(layer, "is_initialized", True) for layer in layers)
+
+
+def check_checkpointing(model: torch.nn.Module | None) -> None:
+    """Refuse a model that trains with gradient checkpointing: transformers then runs its layers without the cache.
+
+    Raises:
+        ValueError: `model` is such a model, and gradients are enabled.
+    """
+    if model is None or not model.training or not torch.is_grad_enabled():
+        return
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        raise ValueError(
+            f"{type(model).__name__} is in training mode with gradient checkpointing, where transformers leaves out "
+            "the cache: call model.eval() first, or run the model under torch.no_grad()."
+        )
+
+
+def length_to_tell(seen: int, caller: FrameType) -> int:
+    """What `get_seq_length` answers: the tokens seen, unless the model would drop the cache for it without need.
+
+    Phi-3, PhiMoE and Phi-4-multimodal drop the cache in `prepare_inputs_for_generation` when the text has more than
+    `config.original_max_position_embeddings` tokens and the cache has seen no more than that, because RoPE may change
+    there. The rest of the generation would run on a `DynamicCache`. If the cache is empty, or RoPE does not change,
+    nothing has to be computed anew, so the model is told one token more than its limit. It only compares the number.
+
+    Args:
+        seen: tokens that the cache has seen.
+        caller: the frame that asks.
+
+    Raises:
+        ValueError: the model would drop the cache, and rightly: its RoPE changes, so what the cache holds is void.
+    """
+    if not _drops_cache(caller.f_code):
+        return seen
+    model = caller.f_locals["self"]
+    limit = getattr(model.config, LIMIT)
+    if seen > limit:
+        return seen
+    if seen and _rope_changes(model, limit):
+        raise ValueError(_about_limit(model, f"the cache holds {seen} tokens, and the text is longer now"))
+    return int(limit) + 1
+
+
+def check_caller(cache: Cache, seen: int, new: int, frame: FrameType | None) -> None:
+    """Before input is stored: refuse what the calling model would do to the cache later, or without a word.
+
+    Args:
+        cache: the cache that is called.
+        seen: tokens that it has seen.
+        new: tokens of input that come.
+        frame: where to begin to look for the model and for `generate`.
+
+    Raises:
+        ValueError: the model attends to an encoder or an image and has no cache for that, or `generate` may come to the
+            length at which the model drops the cache (see `length_to_tell`).
+    """
+    attends_to_encoder = is_wrapped = False
+    while frame is not None:
+        names = frame.f_locals
+        if names.get("cross_attention_states") is not None:
+            raise ValueError(
+                "This model keeps the keys of an image in a layer of the same cache, and reads them there by itself: "
+                "use a DynamicCache for this model, or leave out the image."
+            )
+        attends_to_encoder |= names.get("encoder_hidden_states") is not None
+        is_wrapped |= any(
+            isinstance(value, EncoderDecoderCache) and value.self_attention_cache is cache for value in names.values()
+        )
+        settings, model, ids = (names.get(name) for name in ("generation_config", "self", "input_ids"))
+        if isinstance(settings, GenerationConfig) and isinstance(model, PreTrainedModel):
+            if isinstance(ids, torch.Tensor) and ids.shape[1] == seen + new:
+                _check_length(model, seen + new, settings.max_length)
+            break
+        frame = frame.f_back
+    if attends_to_encoder and not is_wrapped:
+        raise ValueError(
+            "This model attends to an encoder beside the text so far. A paged cache holds the text; what the encoder "
+            f"gave needs a cache of its own: past_key_values={OWN_CACHE_FOR_ENCODER}."
+        )
+
+
+def _check_length(model: PreTrainedModel, length: int, max_length: int | None) -> None:
+    prepare = type(model).prepare_inputs_for_generation  # type: ignore[attr-defined]  # it generates
+    if max_length is None or not _drops_cache(inspect.unwrap(prepare).__code__):
+        return
+    limit = getattr(model.config, LIMIT, None)  # PhiMoE has one only beside longrope
+    # The last token is generated and not read.
+    if limit is not None and length <= limit < max_length - 1 and _rope_changes(model, limit):
+        raise ValueError(_about_limit(model, f"this generation may come to {max_length} tokens"))
+
+
+def _drops_cache(code: CodeType) -> bool:
+    """Whether this is the method that drops the cache at the limit."""
+    return code.co_name == "prepare_inputs_for_generation" and LIMIT in code.co_names
+
+
+def _rope_changes(model: PreTrainedModel, limit: int) -> bool:
+    """Whether a token is rotated otherwise in a text of more than `limit` tokens."""
+    rotary = next((module for module in model.modules() if hasattr(module, "original_inv_freq")), None)
+    if rotary is None:
+        return True
+    rotary = copy.deepcopy(rotary)  # some remember how long a text was
+    like = torch.zeros(1, device=next(rotary.buffers()).device)
+    within, beyond = (rotary(like, torch.tensor([[1, last]], device=like.device)) for last in (limit - 1, limit))
+    return not all(torch.equal(one[:, 0], other[:, 0]) for one, other in zip(within, beyond, strict=True))
+
+
+def _about_limit(model: PreTrainedModel, what: str) -> str:
+    return (
+        f"{type(model).__name__} drops its cache, and goes on with a DynamicCache, when the text has more than "
+        f"config.{LIMIT}={getattr(model.config, LIMIT)} tokens, because its RoPE changes there: {what}. Keep prompt "
+        "and new tokens within the limit, or load the model with one RoPE for all lengths: "
+        "config.rope_parameters['short_factor'] = config.rope_parameters['long_factor'] before from_pretrained."
+    )

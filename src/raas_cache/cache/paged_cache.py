@@ -6,13 +6,11 @@ upstream's; a new option is checked here and goes into `LayerSettings`, what it 
 """
 
 import inspect
-import math
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -24,57 +22,27 @@ from ..engine.layer_engine import LayerEngine
 from ..engine.layer_settings import LayerSettings
 from ..engine.policy import Policy
 from ..engine.row_counts import Rows
-from .guards import check_checkpointing, check_generate_step
-from .layer_types import plan_layers
-from .model_code import check_caller, length_to_tell
-from .model_probe import calling_module, generate_compiles, is_asked_by_generate
+from . import inspection
+from .layer_types import NEEDS_CONFIG, LayersToCome, learn_layers, plan_layers, warn_if_nothing_is_paged
+from .model_probe import (
+    calling_module,
+    can_compile,
+    check_caller,
+    check_checkpointing,
+    check_generate_step,
+    generate_compiles,
+    is_asked_by_generate,
+    length_to_tell,
+)
 from .paged_layer import PagedLayer
 from .past_mask import PastMask, tagged
 from .rows import TouchedRows, checked_rows
-from .settings import (
-    Budget,
-    check_choice,
-    check_offloading,
-    checked_budget,
-    checked_config,
-    checked_page_size,
-    whole_number,
-)
+from .settings import Budget, check_offloading, checked_config, checked_settings, property_of_an_instance
 
 
 if TYPE_CHECKING:
     from ..tracing.recording import Recording
     from .layer_types import AnyLayer
-
-NEEDS_CONFIG = (
-    "This model has linear-attention layers, which the cache must know beforehand: use "
-    "RaaSCache(budget, config=model.config)."
-)
-
-
-class _LayersToCome(list["AnyLayer"]):
-    """Layers of a cache that has yet to learn the model's config; linear attention cannot wait for that."""
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, int) and index >= len(self):
-            raise ValueError(NEEDS_CONFIG)
-        return super().__getitem__(index)
-
-
-if TYPE_CHECKING:
-    _OfAnInstance = property
-else:
-
-    class _OfAnInstance(property):
-        """A property that, asked of the class, says what is meant to be passed to transformers."""
-
-        def __get__(self, instance: Any, owner: type | None = None) -> Any:
-            if instance is None and owner is not None:
-                raise AttributeError(
-                    f"{owner.__name__} is a class, and a cache is one of its instances: pass "
-                    f"{owner.__name__}(budget=1024), with parentheses."
-                )
-            return super().__get__(instance, owner)
 
 
 class PagedCache(Cache):
@@ -132,25 +100,12 @@ class PagedCache(Cache):
         config: PreTrainedConfig | None = None,
         offloading: bool = False,
     ):
-        if not isinstance(policy, Policy):
-            raise TypeError(f"policy={policy!r} must be a raas_cache.Policy, such as RaaSPolicy().")
-        granularity = policy.granularity if granularity is None else granularity
-        prompt = policy.prompt if prompt is None else prompt
-        page_size = checked_page_size(page_size)
-        self.budget = checked_budget(budget, page_size)
-        min_decode_pages = whole_number("min_decode_pages", min_decode_pages)
-        check_choice("scoring", scoring, ("exact", "minmax"))
-        check_choice("granularity", granularity, ("head", "layer"))
-        check_choice("prompt", prompt, ("pin", "select", "evict"))
-        check_choice("kv_dtype", kv_dtype, (None, "int8", "fp8"))
+        self.budget, self.settings = checked_settings(
+            budget, policy, page_size, scoring, granularity, min_decode_pages, prompt, kv_dtype
+        )
         config = checked_config(config)
         check_offloading(offloading)
-        if prompt not in policy.prompts:
-            able = ", ".join(map(repr, policy.prompts))
-            raise ValueError(f"prompt={prompt!r} is not what {type(policy).__name__} can do: use one of {able}.")
-        # The budget is filled in for each layer.
-        self.settings = LayerSettings(policy, 0, page_size, min_decode_pages, scoring, granularity, prompt, kv_dtype)
-        layers = _LayersToCome() if config is None else plan_layers(config, self._settings_of)
+        layers = LayersToCome() if config is None else plan_layers(config, self._settings_of)
         super().__init__(layers=layers, offloading=offloading)
         self._config = config
         self._recording: Recording | None = None
@@ -158,7 +113,7 @@ class PagedCache(Cache):
         self._rows: TouchedRows | None = None
         self._forget()
         if config is not None:
-            self._warn_if_nothing_is_paged(config)
+            warn_if_nothing_is_paged(self.layers, config.model_type, self.budget)
 
     def _forget(self) -> None:
         """What has been learnt of a model and its sequence; another may come after `reset`."""
@@ -235,7 +190,7 @@ class PagedCache(Cache):
     def _on_prefill(self, layer: PagedLayer, layer_idx: int, forward: Forward) -> None:
         layer.has_begun()
         if not self._warned and (forward.is_first or forward.new > 1):
-            self._warn_if_prompt_fills_budget(layer, forward.new)
+            self._warned = layer.warn_if_prefill_fills_budget(forward.new)
         if not self._knows_layers:
             layer.engine.on_module = partial(self._learn_layers, layer_idx)
         if forward.is_first or layer.engine.is_latent:
@@ -263,7 +218,7 @@ class PagedCache(Cache):
 
     @property
     def _knows_layers(self) -> bool:
-        return not isinstance(self.layers, _LayersToCome)
+        return not isinstance(self.layers, LayersToCome)
 
     @contextmanager
     def prefilling(self) -> Iterator[None]:
@@ -353,38 +308,30 @@ class PagedCache(Cache):
 
     @contextmanager
     def _touching(self, rows: int | Sequence[int], batch_size: int | None, admits: bool) -> Iterator[None]:
-        layers = self._paged_layers
         if self._records_past or self._recording is not None:
             raise ValueError(
                 f"rows={rows}: the cache notes what its forwards do, and notes are of all rows. Call "
                 "cache.deactivate_past_recording() first, and end raas_cache.record."
             )
-        held = layers[0].table.batch_size if layers else None
-        if held is not None and batch_size not in (None, held):
-            raise ValueError(f"batch_size={batch_size}: the cache has {held} rows already. Leave batch_size out.")
-        if held is None and not admits:
-            raise ValueError(f"rows={rows}: the cache is empty. Begin with cache.admit(rows, batch_size=...).")
-        batch = held if batch_size is None else whole_number("batch_size", batch_size)
-        indices = checked_rows(rows, batch)
-        touched = TouchedRows(indices, batch or max(indices) + 1, admits)
+        paged = self._paged_layers
+        touched = TouchedRows.of(rows, batch_size, admits, paged)
         if self._knows_layers:
             touched.check_layers(self.layers)
-        if admits and held is not None:
-            self.release_rows(indices)
+        if admits and paged:
+            self.release_rows(touched.indices)
         self._rows, before = touched, self._rows
         self._past_mask = PastMask()  # a mask is now one of these rows only
         try:
-            for layer in layers:
+            for layer in paged:
                 touched.prepare(layer.engine, layer.table.device)
             yield
         finally:
             self._rows, self._past_mask = before, PastMask()
-            for each in self.layers:
-                if isinstance(each, PagedLayer):
-                    each.engine.set_rows(None)
-                    each.engine.admits = False
-                    if before is not None and each.table.kv is not None:
-                        before.prepare(each.engine, each.table.device)
+            for layer in self._paged_layers:
+                layer.engine.set_rows(None)
+                layer.engine.admits = False
+                if before is not None:
+                    before.prepare(layer.engine, layer.table.device)
 
     def preallocate(self) -> None:
         """Allocate the whole budget with the next forward, instead of pages as they come.
@@ -402,40 +349,22 @@ class PagedCache(Cache):
     def _learn_layers(self, layer_idx: int, module: torch.nn.Module, key: torch.Tensor, value: torch.Tensor) -> bool:
         """The first attention call tells the model's config: give every layer the cache it is to have.
 
-        Args:
-            layer_idx: the layer that called, which holds `key` and `value` and nothing else yet.
-            module: its attention module.
-
         Returns:
             Whether the layer that called stays at `layer_idx`.
         """
-        held = self.layers[layer_idx]
-        config = getattr(module, "config", None)
+        present, config = list(self.layers), getattr(module, "config", None)
         if not isinstance(config, PreTrainedConfig):
-            self.layers = list(self.layers)
+            self.layers = present
             return True
-        present = list(self.layers)
-        planned, self.layers = plan_layers(config, self._settings_of), []
-        for index, layer in enumerate(planned):
-            if isinstance(layer, PagedLayer) and index < len(present) and type(layer) is type(present[index]):
-                # The layer that called, and those of before a reset, which compiled steps may know.
-                self.layers.append(present[index])
-                continue
-            self._add(layer)
-            if index == layer_idx:
-                layer.update(key, value)  # type: ignore[union-attr]  # it has attention
-        self._warn_if_nothing_is_paged(config)
+        planned = plan_layers(config, self._settings_of)
+        for layer in planned:
+            if self._records_past and hasattr(layer, "activate_past_recording"):
+                layer.activate_past_recording()
+        self.layers = learn_layers(planned, present, layer_idx, key, value)
+        warn_if_nothing_is_paged(self.layers, config.model_type, self.budget)
         if self._rows is not None:
             self._rows.check_layers(self.layers)
-        return self.layers[layer_idx] is held
-
-    def _warn_if_nothing_is_paged(self, config: PreTrainedConfig) -> None:
-        if not any(isinstance(layer, PagedLayer) for layer in self.layers):
-            warnings.warn(
-                f"No layer of {config.model_type!r} has full attention, so there is nothing to evict: budget="
-                f"{self.budget} has no effect, and every layer keeps the bounded cache that transformers gives it.",
-                stacklevel=3,
-            )
+        return self.layers[layer_idx] is present[layer_idx]
 
     def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
         """Fetch a layer's K and V ahead of its turn, but not before they have got to the CPU."""
@@ -450,22 +379,6 @@ class PagedCache(Cache):
             due, self._not_offloaded = self._not_offloaded, layer_idx
         if due is not None and due != self._not_offloaded:
             super().offload(due, only_non_sliding)
-
-    def _warn_if_prompt_fills_budget(self, layer: PagedLayer, new: int) -> None:
-        settings, counts = layer.settings, layer.table.counts
-        prompt_pages = math.ceil((int(counts.prefilled.max(initial=0)) + new) / settings.page_size)
-        room, least = settings.room_beside(prompt_pages), settings.min_decode_pages
-        if settings.grows or room >= least:
-            return
-        self._warned = True
-        # Once decoding has begun, the number of decode pages is settled.
-        decode_pages = int(counts.limit.min()) if layer.table.is_decoding else least
-        warnings.warn(
-            f"budget={settings.budget} leaves {max(room, 0)} pages of {settings.page_size} tokens beside the "
-            f"{prompt_pages} pages of the prompt; the cache holds {decode_pages} decode pages all the same "
-            f"(min_decode_pages={least}), {(prompt_pages + decode_pages) * settings.page_size} tokens in all.",
-            stacklevel=2,
-        )
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """(length, offset) of a layer's mask; the offset tells the mask function of this cache.
@@ -500,7 +413,7 @@ class PagedCache(Cache):
         else:
             self._past_mask.learn(mask, new)
 
-    @_OfAnInstance
+    @property_of_an_instance
     def is_compileable(self) -> bool:
         """Whether a decode step can be compiled, or captured in a CUDA graph, once and for all.
 
@@ -510,7 +423,7 @@ class PagedCache(Cache):
         first, as its `generate` does before the cache has seen anything of it.
 
         Raises:
-            ValueError: `generate` asks, and the step that it prepares cannot use the cache (`guards`).
+            ValueError: `generate` asks, and the step that it prepares cannot use the cache (see `check_generate_step`).
         """
         if not torch.compiler.is_compiling():
             check_generate_step(self)
@@ -518,47 +431,32 @@ class PagedCache(Cache):
         if self.offloading or is_noted or self._reads_prefill or not self.settings.policy.evicts:
             return False
         if not torch.compiler.is_compiling() and (self._suits_model is None or is_asked_by_generate()):
-            self._ask_model()
+            model = calling_module(PreTrainedModel)
+            if model is not None:
+                layers = self.layers if self._knows_layers else plan_layers(model.config, self._settings_of)
+                compiles = generate_compiles(model.device)
+                suits = can_compile(model, DISPATCHED) and all(layer.is_compileable for layer in layers)
+                self._suits_model = suits and compiles is not False
+                self._preallocates |= bool(suits and compiles)
         return self._suits_model is not False and all(layer.is_compileable for layer in self.layers)
-
-    def _ask_model(self) -> None:
-        model = calling_module(PreTrainedModel)
-        if model is None:
-            return
-        layers = self.layers if self._knows_layers else plan_layers(model.config, self._settings_of)
-        suits = (
-            model._can_compile_fullgraph
-            and model.config._attn_implementation in (*DISPATCHED, "raas")
-            and all(layer.is_compileable for layer in layers)
-        )
-        compiles = generate_compiles(model.device)
-        self._suits_model = suits and compiles is not False
-        if suits and compiles:
-            self.preallocate()
 
     @property
     def nbytes(self) -> int:
         """Bytes of the K and V buffers over all layers, allocated, not used; scales of 8-bit codes counted in."""
-        buffers = []
-        for layer in self.layers:
-            # Linear-attention layers have no keys, layers not yet filled have None.
-            buffers += [getattr(layer, "keys", None), getattr(layer, "values", None)]
-            if isinstance(layer, PagedLayer) and layer.table.kv is not None:
-                buffers += [layer.table.kv.key_scales, layer.table.kv.value_scales]
-        return sum(buffer.nbytes for buffer in buffers if buffer is not None)
+        return inspection.nbytes(self.layers)
 
     def resident_positions(self, layer_idx: int) -> torch.Tensor:
         """Sequence index held in each slot: int64 `[batch, kv_heads, slots]`, -1 where empty or padding."""
-        kv = self._paged(layer_idx).engine.kv
+        kv = inspection.paged_layer(self.layers, layer_idx).engine.kv
         return kv.positions.long().masked_fill(kv.bias != 0, -1)
 
     def resident_tokens(self, layer_idx: int) -> torch.Tensor:
         """Tokens held, padding not counted: int64 `[batch, kv_heads]`."""
-        return (self._paged(layer_idx).engine.kv.bias == 0).sum(-1)
+        return (inspection.paged_layer(self.layers, layer_idx).engine.kv.bias == 0).sum(-1)
 
     def evicted_pages(self, layer_idx: int) -> torch.Tensor:
         """Pages evicted so far: int64 `[batch, kv_heads]`."""
-        table = self._paged(layer_idx).table
+        table = inspection.paged_layer(self.layers, layer_idx).table
         return torch.from_numpy(table.evicted)[:, None].expand(-1, table.num_heads).to(table.device)
 
     @property
@@ -567,10 +465,7 @@ class PagedCache(Cache):
 
         `seen_tokens[:, None]` are the `position_ids` of the next token where rows began at different steps.
         """
-        layers = self._paged_layers
-        if not layers:
-            return torch.zeros(0, dtype=torch.int64)
-        return torch.from_numpy(layers[0].table.counts.seen.copy()).to(layers[0].device)
+        return inspection.seen_tokens(self._paged_layers)
 
     @property
     def evictions(self) -> int:
@@ -586,14 +481,6 @@ class PagedCache(Cache):
     def _paged_layers(self) -> list[PagedLayer]:
         """The layers that hold pages."""
         return [layer for layer in self.layers if isinstance(layer, PagedLayer) and layer.table.kv is not None]
-
-    def _paged(self, layer_idx: int) -> PagedLayer:
-        if not 0 <= layer_idx < len(self.layers):
-            raise ValueError(f"layer_idx={layer_idx} is not a layer of this cache, which has {len(self.layers)} now.")
-        layer = self.layers[layer_idx]
-        if not isinstance(layer, PagedLayer) or layer.table.kv is None:
-            raise ValueError(f"layer_idx={layer_idx} is a {type(layer).__name__} that holds no pages (yet).")
-        return layer
 
     def observe(self, recording: "Recording | None") -> None:
         """From now on tell `recording` what every page scores, or nobody; see `raas_cache.record`.
@@ -647,7 +534,7 @@ class PagedCache(Cache):
         if self._config is None:
             # Layers that are not paged were chosen for the model: the next attention call tells anew.
             is_paged = all(isinstance(layer, PagedLayer) for layer in self.layers)
-            self.layers = _LayersToCome(self.layers if is_paged else [])
+            self.layers = LayersToCome(self.layers if is_paged else [])
             return
         # The windows of transformers 5.17 keep their length through a reset: take new ones.
         for index, layer in enumerate(plan_layers(self._config, self._settings_of)):
@@ -729,20 +616,10 @@ class PagedCache(Cache):
                     layer.crop(tokens_to_remove)
 
     def __repr__(self) -> str:
-        tables = [layer.table for layer in self._paged_layers]
-        held = max((int((table.kv.bias == 0).sum(-1).max()) for table in tables if table.kv is not None), default=0)
-        seen = tables[0].length if tables else 0
         policy = f"{self.settings.policy}, " if type(self) is PagedCache else ""
-        evicted = sum(int(table.evicted.sum()) * table.num_heads for table in tables)
-        return (
-            f"{type(self).__name__}({policy}budget={self.budget}, held={held}, seen={seen}, "
-            f"evicted={evicted} pages, {self.nbytes} bytes)"
-        )
+        held = inspection.summary(self._paged_layers)
+        return f"{type(self).__name__}({policy}budget={self.budget}, {held}, {self.nbytes} bytes)"
 
     def _repr_html_(self) -> str:
         """What Jupyter shows."""
-        from ..viz.html import of_cache
-
-        settings = self.settings
-        about = f"{settings.policy}, budget={self.budget}, page_size={settings.page_size}, prompt={settings.prompt!r}"
-        return of_cache(type(self).__name__, f"{about}, {self.nbytes:,} bytes", self.layers, self.is_over_budget)
+        return inspection.html(self)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -15,6 +17,7 @@ from ..engine.layer_settings import LayerSettings
 from ..engine.page_table import PageTable
 from ..engine.prefill import truncate
 from ..engine.resize import RowFunction, movable
+from ..engine.step import rank
 
 
 if TYPE_CHECKING:
@@ -141,6 +144,23 @@ class PagedLayer(CacheLayerMixin):
         """Let transformers see what the first key and value have told."""
         self.is_initialized, self.device, self.batch_size = True, self.table.device, self.table.batch_size
 
+    def warn_if_prefill_fills_budget(self, new: int) -> bool:
+        """Warn if `new` more prefill tokens leave less room than `min_decode_pages`; returns whether they do."""
+        settings, counts = self.settings, self.table.counts
+        prompt_pages = math.ceil((int(counts.prefilled.max(initial=0)) + new) / settings.page_size)
+        room, least = settings.room_beside(prompt_pages), settings.min_decode_pages
+        if settings.grows or room >= least:
+            return False
+        # Once decoding has begun, the number of decode pages is settled.
+        decode_pages = int(counts.limit.min()) if self.table.is_decoding else least
+        warnings.warn(
+            f"budget={settings.budget} leaves {max(room, 0)} pages of {settings.page_size} tokens beside the "
+            f"{prompt_pages} pages of the prompt; the cache holds {decode_pages} decode pages all the same "
+            f"(min_decode_pages={least}), {(prompt_pages + decode_pages) * settings.page_size} tokens in all.",
+            stacklevel=3,
+        )
+        return True
+
     def get_seq_length(self) -> int:
         """Tokens seen, evicted ones included: positions go on from here. A 0-d tensor while `torch.compile` traces."""
         table = self.table
@@ -200,7 +220,7 @@ class PagedLayer(CacheLayerMixin):
         def stamp_again(query: torch.Tensor, softmax: object) -> None:
             _, scores = engine.attend_prefill(query, softmax)  # type: ignore[arg-type]
             if table.is_decoding:
-                engine.rank(scores, query.shape[2])
+                rank(engine, scores, query.shape[2])
 
         if table.kv is not None:
             engine.rollback.undo(table, -tokens_to_remove, stamp_again)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+import numpy as np
 import torch
 
 import raas_kernels
 
-from .guards import check_mask_length, check_padding
+from .model_probe import MEND
 
 
 if TYPE_CHECKING:
@@ -104,3 +105,44 @@ class PastMask:
     def learn(self, mask: torch.Tensor | None, new: int) -> None:
         """Take note of the mask of the first forward, whose tokens go into the store as it says."""
         self._known = None if mask is None or mask.device.type != "cpu" else mask[:, :new].clone()
+
+
+def check_mask_length(attention_mask: torch.Tensor, seen: int, new: int) -> None:
+    """Refuse a 2-d mask that does not reach to the last new token: transformers would hide the newest tokens.
+
+    Args:
+        attention_mask: `[batch, tokens]`, True or 1 where a token is visible.
+        seen: tokens that the cache has seen.
+        new: tokens of this forward.
+
+    Raises:
+        ValueError: the mask has fewer than `seen + new` tokens.
+    """
+    if attention_mask.shape[1] >= seen + new:
+        return
+    raise ValueError(
+        f"attention_mask of shape {tuple(attention_mask.shape)} ends before the new tokens do: the cache has seen "
+        f"{seen} tokens and {new} are new, so the mask needs {seen + new}, from the first token of the sequence on. "
+        f"{MEND}"
+    )
+
+
+def check_padding(attention_mask: torch.Tensor, padding: np.ndarray) -> None:
+    """Refuse a mask that shows left padding, which is not held.
+
+    Args:
+        attention_mask: `[batch, tokens]`, True or 1 where a token is visible.
+        padding: `[batch]`, tokens of left padding of each row.
+
+    Raises:
+        ValueError: the mask shows such a token.
+    """
+    longest = int(padding.max(initial=0))
+    if not longest:
+        return
+    is_padding = torch.arange(longest) < torch.from_numpy(padding)[:, None]
+    if bool((attention_mask[:, :longest].bool().cpu() & is_padding).any()):
+        raise ValueError(
+            f"attention_mask shows tokens that it hid as left padding when they came (up to {longest} in a row): a "
+            "paged cache does not hold them. Hide them again, or call cache.reset() and give it the whole sequence."
+        )

@@ -10,6 +10,7 @@ import torch
 from ..engine.layer_engine import LayerEngine
 from ..engine.row_counts import Rows
 from .paged_layer import PagedLayer
+from .settings import whole_number
 
 
 class TouchedRows:
@@ -26,6 +27,24 @@ class TouchedRows:
         self._admitting = admits
         self._admitted: set[int] = set()
         self._on_device: dict[torch.device, Rows] = {}
+
+    @classmethod
+    def of(
+        cls, rows: int | Sequence[int], batch_size: int | None, admits: bool, layers: list[PagedLayer]
+    ) -> TouchedRows:
+        """The rows `rows` of a cache whose paged layers that hold anything are `layers`.
+
+        Raises:
+            TypeError, ValueError: they are no rows of the cache, or `batch_size` is not its number of rows.
+        """
+        held = layers[0].table.batch_size if layers else None
+        if held is not None and batch_size not in (None, held):
+            raise ValueError(f"batch_size={batch_size}: the cache has {held} rows already. Leave batch_size out.")
+        if held is None and not admits:
+            raise ValueError(f"rows={rows}: the cache is empty. Begin with cache.admit(rows, batch_size=...).")
+        batch = held if batch_size is None else whole_number("batch_size", batch_size)
+        indices = checked_rows(rows, batch)
+        return cls(indices, batch or max(indices) + 1, admits)
 
     def prepare(self, engine: LayerEngine, device: torch.device) -> None:
         """Tell a layer which rows the next forward touches; an admitted layer's next forward is not its first."""

@@ -3,14 +3,33 @@
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import torch
 from transformers import PreTrainedConfig
 
+from ..engine.layer_settings import LayerSettings
+from ..engine.policy import Policy
+
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+if TYPE_CHECKING:
+    property_of_an_instance = property
+else:
+
+    class property_of_an_instance(property):
+        """A property that, asked of the class, says what is meant to be passed to transformers."""
+
+        def __get__(self, instance: Any, owner: type | None = None) -> Any:
+            if instance is None and owner is not None:
+                raise AttributeError(
+                    f"{owner.__name__} is a class, and a cache is one of its instances: pass "
+                    f"{owner.__name__}(budget=1024), with parentheses."
+                )
+            return super().__get__(instance, owner)
+
 
 Budget = int | list[int] | tuple[int, ...]
 
@@ -99,3 +118,35 @@ def check_choice(name: str, value: object, options: Sequence[object]) -> None:
     """Raise a ValueError if an option's value is none of those that it takes."""
     if value not in options:
         raise ValueError(f"{name}={value!r} is unknown: use one of {', '.join(map(repr, options))}.")
+
+
+def checked_settings(
+    budget: object,
+    policy: Policy,
+    page_size: object,
+    scoring: Literal["exact", "minmax"],
+    granularity: Literal["head", "layer"] | None,
+    min_decode_pages: object,
+    prompt: Literal["pin", "select", "evict"] | None,
+    kv_dtype: Literal["int8", "fp8"] | None,
+) -> tuple[int | tuple[int, ...], LayerSettings]:
+    """The budget, and the settings of a layer whose budget is yet to be filled in; see `PagedCache` for the arguments.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type or out of range, or the method cannot do what it asks.
+    """
+    if not isinstance(policy, Policy):
+        raise TypeError(f"policy={policy!r} must be a raas_cache.Policy, such as RaaSPolicy().")
+    granularity = policy.granularity if granularity is None else granularity
+    prompt = policy.prompt if prompt is None else prompt
+    size = checked_page_size(page_size)
+    checked = checked_budget(budget, size)
+    least = whole_number("min_decode_pages", min_decode_pages)
+    check_choice("scoring", scoring, ("exact", "minmax"))
+    check_choice("granularity", granularity, ("head", "layer"))
+    check_choice("prompt", prompt, ("pin", "select", "evict"))
+    check_choice("kv_dtype", kv_dtype, (None, "int8", "fp8"))
+    if prompt not in policy.prompts:
+        able = ", ".join(map(repr, policy.prompts))
+        raise ValueError(f"prompt={prompt!r} is not what {type(policy).__name__} can do: use one of {able}.")
+    return checked, LayerSettings(policy, 0, size, least, scoring, granularity, prompt, kv_dtype)

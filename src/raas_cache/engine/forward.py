@@ -15,7 +15,7 @@ import raas_kernels
 from .prefill import write_prefill
 from .resize import uncompiled
 from .rollback import DecodeNote, PrefillNote
-from .step import step
+from .step import rank, step
 
 
 if TYPE_CHECKING:
@@ -148,7 +148,12 @@ class Decode(Forward):
             visible = None if seen is None else seen.get("visible")
             new = self.key, self.value, None if visible is None else visible[:, 0].expand(len(self.key))
             self.key = self.value = None  # type: ignore[assignment]
-            layer.table.before_decode(layer.rows)
+            table = layer.table
+            if table.quiet_steps and layer.rows is None and not torch.compiler.is_compiling():
+                table.quiet_steps -= 1
+                table.tokens += 1
+            else:
+                table.before_decode(layer.rows)
         output = step(layer, query, softmax, new, expanded)
         self.is_at_work = False
         layer.pending = None
@@ -239,7 +244,7 @@ class Prefill(Forward):
             self.competes = False
             layer.evict_prefill(self.places, scores, queries)
         elif layer.table.is_decoding and scores is not None:
-            layer.rank(scores, queries)
+            rank(layer, scores, queries)
             if layer.tracer is not None:
                 layer.tracer.note(layer.table, scores, is_prefill=True)
 
@@ -345,7 +350,10 @@ def begin(decode: Decode, key: torch.Tensor, value: torch.Tensor) -> tuple[Forwa
     table = layer.table
     if table.kv is None:
         table.allocate(key, value, layer.batch_size or key.shape[0])
-    table.check_same_use(key, value, layer.rows)
+    rows, heads, _, head_dim = key.shape
+    given = rows, heads, head_dim, value.shape[-1], key.dtype, value.dtype, key.device
+    if layer.rows is not None or given != table.signature:
+        table.check_same_use(key, value, layer.rows)
     if layer.pending is not None and layer.pending.is_at_work:
         raise RuntimeError(INTERRUPTED)
     taken = (key.detach(), value.detach()) if key.requires_grad or value.requires_grad else (key, value)

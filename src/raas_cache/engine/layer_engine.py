@@ -13,11 +13,11 @@ from raas_kernels import PagedKV
 
 from .layer_settings import LayerSettings
 from .page_table import PageTable
-from .policy import Pages
 from .prefill import Places
 from .prefill_eviction import enter_competition, keep_best
 from .resize import movable
 from .rollback import Rollback
+from .step import rank
 
 
 if TYPE_CHECKING:
@@ -152,24 +152,6 @@ class LayerEngine:
         shared = over_heads(scores, 1, keepdim=True)
         return shared if self.is_latent else shared.expand_as(scores)
 
-    def rank(self, scores: torch.Tensor, queries: int) -> None:
-        """Let the policy update the priorities from the scores `[rows, kv_heads, pages]`."""
-        table, rows, policy = self.table, self.row_index, self.policy
-        kv, limit, mean_keys = table.kv, table.limit, table.mean_keys
-        assert kv is not None
-        if rows is not None:
-            kv, limit, mean_keys = self.kv_of_rows(), limit[rows], lambda: table.mean_keys()[rows]
-        state = {}
-        if kv.states is not None:
-            state = {name: kv.states[..., i] for i, name in enumerate(policy.state)}
-        policy.on_scores(Pages(kv, scores, limit, queries, mean_keys, state))
-        if self.granularity == "layer":  # a policy that looks at keys ranks head by head
-            kv.priority.copy_(kv.priority.mean(1, keepdim=True).expand_as(kv.priority))
-        if rows is not None:
-            self.kv.priority[rows] = kv.priority
-            if self.kv.states is not None and kv.states is not None:
-                self.kv.states[rows] = kv.states
-
     # Prefill.
 
     def attend_prefill(
@@ -240,5 +222,5 @@ class LayerEngine:
             self.tracer.note(self.table, scores, True)
         enter_competition(self.table, places, self.rows)
         if scores is not None and queries:
-            self.rank(scores, queries)
+            rank(self, scores, queries)
         keep_best(self.table, places, self.rows)

@@ -41,6 +41,8 @@ class PageTable:
         pages_read: pages that a decode step reads of a row, at most; `pages_read_of` `[batch, 1, 1]` int64 says it for
             each row where rows differ, and is None where they do not.
         tokens: tokens of all forwards so far, for a comparison between layers; compiled steps do not count.
+        quiet_steps: decode steps of all rows that may be made without `before_decode`; each counts it down.
+        signature: rows, KV heads, head sizes, dtypes and device of the keys and values that the table takes.
         preallocates: whether all pages are allocated at once, as a compiled step needs them.
     """
 
@@ -48,6 +50,7 @@ class PageTable:
     limit: torch.Tensor
     pages_read_of: torch.Tensor | None
     dtypes: tuple[torch.dtype, torch.dtype]  # of the keys and values given
+    signature: tuple[int, int, int, int, torch.dtype, torch.dtype, torch.device]
     device: torch.device
 
     def __init__(self, settings: LayerSettings):
@@ -61,8 +64,7 @@ class PageTable:
         self.limit = torch.empty(0, 1, 1, dtype=torch.int64)
         self.batch_size = self.num_heads = self.tokens = 0
         self._counts = RowCounts.empty(0)
-        self._uncounted = 0  # decode steps that `_counts` lacks
-        self._steps_to_opening = 0  # decode steps before any row opens a page
+        self._granted = self.quiet_steps = 0
         self._is_behind = False  # whether compiled steps have moved the clock on
         self.is_decoding = False  # whether a decode token was ever stored
         self.is_full_size = False  # whether no row will need more pages
@@ -110,6 +112,7 @@ class PageTable:
         )
         self.dtypes, self.device = (key.dtype, value.dtype), device
         self.batch_size, self.num_heads = batch_size, heads
+        self.signature = batch_size, heads, key.shape[-1], value.shape[-1], key.dtype, value.dtype, device
         self._counts = RowCounts.empty(batch_size)
 
     # Counts.
@@ -121,11 +124,12 @@ class PageTable:
             assert self.kv is not None
             clock = (self.kv.clock[:, 0] + 1).cpu().numpy()  # [batch, 2]
             self._counts.seen, self._counts.decoded = clock[:, 0].copy(), clock[:, 1].copy()
-            self._is_behind, self._uncounted, self._steps_to_opening = False, 0, 0
-        elif self._uncounted:
-            self._counts.seen += self._uncounted
-            self._counts.decoded += self._uncounted
-            self._uncounted = 0
+            self._is_behind, self._granted, self.quiet_steps = False, 0, 0
+        uncounted = self._granted - self.quiet_steps
+        if uncounted:
+            self._counts.seen += uncounted
+            self._counts.decoded += uncounted
+            self._granted = self.quiet_steps
         return self._counts
 
     @property
@@ -166,10 +170,7 @@ class PageTable:
 
     def check_same_use(self, key: torch.Tensor, value: torch.Tensor, rows: Rows | None) -> None:
         """Raise a ValueError if rows, heads, head sizes, dtypes or device differ from those of the tokens held."""
-        kv = self.kv
-        assert kv is not None
-        batch = self.batch_size if rows is None else len(rows.on_host)
-        held = (batch, self.num_heads, kv.keys.shape[-1], kv.values.shape[-1], *self.dtypes, self.device)
+        held = (self.batch_size if rows is None else len(rows.on_host), *self.signature[1:])
         given_batch, heads, _, head_size = key.shape
         given = (given_batch, heads, head_size, value.shape[-1], key.dtype, value.dtype, key.device)
         if held == given:
@@ -202,13 +203,13 @@ class PageTable:
         assert self.kv is not None
         if pages != self.kv.num_pages:
             self.kv = resized(self.kv, pages)
-            self._counts.set_pages(pages)
+            self.counts.set_pages(pages)
         self.lay_out()
 
     @allocating
     def lay_out(self) -> None:
         """Tell the device which pages each row may recycle, and how many pages a step reads."""
-        kv, counts, settings = self.kv, self._counts, self.settings
+        kv, counts, settings = self.kv, self.counts, self.settings
         assert kv is not None
         pinned_pages, free = counts.pinned_pages, ~counts.pinned
         evictable = free & (free.cumsum(1) <= counts.limit[:, None])
@@ -233,7 +234,7 @@ class PageTable:
         self.pages_read = min(int(wanted.max(initial=0)), kv.num_pages)
         self.pages_read_of = None if is_same else reads
         self.is_full_size = bool((held >= counts.limit).all())
-        self._steps_to_opening = 0
+        self._grant(0)
         fix_addresses(kv)
 
     # Decode tokens.
@@ -250,19 +251,16 @@ class PageTable:
             self._is_behind = self.is_decoding = True
             return
         self.tokens += 1
-        if self._steps_to_opening and rows is None and not self._is_behind:
-            self._steps_to_opening -= 1
-            self._uncounted += 1
-            return
         counts, touched = self.counts, slice(None) if rows is None else rows.on_host
         if not self.is_full_size:
             self._make_room(touched)
         counts.seen[touched] += 1
         counts.decoded[touched] += 1
         self.is_decoding = True
-        self._steps_to_opening = int((-counts.decoded % self.page_size).min())
-        if self.is_full_size:
-            self._steps_to_opening = UNLIMITED
+        self._grant(UNLIMITED if self.is_full_size else int((-counts.decoded % self.page_size).min()))
+
+    def _grant(self, steps: int) -> None:
+        self._granted = self.quiet_steps = steps
 
     def _make_room(self, touched: slice | np.ndarray) -> None:
         counts, pages = self._counts, 0
@@ -286,7 +284,7 @@ class PageTable:
         self.kv.clock[..., 0] += seen
         self.kv.clock[..., 1] += decoded
         self.is_decoding = bool(counts.decoded.any())
-        self._steps_to_opening = 0
+        self._grant(0)
 
     def hide_newest(self, visible: torch.Tensor, rows: Rows | None) -> None:
         """Hide the newest tokens of `rows` where `visible` `[rows, new]` is False; they are stored already."""
@@ -372,6 +370,7 @@ class PageTable:
             index = function(torch.arange(self.batch_size, device=self.device)).cpu().numpy()
             counts = counts.taken(index)
         self.kv, self._counts, self.batch_size = kv, counts, batch
+        self.signature = batch, *self.signature[1:]
         self.lay_out()
 
     def release_rows(self, rows: Rows) -> None:

@@ -8,6 +8,7 @@ import torch
 
 import raas_kernels
 
+from .policy import Pages
 from .select import select_pages
 
 
@@ -52,7 +53,31 @@ def step(
     if table.is_decoding:
         if layer.adjusts_scores:
             scores = layer.page_scores(scores, bounds, selected)
-        layer.rank(scores, queries=1)
+        rank(layer, scores, queries=1)
         if layer.tracer is not None:
             layer.tracer.note(table, scores, is_prefill=False)
     return output
+
+
+def rank(layer: LayerEngine, scores: torch.Tensor, queries: int) -> None:
+    """Let the policy update the priorities.
+
+    Args:
+        scores: `[rows, kv_heads, pages]`.
+        queries: how many queries they come from.
+    """
+    table, rows, policy = layer.table, layer.row_index, layer.policy
+    kv, limit, mean_keys = table.kv, table.limit, table.mean_keys
+    assert kv is not None
+    if rows is not None:
+        kv, limit, mean_keys = layer.kv_of_rows(), limit[rows], lambda: table.mean_keys()[rows]
+    state = {}
+    if kv.states is not None:
+        state = {name: kv.states[..., i] for i, name in enumerate(policy.state)}
+    policy.on_scores(Pages(kv, scores, limit, queries, mean_keys, state))
+    if layer.granularity == "layer":  # a policy that looks at keys ranks head by head
+        kv.priority.copy_(kv.priority.mean(1, keepdim=True).expand_as(kv.priority))
+    if rows is not None:
+        layer.kv.priority[rows] = kv.priority
+        if layer.kv.states is not None and kv.states is not None:
+            layer.kv.states[rows] = kv.states

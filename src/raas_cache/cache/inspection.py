@@ -1,0 +1,63 @@
+"""What can be asked of a cache: bytes, tokens held, evictions, and how it is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from .paged_layer import PagedLayer
+
+
+if TYPE_CHECKING:
+    from .paged_cache import PagedCache
+
+
+def nbytes(layers: Iterable[object]) -> int:
+    """Bytes of the K and V buffers of `layers`, with the scales of 8-bit codes."""
+    buffers = []
+    for layer in layers:
+        # Linear-attention layers have no keys, layers not yet filled have None.
+        buffers += [getattr(layer, "keys", None), getattr(layer, "values", None)]
+        if isinstance(layer, PagedLayer) and layer.table.kv is not None:
+            buffers += [layer.table.kv.key_scales, layer.table.kv.value_scales]
+    return sum(buffer.nbytes for buffer in buffers if buffer is not None)
+
+
+def paged_layer(layers: Sequence[object], layer_idx: int) -> PagedLayer:
+    """The layer `layer_idx`.
+
+    Raises:
+        ValueError: there is no such layer, or it holds no pages.
+    """
+    if not 0 <= layer_idx < len(layers):
+        raise ValueError(f"layer_idx={layer_idx} is not a layer of this cache, which has {len(layers)} now.")
+    layer = layers[layer_idx]
+    if not isinstance(layer, PagedLayer) or layer.table.kv is None:
+        raise ValueError(f"layer_idx={layer_idx} is a {type(layer).__name__} that holds no pages (yet).")
+    return layer
+
+
+def seen_tokens(layers: Sequence[PagedLayer]) -> torch.Tensor:
+    """Tokens that each row has seen, int64 `[batch]`; empty if no layer holds pages."""
+    if not layers:
+        return torch.zeros(0, dtype=torch.int64)
+    return torch.from_numpy(layers[0].table.counts.seen.copy()).to(layers[0].table.device)
+
+
+def summary(layers: Sequence[PagedLayer]) -> str:
+    """What the layers hold, in a few words."""
+    held = max((int((layer.engine.kv.bias == 0).sum(-1).max()) for layer in layers), default=0)
+    seen = layers[0].table.length if layers else 0
+    evicted = sum(int(layer.table.evicted.sum()) * layer.table.num_heads for layer in layers)
+    return f"held={held}, seen={seen}, evicted={evicted} pages"
+
+
+def html(cache: PagedCache) -> str:
+    """What a notebook shows of `cache`."""
+    from ..viz.html import of_cache  # not sooner: drawing is above caches
+
+    settings = cache.settings
+    about = f"{settings.policy}, budget={cache.budget}, page_size={settings.page_size}, prompt={settings.prompt!r}"
+    return of_cache(type(cache).__name__, f"{about}, {cache.nbytes:,} bytes", cache.layers, cache.is_over_budget)
