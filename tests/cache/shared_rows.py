@@ -14,8 +14,9 @@ class SharedRows:
         shift: left padding of each of these rows.
     """
 
-    def __init__(self, model, settings, batch_size, seed=0):
+    def __init__(self, model, settings, batch_size, seed=0, tolerance=1e-9):
         self.model, self.settings, self.batch_size = model, settings, batch_size
+        self.tolerance = tolerance
         self.cache = make_cache(settings)
         self.alone, self.shift = {}, {}
         self.generator = torch.Generator().manual_seed(seed)
@@ -25,7 +26,9 @@ class SharedRows:
 
     def compare(self, logits, row, expected):
         new = len(expected)
-        torch.testing.assert_close(logits[-new:], expected, rtol=1e-9, atol=1e-9, msg=lambda m: f"row {row}: {m}")
+        torch.testing.assert_close(
+            logits[-new:], expected, rtol=self.tolerance, atol=self.tolerance, msg=lambda m: f"row {row}: {m}"
+        )
 
     def admit(self, lengths):
         """Prompts of these lengths, by row, in one forward, padded on the left."""

@@ -81,8 +81,9 @@ def test_options(method, mode, more):
 
 @pytest.mark.parametrize(("method", "mode"), [("raas", "pin"), ("raas", "select"), ("h2o", "evict"), ("dense", "pin")])
 def test_a_latent(method, mode):
+    """Parts of DeepSeek-V3 compute in float32."""
     require("deepseek_v3")
-    shared = SharedRows(build("deepseek_v3", torch.float64), settings_of(method, mode), 3)
+    shared = SharedRows(build("deepseek_v3", torch.float64), settings_of(method, mode), 3, tolerance=1e-4)
     shared.admit({0: 9}).steps(PAGE + 1, [0]).admit({1: 2, 2: BUDGET + 3}).steps(6, [1]).read([0], 7)
     shared.steps(CHOOSING + PAGE).check(evicts=(0, 1, 2))
 
@@ -286,7 +287,7 @@ def test_a_forward_of_another_batch_is_refused(started):
 def test_an_empty_cache():
     cache = RaaSCache(48)
     assert cache.seen_tokens.tolist() == [] and cache.seen_tokens.dtype == torch.int64
-    with pytest.raises(ValueError, match="the cache is empty. Begin with cache.admit"), cache.on_rows(0):
+    with pytest.raises(ValueError, match=r"the cache is empty\. Begin with cache\.admit"), cache.on_rows(0):
         pass
     with pytest.raises(ValueError, match="rows=0: the cache is empty"):
         cache.release_rows(0)
@@ -302,19 +303,18 @@ def test_notes_are_of_all_rows(started):
         with pytest.raises(ValueError, match="rows=0: the cache notes what its forwards do"), touch(0):
             pass
     started.cache.deactivate_past_recording()
-    with record(started.cache), pytest.raises(ValueError, match="end raas_cache.record"), started.cache.on_rows(0):
+    with record(started.cache), pytest.raises(ValueError, match=r"end raas_cache\.record"), started.cache.on_rows(0):
         pass
 
 
 def test_assisted_decoding_in_a_row_is_refused(started):
-    with pytest.raises(ValueError, match="the cache notes|notes are of all rows"), started.cache.on_rows(0):
+    with pytest.raises(ValueError, match="touch some rows only cannot be taken back"), started.cache.on_rows(0):
         started.model.generate(
             torch.ones(1, 12, dtype=torch.long),
             past_key_values=started.cache,
             prompt_lookup_num_tokens=2,
             max_new_tokens=4,
         )
-    started.cache.deactivate_past_recording()
 
 
 @pytest.mark.parametrize("has_config", [False, True])

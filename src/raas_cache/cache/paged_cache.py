@@ -572,8 +572,13 @@ class PagedCache(Cache):
         several tokens; after that, several tokens in one forward are a draft of generated ones.
 
         Raises:
-            ValueError: with `prompt="evict"`, where input goes for good.
+            ValueError: with `prompt="evict"`, where input goes for good; or inside `on_rows` or `admit`.
         """
+        if self._rows is not None:
+            raise ValueError(
+                f"rows={self._rows.indices}: forwards that touch some rows only cannot be taken back. Leave out "
+                "assistant_model / prompt_lookup_num_tokens inside cache.on_rows and cache.admit."
+            )
         super().activate_past_recording()
         self._records_past = True
 

@@ -166,7 +166,7 @@ class PagedLayer(CacheLayerMixin):
     def get_seq_length(self) -> int:
         """Tokens seen, evicted ones included: positions go on from here. A 0-d tensor while `torch.compile` traces."""
         table = self.table
-        if torch.compiler.is_compiling() and table.tokens:
+        if torch.compiler.is_compiling() and not table.is_empty:
             return self.engine.kv.clock[0, 0, 0] + 1  # type: ignore[return-value]
         return 0 if self.engine.admits else table.length_of(self.engine.rows)
 

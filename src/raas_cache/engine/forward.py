@@ -149,7 +149,7 @@ class Decode(Forward):
             new = self.key, self.value, None if visible is None else visible[:, 0].expand(len(self.key))
             self.key = self.value = None  # type: ignore[assignment]
             table = layer.table
-            if table.quiet_steps and layer.rows is None and not torch.compiler.is_compiling():
+            if not torch.compiler.is_compiling() and table.quiet_steps and layer.rows is None:
                 table.quiet_steps -= 1
                 table.tokens += 1
             else:
@@ -358,7 +358,7 @@ def begin(decode: Decode, key: torch.Tensor, value: torch.Tensor) -> tuple[Forwa
         raise RuntimeError(INTERRUPTED)
     taken = (key.detach(), value.detach()) if key.requires_grad or value.requires_grad else (key, value)
     forward: Forward
-    is_first = layer.admits or not table.tokens
+    is_first = layer.admits or table.is_empty
     if key.shape[2] == 1 and not is_first and not layer.reads_prefill:
         forward = decode
         decode.key, decode.value = taken

@@ -66,6 +66,7 @@ class PageTable:
         self._counts = RowCounts.empty(0)
         self._granted = self.quiet_steps = 0
         self._is_behind = False  # whether compiled steps have moved the clock on
+        self.is_empty = True  # whether no forward came, or all tokens were taken back
         self.is_decoding = False  # whether a decode token was ever stored
         self.is_full_size = False  # whether no row will need more pages
 
@@ -155,8 +156,9 @@ class PageTable:
 
     @property
     def evicted(self) -> np.ndarray:
-        """Pages that each row has evicted so far, the same for each of its KV heads, `[batch]`."""
-        evicted: np.ndarray = (self.opened - self.counts.limit).clip(0)
+        """Pages that each row has evicted so far, the same for each of its KV heads, `[batch]`; 0 for a free row."""
+        limit = self.counts.limit
+        evicted: np.ndarray = np.where(limit > 0, (self.opened - limit).clip(0), 0)
         return evicted
 
     @property
@@ -221,6 +223,7 @@ class PageTable:
             wanted = np.full_like(pinned_pages, max(budget, 1))
         else:
             wanted = pinned_pages + (budget - pinned_pages).clip(settings.min_decode_pages)
+        wanted[counts.limit == 0] = wanted.max(initial=0)  # a free row, whose steps mean nothing
         is_same = bool((wanted == wanted[:1]).all())
         device_evictable, limit, reads = (
             torch.from_numpy(array).to(self.device)
@@ -281,6 +284,7 @@ class PageTable:
         counts.seen += seen
         counts.decoded += decoded
         self.tokens = self.length
+        self.is_empty = not self.tokens
         self.kv.clock[..., 0] += seen
         self.kv.clock[..., 1] += decoded
         self.is_decoding = bool(counts.decoded.any())
@@ -379,6 +383,9 @@ class PageTable:
         assert kv is not None
         self.counts.clear(rows.on_host)
         index = rows.on_device
+        for held in (kv.keys, kv.values, kv.key_scales, kv.value_scales):
+            if held is not None:  # attention multiplies what is hidden by 0, which leaves NaN as it is
+                movable(held)[index] = 0
         kv.bias[index], kv.positions[index] = float("-inf"), -1
         kv.priority[index], kv.open_slot[index], kv.clock[index] = float("-inf"), 0, -1
         self.lay_out()

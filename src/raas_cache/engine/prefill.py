@@ -16,7 +16,8 @@ class Places:
     """The slots of a forward's prefill tokens, row by row.
 
     A row's tokens go on in its last pinned page, then into new pages: behind the pinned ones as long as the row has
-    decoded nothing, otherwise behind all pages. With `prompt="evict"` they begin a page.
+    decoded nothing, otherwise behind all pages that the row uses or may use for decode tokens. With `prompt="evict"`
+    they begin a page.
 
     Args:
         rows: int64 `[rows]`, the rows that the forward touches.
@@ -41,7 +42,7 @@ class Places:
         # 3. New pages.
         self.pages = -(-(self.stored - self.room) // size)
         self.is_fresh = (counts.decoded[rows] == 0) & (counts.released[rows] == 0)
-        self.base = np.where(self.is_fresh, counts.pinned_pages[rows], table.num_pages)
+        self.base = np.where(self.is_fresh, counts.pinned_pages[rows], _end_of_pages(table, rows))
 
     @property
     def pages_needed(self) -> int:
@@ -67,6 +68,17 @@ class Places:
         slot = np.where(nth < self.room[:, None], self.tail[:, None] + nth, behind)
         row, place = np.nonzero(nth >= 0)
         return row, place, slot[row, place]
+
+
+def _end_of_pages(table: PageTable, rows: np.ndarray) -> np.ndarray:
+    """The page behind all pages that each of `rows` uses or may use for decode tokens, `[rows]`."""
+    counts = table.counts
+    pinned, limit = counts.pinned[rows], counts.limit[rows]
+    decode_pages = table.opened[rows] if table.settings.grows else limit
+    free = ~pinned
+    used = pinned | (free & (free.cumsum(1) <= decode_pages[:, None]))
+    end = np.where(used, np.arange(1, used.shape[1] + 1), 0).max(1, initial=0)
+    return np.where(free.sum(1) >= decode_pages, end, table.num_pages)
 
 
 @allocating
@@ -113,6 +125,7 @@ def write_prefill(
     counts.padding[touched] += places.dropped
     counts.prefilled[touched] += places.stored
     table.tokens += new
+    table.is_empty = False
     # 2. Keys, values, and where they stand.
     _write(table, places, key, value, visible, torch.from_numpy(seen).to(table.device), rows)
     # 3. The clock; a half-filled open page goes on behind the new tokens.
@@ -256,6 +269,7 @@ def truncate(table: PageTable, seen: np.ndarray, drops_decoded: bool) -> None:
         table.is_decoding = False
     kv.clock[..., 0] = torch.from_numpy(seen - 1).to(table.device)[:, None]
     table.tokens = table.length
+    table.is_empty = not table.tokens
     # 3. Pages: the first pinned ones stay.
     kept = -(-prefilled // size)
     counts.pinned &= counts.pinned.cumsum(1) <= kept[:, None]
@@ -267,6 +281,8 @@ def truncate(table: PageTable, seen: np.ndarray, drops_decoded: bool) -> None:
             max(int(n) + table.pages_to_allocate(0, int(limit)) for n, limit in zip(kept, counts.limit, strict=True))
         )
     else:
-        added = int((pinned_pages - kept).min())  # behind all other pages, and empty again
-        table.set_pages(table.num_pages - added)
+        holds = (kv.positions >= 0).unflatten(2, (-1, size)).any(3).any(1).any(0)  # [pages]
+        end = int((holds.long() * torch.arange(1, table.num_pages + 1, device=table.device)).max())
+        added = int((pinned_pages - kept).min())
+        table.set_pages(max(table.num_pages - added, end))
     table.summarise()
