@@ -53,8 +53,8 @@ def run(
     """Run the model on a task with every setting.
 
     Under `accelerate launch`, each process calls this function and runs its share of the batches. The batches are the
-    same for any number of processes. Greedy rows do not depend on their batch. The prompts of a batch fill the same number
-    of pages, so that bytes and evictions of a batch are also those of each row.
+    same for any number of processes. Greedy rows do not depend on their batch. The prompts of a batch fill the same
+    number of pages, so that bytes and evictions of a batch are also those of each row.
 
     Args:
         out: folder for the rows; None stores nothing. Each row is written when it ends. Rows that the folder already
