@@ -152,7 +152,7 @@ class TestInputs:
         if name == "raas_cache":
             monkeypatch.setattr(inputs, "of_package", lambda: "0.0.1")
         elif name == "kernels":
-            monkeypatch.setattr(inputs.raas_kernels, "engine", lambda device: torch)
+            monkeypatch.setattr(inputs.raas_kernels, "engine", lambda device: "another")
         else:
             monkeypatch.setattr(getattr(inputs, name), "__version__", "4.0")
         with pytest.raises(ValueError, match=f"contains rows with {name}=.*give another folder"):
