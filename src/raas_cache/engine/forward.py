@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 Expanded = tuple[torch.Tensor, torch.Tensor]
 """Keys and values that a model made of a latent, `[rows, heads, slots, head_dim]`."""
 INTERRUPTED = (
-    "The last forward on this cache did not end: an exception or Ctrl-C stopped it after some layers had stored its "
-    "tokens. Call reset() on the cache and give it the sequence from its beginning."
+    "The last forward with this cache was interrupted: an exception or Ctrl-C stopped it after some layers had stored "
+    "its tokens. Call cache.reset() and pass the whole sequence again."
 )
 
 
@@ -192,8 +192,9 @@ class Prefill(Forward):
         layer, self.among = self.layer, seen.get("among")
         if self.among is not None and layer.records_past:
             raise ValueError(
-                "attention_mask is not causal among the new tokens, and they may be taken back: leave out "
-                "assistant_model and prompt_lookup_num_tokens, or call cache.deactivate_past_recording() first."
+                "attention_mask is not causal among the new tokens, but tokens that may be taken back need a causal "
+                "mask: do not pass assistant_model or prompt_lookup_num_tokens, or call "
+                "cache.deactivate_past_recording() first."
             )
         self._note(PrefillNote)
         visible, leading, count = seen.get("visible"), seen.get("leading"), len(self.key)
@@ -262,8 +263,9 @@ class Draft(Forward):
     def store(self, seen: Seen) -> None:
         if seen.get("among") is not None:
             raise ValueError(
-                "attention_mask is not causal among the new tokens, and they may be taken back: leave out "
-                "assistant_model and prompt_lookup_num_tokens, or call cache.deactivate_past_recording() first."
+                "attention_mask is not causal among the new tokens, but tokens that may be taken back need a causal "
+                "mask: do not pass assistant_model or prompt_lookup_num_tokens, or call "
+                "cache.deactivate_past_recording() first."
             )
         self.visible = seen.get("visible")
         self.is_decoded = False
@@ -274,8 +276,8 @@ class Draft(Forward):
     def read(self, query: torch.Tensor, softmax: Softmax, expanded: Expanded | None) -> torch.Tensor:
         if self.is_decoded:
             raise ValueError(
-                "This model shares the KV of a layer with another layer: RaaSCache serves that for one token at a "
-                "time, not for drafts. Leave out assistant_model / prompt_lookup_num_tokens."
+                "This model shares the KV of a layer with another layer. RaaSCache supports this for one token per "
+                "forward, but not for drafts: do not pass assistant_model or prompt_lookup_num_tokens."
             )
         self.is_decoded = True
         layer, table, outputs = self.layer, self.layer.table, []

@@ -18,8 +18,8 @@ from .row_counts import RowCounts, Rows
 FIRST_TOKENS = 128  # a layer begins with evictable pages for that many tokens, and takes more as it needs them
 UNLIMITED = sys.maxsize
 NOT_PREALLOCATED = (
-    "This cache takes memory as its chain grows, which a compiled step cannot do: call cache.preallocate() before the "
-    "first forward. (generate does so by itself where it compiles.)"
+    "This cache allocates memory while the chain grows, which a compiled step cannot do: call cache.preallocate() "
+    "before the first forward. (generate does this itself if it compiles.)"
 )
 
 
@@ -179,8 +179,8 @@ class PageTable:
         for name, old, new in zip(names, held, given, strict=True):
             if old != new:
                 raise ValueError(
-                    f"This cache holds {self.length} tokens with {name} {old}, and was given keys with {name} {new}: "
-                    "use a new cache for another input, or call reset() on this one first."
+                    f"This cache holds {self.length} tokens with {name} {old}, but the new keys have {name} {new}: use "
+                    "a new cache for another input, or call cache.reset() first."
                 )
 
     # Sizes.
