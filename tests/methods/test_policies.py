@@ -104,12 +104,7 @@ def test_each_method_is_one_short_file():
         ("h2o", {"recent_ratio": 1.5}, ValueError, r"recent_ratio=1.5 must lie in \[0, 1\]"),
         ("rkv", {"importance_weight": -1}, ValueError, r"importance_weight=-1 must lie in \[0, 1\]"),
         ("quest", {"dense_layers": -1}, ValueError, "dense_layers=-1 must be 0 or more"),
-        (
-            "quest",
-            {"prompt": "evict"},
-            ValueError,
-            "prompt='evict' is not supported by QuestPolicy: .* 'select', 'pin'",
-        ),
+        ("quest", {"prompt": "evict"}, ValueError, "prompt='evict' is not supported by QuestPolicy.* 'select', 'pin'"),
         ("dense", {"prompt": "select"}, ValueError, "prompt='select' is not supported by DensePolicy"),
         ("raas", {"prompt": "keep"}, ValueError, "prompt='keep' is unknown: use one of 'pin', 'select', 'evict'"),
         ("raas", {"kv_dtype": "int4"}, ValueError, "kv_dtype='int4' is unknown: use one of None, 'int8', 'fp8'"),
