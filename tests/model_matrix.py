@@ -37,7 +37,7 @@ UNMASKED = "cannot take the mask of a cache that can be compiled"
 ERRORS = {
     BYPASS: "did not read the paged cache",
     MIXED: "did not read the paged cache|changes its values between cache and attention",
-    INDEXER: "indexer of its own|needs a (DynamicIndexedLayer|DeepseekV4HCACache|MiniMaxM3VLSparseCacheLayer)",
+    INDEXER: "tokens with an indexer|needs a (DynamicIndexedLayer|DeepseekV4HCACache|MiniMaxM3VLSparseCacheLayer)",
     BIASED: "position_bias=Tensor|adds more than visible",
     UNMASKED: "too many values to unpack",
 }

@@ -46,7 +46,7 @@ def engine(device: torch.device) -> str:
         raise ValueError(f"RAAS_KERNELS={name!r} is not an engine: set it to 'torch' or 'triton', or unset it.")
     if name == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
-            f"RAAS_KERNELS='triton' was asked for tensors on {device.type!r}: Triton runs there only in its "
+            f"RAAS_KERNELS='triton' cannot serve tensors on {device.type!r}: there, Triton only runs in its "
             "interpreter. Set TRITON_INTERPRET=1, move the model to a CUDA device, or set RAAS_KERNELS='torch'."
         )
     return name

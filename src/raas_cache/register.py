@@ -19,9 +19,9 @@ def _refusing_a_cache(generate_batch: Callable[..., Any]) -> Callable[..., Any]:
             decoder = value.self_attention_cache if isinstance(value, EncoderDecoderCache) else value
             if isinstance(decoder, PagedCache):
                 raise ValueError(
-                    f"{name}={value!r}: generate_batch (continuous batching) keeps all keys and values in a cache of "
-                    "its own and would not use this one. Call generate with a padded batch instead, without "
-                    "cache_implementation='paged'; or leave out the cache to run dense."
+                    f"{name}={value!r}: generate_batch (continuous batching) uses its own dense cache and would "
+                    "ignore this cache. Call generate with a padded batch instead, without "
+                    "cache_implementation='paged', or do not pass a cache."
                 )
         return generate_batch(*args, **kwargs)
 

@@ -295,11 +295,11 @@ def test_what_is_wrong_with_the_arguments(model):
         rewind(DynamicCache(), out, out)
     with pytest.raises(ValueError, match=r"new_ids of shape \(30,\) must be token ids of shape \[batch, tokens\]"):
         rewind(cache, out, out[0])
-    with pytest.raises(ValueError, match="held_ids has 2 rows and new_ids 1"):
+    with pytest.raises(ValueError, match="held_ids has 2 rows, new_ids has 1 rows"):
         rewind(cache, out, out[:1])
-    with pytest.raises(ValueError, match="held_ids has 1 rows and new_ids 1, and the cache a row for each"):
+    with pytest.raises(ValueError, match="new_ids has 1 rows, and the cache has 2 rows: all three must be equal"):
         rewind(cache, out[:1], out[:1])
-    with pytest.raises(ValueError, match="held_ids has 20 tokens, and the cache has seen 29"):
+    with pytest.raises(ValueError, match="held_ids has 20 tokens, but the cache has seen 29"):
         rewind(cache, inputs["input_ids"], out)
     assert cache.get_seq_length() == seen, "nothing was taken back"
 

@@ -139,7 +139,7 @@ def test_as_many_tokens_in_the_encoder_as_in_the_decoder(length):
 def test_as_many_tokens_of_an_image_as_of_text():
     """Mllama writes an image's keys to a layer of the one cache, and reads them there as if all were still in order."""
     ids, image = torch.randint(97, (1, 9)), torch.randn(1, 9, 32, dtype=torch.float64)
-    with pytest.raises(ValueError, match="keeps the keys of an image in a layer of the same cache"):
+    with pytest.raises(ValueError, match="stores the keys of an image in a layer of the cache"):
         architectures.build("mllama", torch.float64)(ids, cross_attention_states=image, past_key_values=RaaSCache(256))
 
 

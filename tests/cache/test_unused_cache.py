@@ -181,5 +181,5 @@ def test_a_model_that_keeps_nothing_in_the_cache_is_refused():
     torch.manual_seed(0)
     config = RwkvConfig(vocab_size=97, hidden_size=32, attention_hidden_size=32, num_hidden_layers=2, context_length=64)
     model = RwkvForCausalLM(config).eval()
-    with pytest.raises(ValueError, match="RwkvForCausalLM has read its prompt and put nothing into the cache"):
+    with pytest.raises(ValueError, match="RwkvForCausalLM has read its prompt without storing anything in the cache"):
         generate(model, prompt(), RaaSCache(512), 5)

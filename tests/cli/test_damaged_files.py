@@ -135,7 +135,7 @@ def test_launch_configurations(data, tmp_path, monkeypatch):
     configs.choose_config.cache_clear()
     try:
         with pytest.raises(
-            ValueError, match=r"configs\.json' holds no launch configurations \(.+\): install raas-cache"
+            ValueError, match=r"configs\.json' contains no launch configurations \(.+\): install raas-cache"
         ):
             configs.choose_config((9, 0), 256, 8192, 128, 2)
     finally:

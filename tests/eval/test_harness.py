@@ -188,7 +188,7 @@ class TestArguments:
             ({"method": "raass"}, ValueError, "name='raass' is not a method: did you mean 'raas'"),
             ({"budget": 0}, ValueError, "budget=0 must be positive"),
             ({"budget": "many"}, TypeError, "budget='many' must be an int"),
-            ({"budget": [64]}, ValueError, r"budget=\(64,\) has 1 entries, and the model has a layer 1"),
+            ({"budget": [64]}, ValueError, r"budget=\(64,\) has 1 entries, but the model has a layer 1"),
             ({"page_size": 6}, ValueError, "page_size=6 must be a power of two"),
             ({"alpha": 2.0}, ValueError, "alpha=2.0 must lie in"),
             ({"method": "h2o", "alpha": 0.1}, TypeError, "'h2o' has no option 'alpha'"),

@@ -106,13 +106,13 @@ def test_each_method_is_one_short_file():
         ("h2o", {"recent_ratio": 1.5}, ValueError, r"recent_ratio=1.5 must lie in \[0, 1\]"),
         ("rkv", {"importance_weight": -1}, ValueError, r"importance_weight=-1 must lie in \[0, 1\]"),
         ("quest", {"dense_layers": -1}, ValueError, "dense_layers=-1 must be 0 or more"),
-        ("quest", {"prompt": "evict"}, ValueError, "prompt='evict' is not what QuestPolicy can do: .* 'select', 'pin'"),
-        ("dense", {"prompt": "select"}, ValueError, "prompt='select' is not what DensePolicy can do"),
+        ("quest", {"prompt": "evict"}, ValueError, "prompt='evict' is not supported by QuestPolicy.* 'select', 'pin'"),
+        ("dense", {"prompt": "select"}, ValueError, "prompt='select' is not supported by DensePolicy"),
         ("raas", {"prompt": "keep"}, ValueError, "prompt='keep' is unknown: use one of 'pin', 'select', 'evict'"),
         ("raas", {"kv_dtype": "int4"}, ValueError, "kv_dtype='int4' is unknown: use one of None, 'int8', 'fp8'"),
         ("raas", {"top_ratio": "0.5"}, TypeError, "top_ratio='0.5' must be a number, not str"),
         ("raas", {"budget": [64, 0]}, ValueError, "budget=0 must be positive"),
-        ("raas", {"budget": []}, ValueError, "budget=.. must be an int, or have an int for each layer"),
+        ("raas", {"budget": []}, ValueError, "budget=.. must be an int, or a list with one int per layer"),
         ("h2o", {"alpha": 0.1}, TypeError, "alpha"),
     ],
     ids=str,
@@ -145,7 +145,7 @@ def test_a_name_belongs_to_one_policy(registry):
 
 def test_evicted_input_is_not_taken_back():
     cache = from_name("h2o", 64, page_size=4)
-    with pytest.raises(ValueError, match=r"prompt='evict' drops input for good.*use prompt='pin' or 'select'"):
+    with pytest.raises(ValueError, match=r"prompt='evict' evicts prompt tokens.*use prompt='pin' or 'select'"):
         generate(tiny_model(), prompt(), cache, 10, sample=False, prompt_lookup_num_tokens=3)
     cache = from_name("h2o", 64, page_size=4)
     generate(tiny_model(), prompt(), cache, 10)
@@ -162,7 +162,7 @@ class TestBudgetsByLayer:
         assert repr(cache).startswith("RaaSCache(budget=(96, 48), held=")
 
     def test_too_few_of_them(self):
-        with pytest.raises(ValueError, match=r"budget=\(96,\) has 1 entries, and the model has a layer 1"):
+        with pytest.raises(ValueError, match=r"budget=\(96,\) has 1 entries, but the model has a layer 1"):
             generate(tiny_model(), prompt(), RaaSCache([96], page_size=4), 10)
 
     def test_pages_go_where_they_save_most(self):

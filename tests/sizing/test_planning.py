@@ -120,7 +120,7 @@ def test_largest_budget_that_cannot_be():
     ("name", "options", "error", "message"),
     [
         ("llama", {"budget": 8}, ValueError, "budget=8 is less than one page"),
-        ("llama", {"budget": [64]}, ValueError, r"budget=\(64,\) has 1 entries, and the model has a layer 1"),
+        ("llama", {"budget": [64]}, ValueError, r"budget=\(64,\) has 1 entries, but the model has a layer 1"),
         ("llama", {"budget": 64.0}, TypeError, "budget=64.0 must be an int"),
         ("llama", {"batch_size": 0}, ValueError, "batch_size=0 must be positive"),
         ("llama", {"prompt_tokens": 0}, ValueError, "prompt_tokens=0 must be positive"),

@@ -245,7 +245,7 @@ def test_what_cannot_be_recorded_is_refused(model):
     with pytest.raises(TypeError, match="must be a RaaSCache or another paged cache"), record(DynamicCache()):
         pass
     cache = RaaSCache(**SMALL)
-    with record(cache), pytest.raises(ValueError, match="being recorded already"), record(cache):
+    with record(cache), pytest.raises(ValueError, match="already recorded by another"), record(cache):
         pass
     for name, value in [("layers", []), ("heads", [-1]), ("layers", [True]), ("heads", ["0"])]:
         with pytest.raises(ValueError, match=f"{name}=.* must be indices"), record(cache, **{name: value}):

@@ -75,8 +75,8 @@ def dispatcher(dense: AttentionFunction) -> AttentionFunction:
             return dense(module, query, key, value, attention_mask, *args, **kwargs)
         if not forward.layer.is_latent and getattr(value, "paged_forward", None) is not forward:
             raise ValueError(
-                f"{type(module).__name__} changes its values between cache and attention, and the cache would not know "
-                "how: use a DynamicCache for this model."
+                f"{type(module).__name__} changes its values between cache and attention, which a paged cache cannot "
+                "do: use a DynamicCache for this model."
             )
         layer = forward.layer
         if layer.on_module is not None:
@@ -136,8 +136,8 @@ class _NoGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         raise RuntimeError(
-            "A paged cache holds keys and values without their gradients, so this step has none. Generate under "
-            "torch.no_grad(); to train, call the model with use_cache=False on the whole sequence."
+            "A paged cache stores keys and values without gradients, so this step has no gradient. Generate under "
+            "torch.no_grad(). To train, call the model with use_cache=False on the whole sequence."
         )
 
 

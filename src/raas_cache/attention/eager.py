@@ -26,8 +26,9 @@ def _find_eager(attention: type[torch.nn.Module]) -> AttentionFunction:
                     eager: AttentionFunction = function.__globals__[name]
                     return eager
     raise RuntimeError(
-        f"raas_cache serves attn_implementation='eager' by the model's own eager_attention_forward, and finds none in "
-        f"{attention.__module__}.{attention.__qualname__}: call raas_cache.unregister() to use this model without it."
+        "attn_implementation='eager' needs a function eager_attention_forward in the model's file, and "
+        f"{attention.__module__}.{attention.__qualname__} has none: call raas_cache.unregister() to use this model "
+        "without a paged cache."
     )
 
 

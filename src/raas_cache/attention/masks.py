@@ -70,14 +70,14 @@ def _split_past(mask: torch.Tensor, new: int, forward: Forward) -> torch.Tensor:
     seen = None if torch.compiler.is_compiling() else forward.seen_before
     if seen is None or mask.shape[-1] != seen + new or mask.shape[1] != 1:
         raise ValueError(
-            f"attention_mask of shape {tuple(mask.shape)} spans {mask.shape[-1]} keys, and the sequence has {seen} and "
-            f"{new} new tokens: pass a 2-d mask of ones and zeros for all of them, or none."
+            f"attention_mask of shape {tuple(mask.shape)} covers {mask.shape[-1]} keys, but the sequence has {seen} "
+            f"old and {new} new tokens: pass a 2-d mask of ones and zeros for all tokens, or no mask."
         )
     past, rest = _allowed(mask[:, 0, :, :seen]), mask[..., seen:]
     if new > 1 and not bool((past == past[:, -1:]).all(-1).logical_or(~_allowed(rest)[:, 0].any(-1)).all()):
         raise ValueError(
-            "attention_mask hides some of the past from one new token and not from another: a paged cache shows all of "
-            "them the same. Pass a 2-d mask of ones and zeros, or give the tokens one forward each."
+            "attention_mask hides a past token from some new tokens but not from all: a paged cache has one visibility "
+            "bit per token. Pass a 2-d mask of ones and zeros, or pass the tokens in separate forwards."
         )
     if seen:
         forward.layer.show(past[:, -1])

@@ -60,8 +60,8 @@ def rewind(cache: PagedCache, held_ids: torch.Tensor, new_ids: torch.Tensor) -> 
         return place
     if shared > 0:
         warnings.warn(
-            f"The cache cannot go back to the {shared} tokens that the new text shares with it, so it was emptied: the "
-            f"next call reads all {tokens} tokens of new_ids.",
+            f"The cache cannot go back to the {shared} tokens that both texts share, so it was emptied: the next call "
+            f"reads all {tokens} tokens of new_ids.",
             stacklevel=2,
         )
     cache.reset()
@@ -72,17 +72,18 @@ def _check_ids(cache: PagedCache, held_ids: torch.Tensor, new_ids: torch.Tensor)
     for name, ids in (("held_ids", held_ids), ("new_ids", new_ids)):
         if ids.ndim != 2:
             raise ValueError(f"{name} of shape {tuple(ids.shape)} must be token ids of shape [batch, tokens].")
-    rows = {layer.table.batch_size for layer in cache.layers if isinstance(layer, PagedLayer) and layer.is_initialized}
-    rows |= {held_ids.shape[0], new_ids.shape[0]}
-    if len(rows) > 1:
+    layers = [layer for layer in cache.layers if isinstance(layer, PagedLayer) and layer.is_initialized]
+    cached = {layer.table.batch_size for layer in layers}
+    if len({*cached, held_ids.shape[0], new_ids.shape[0]}) > 1:
         raise ValueError(
-            f"held_ids has {held_ids.shape[0]} rows and new_ids {new_ids.shape[0]}, and the cache a row for each "
-            "sequence that generate returned: all three must be the same."
+            f"held_ids has {held_ids.shape[0]} rows, new_ids has {new_ids.shape[0]} rows, and the cache has "
+            f"{max(cached, default=0)} rows: all three must be equal. With beam search or num_return_sequences, the "
+            "cache has one row for each returned sequence."
         )
     if held_ids.shape[1] < _seen(cache):
         raise ValueError(
-            f"held_ids has {held_ids.shape[1]} tokens, and the cache has seen {_seen(cache)}: give all of them, "
-            "prompt and generated, such as what generate returned last."
+            f"held_ids has {held_ids.shape[1]} tokens, but the cache has seen {_seen(cache)}: pass prompt and "
+            "generated tokens together, as generate returned them."
         )
 
 

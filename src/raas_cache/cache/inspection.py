@@ -32,10 +32,12 @@ def paged_layer(layers: Sequence[object], layer_idx: int) -> PagedLayer:
         ValueError: there is no such layer, or it holds no pages.
     """
     if not 0 <= layer_idx < len(layers):
-        raise ValueError(f"layer_idx={layer_idx} is not a layer of this cache, which has {len(layers)} now.")
+        raise ValueError(f"layer_idx={layer_idx} is not a layer of this cache, which has {len(layers)} layers so far.")
     layer = layers[layer_idx]
     if not isinstance(layer, PagedLayer) or layer.table.kv is None:
-        raise ValueError(f"layer_idx={layer_idx} is a {type(layer).__name__} that holds no pages (yet).")
+        raise ValueError(
+            f"layer_idx={layer_idx} is a {type(layer).__name__} without pages: it is not paged, or has no tokens yet."
+        )
     return layer
 
 

@@ -67,7 +67,7 @@ class LinearAttentionAndPagedLayer(LinearAttentionLayer, PagedLayer):  # type: i
 
 
 NEEDS_CONFIG = (
-    "This model has linear-attention layers, which the cache must know beforehand: use "
+    "This model starts with a linear-attention layer, so the cache needs its config: use "
     "RaaSCache(budget, config=model.config)."
 )
 
@@ -95,8 +95,8 @@ def plan_layers(config: PreTrainedConfig, settings_of: Callable[[int], LayerSett
     if getattr(config, "recurrent_kv_cache_mode", None) == "last_loop":
         # Slots read as positions would give plausible nonsense, and nothing else would notice.
         raise ValueError(
-            f"config: with recurrent_kv_cache_mode='last_loop' earlier loops of {config.model_type!r} read keys out of "
-            "the cache by themselves, as if it held the whole sequence: use a DynamicCache for this model."
+            f"config: with recurrent_kv_cache_mode='last_loop', {config.model_type!r} reads keys directly from the "
+            "buffers of the cache and expects the whole sequence there: use a DynamicCache for this model."
         )
     layers = DynamicCache(config=config).layers
     for index, layer in enumerate(layers):
@@ -107,8 +107,8 @@ def plan_layers(config: PreTrainedConfig, settings_of: Callable[[int], LayerSett
             layers[index] = LinearAttentionAndPagedLayer(layer.number_of_states, settings_of(index))
         elif kind not in KEPT_LAYERS:
             raise ValueError(
-                f"config: layer {index} of {config.model_type!r} needs a {kind}, which this cache cannot hold: use a "
-                "DynamicCache for this model."
+                f"config: layer {index} of {config.model_type!r} needs a {kind}, which this cache does not support: "
+                "use a DynamicCache for this model."
             )
     return layers
 

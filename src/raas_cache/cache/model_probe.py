@@ -25,8 +25,9 @@ AnyModule = TypeVar("AnyModule", bound=torch.nn.Module)
 COMPILED_DEVICES = ("cuda", "xpu", "neuron", "tpu")
 LIMIT = "original_max_position_embeddings"
 MEND = (
-    "If this is the next turn of a conversation, its text differs from what the cache has seen (a chat template drops "
-    "earlier thinking, for example): call raas_cache.rewind(cache, held_ids, new_ids) first, or cache.reset()."
+    "If this is the next turn of a conversation, its text differs from the text that the cache has seen (for example "
+    "because a chat template drops earlier thinking): call raas_cache.rewind(cache, held_ids, new_ids) first, or "
+    "cache.reset()."
 )
 
 
@@ -96,8 +97,8 @@ def check_generate_step(cache: Cache) -> None:
         return
     if step["kwargs"].get("use_cache") is False:
         raise ValueError(
-            "use_cache=False was given together with a cache: every step would put the whole text into the cache once "
-            "more. Leave out use_cache=False, also in the generation config, or leave out the cache."
+            "use_cache=False was given together with a cache: every step would store the whole text again. Remove "
+            "use_cache=False, also from the generation config, or do not pass a cache."
         )
     new = step.get("next_sequence_length")
     if new is None:
@@ -105,13 +106,13 @@ def check_generate_step(cache: Cache) -> None:
     if new < 1:
         seen = cache.get_seq_length()
         raise ValueError(
-            f"input_ids has {seen + new} tokens, and the cache has seen {seen}: there is no new token to read, and "
-            f"transformers would read old ones again. {MEND}"
+            f"input_ids has {seen + new} tokens, and the cache has seen {seen}: there is no new token to read, "
+            f"so transformers would read old tokens again. {MEND}"
         )
     if new == 1 and not step.get("is_first_iteration", True) and not _holds_anything(cache.layers):
         raise ValueError(
-            f"{type(step['self']).__name__} has read its prompt and put nothing into the cache: this model keeps no "
-            "keys and values, or keeps them elsewhere. Leave out the cache."
+            f"{type(step['self']).__name__} has read its prompt without storing anything in the cache: this model "
+            "has no keys and values, or stores them elsewhere. Do not pass a cache."
         )
 
 
@@ -141,7 +142,7 @@ def check_checkpointing(model: torch.nn.Module | None) -> None:
         return
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise ValueError(
-            f"{type(model).__name__} is in training mode with gradient checkpointing, where transformers leaves out "
+            f"{type(model).__name__} is in training mode with gradient checkpointing, and transformers then ignores "
             "the cache: call model.eval() first, or run the model under torch.no_grad()."
         )
 
@@ -190,8 +191,8 @@ def check_caller(cache: Cache, seen: int, new: int, frame: FrameType | None) -> 
         names = frame.f_locals
         if names.get("cross_attention_states") is not None:
             raise ValueError(
-                "This model keeps the keys of an image in a layer of the same cache, and reads them there by itself: "
-                "use a DynamicCache for this model, or leave out the image."
+                "This model stores the keys of an image in a layer of the cache, and reads them directly from its "
+                "buffers: use a DynamicCache for this model, or pass no image."
             )
         attends_to_encoder |= names.get("encoder_hidden_states") is not None
         is_wrapped |= any(
@@ -205,8 +206,8 @@ def check_caller(cache: Cache, seen: int, new: int, frame: FrameType | None) -> 
         frame = frame.f_back
     if attends_to_encoder and not is_wrapped:
         raise ValueError(
-            "This model attends to an encoder beside the text so far. A paged cache holds the text; what the encoder "
-            f"gave needs a cache of its own: past_key_values={OWN_CACHE_FOR_ENCODER}."
+            "This model attends to an encoder and to the text so far. A paged cache is for the text. The keys of the "
+            f"encoder need a separate cache: past_key_values={OWN_CACHE_FOR_ENCODER}."
         )
 
 

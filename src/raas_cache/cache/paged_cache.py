@@ -130,7 +130,10 @@ class PagedCache(Cache):
         budget = self.budget
         if isinstance(budget, tuple):
             if layer_idx >= len(budget):
-                raise ValueError(f"budget={budget} has {len(budget)} entries, and the model has a layer {layer_idx}.")
+                raise ValueError(
+                    f"budget={budget} has {len(budget)} entries, but the model has a layer {layer_idx}: give one entry "
+                    "per layer."
+                )
             budget = budget[layer_idx]
         return replace(self.settings, budget=budget, policy=self.settings.policy.for_layer(layer_idx))
 
@@ -310,8 +313,8 @@ class PagedCache(Cache):
     def _touching(self, rows: int | Sequence[int], batch_size: int | None, admits: bool) -> Iterator[None]:
         if self._records_past or self._recording is not None:
             raise ValueError(
-                f"rows={rows}: the cache notes what its forwards do, and notes are of all rows. Call "
-                "cache.deactivate_past_recording() first, and end raas_cache.record."
+                f"rows={rows}: rollback and raas_cache.record need all rows in every forward. Call "
+                "cache.deactivate_past_recording() first, and leave the record block."
             )
         paged = self._paged_layers
         touched = TouchedRows.of(rows, batch_size, admits, paged)
@@ -489,7 +492,7 @@ class PagedCache(Cache):
             ValueError: the cache is being recorded already.
         """
         if recording is not None and self._recording is not None:
-            raise ValueError("cache: it is being recorded already. End that recording before you begin another.")
+            raise ValueError("cache is already recorded by another raas_cache.record: leave that with block first.")
         self._recording = recording
         for layer in self.layers:
             if isinstance(layer, PagedLayer):
@@ -520,8 +523,8 @@ class PagedCache(Cache):
     def update_indexer(self, indexer_key_states: torch.Tensor, layer_idx: int) -> torch.Tensor:
         """Refused: an indexer (DeepSeek Sparse Attention) picks tokens by their place in the sequence."""
         raise ValueError(
-            f"Layer {layer_idx} of this model picks the tokens that it attends to by an indexer of its own, over the "
-            "whole sequence, which no budget bounds: use a DynamicCache for this model."
+            f"Layer {layer_idx} of this model selects tokens with an indexer over the whole sequence, which a budget "
+            "cannot bound: use a DynamicCache for this model."
         )
 
     def reset(self) -> None:
@@ -608,8 +611,9 @@ class PagedCache(Cache):
                 layer.check_crop(tokens_to_remove)
             if tokens_to_remove and not layer.is_croppable:
                 raise RuntimeError(
-                    f"tokens_to_remove={tokens_to_remove}: layer {index} ({type(layer).__name__}) holds a state that "
-                    "cannot go back. Leave out assistant_model / prompt_lookup_num_tokens for this model."
+                    f"tokens_to_remove={tokens_to_remove}: layer {index} ({type(layer).__name__}) has one state for "
+                    "the whole past and cannot take tokens back. Do not pass assistant_model or "
+                    "prompt_lookup_num_tokens for this model."
                 )
         # The others first: a window that was not recorded raises, and nothing has changed then.
         for layer in self.layers:

@@ -157,8 +157,8 @@ class PagedLayer(CacheLayerMixin):
         decode_pages = int(settled.min()) if settled.size else least
         warnings.warn(
             f"budget={settings.budget} leaves {max(room, 0)} pages of {settings.page_size} tokens beside the "
-            f"{prompt_pages} pages of the prompt; the cache holds {decode_pages} decode pages all the same "
-            f"(min_decode_pages={least}), {(prompt_pages + decode_pages) * settings.page_size} tokens in all.",
+            f"{prompt_pages} pages of the prompt; the cache holds {decode_pages} decode pages anyway "
+            f"(min_decode_pages={least}), {(prompt_pages + decode_pages) * settings.page_size} tokens in total.",
             stacklevel=3,
         )
         return True
@@ -186,8 +186,8 @@ class PagedLayer(CacheLayerMixin):
         """
         if self.settings.prompt == "evict":
             raise ValueError(
-                "prompt='evict' drops input for good, so that no token could be taken back: for assisted decoding and "
-                "prompt look-up use prompt='pin' or 'select'."
+                "prompt='evict' evicts prompt tokens, so the cache cannot take tokens back: use prompt='pin' or "
+                "'select' for assisted decoding and prompt look-up."
             )
         self.engine.records_past = self.engine.expects_turn = True
 
@@ -203,9 +203,9 @@ class PagedLayer(CacheLayerMixin):
         removable = self.engine.rollback.removable(self.table)
         if -tokens_to_remove > removable:
             raise RuntimeError(
-                f"tokens_to_remove={tokens_to_remove}, but RaaSCache can take back only {removable} tokens: later ones "
-                "have evicted or stamped pages, and that was not recorded. Call cache.activate_past_recording() before "
-                "the forwards that are to be taken back."
+                f"tokens_to_remove={tokens_to_remove}, but RaaSCache can take back only {removable} tokens: "
+                "earlier steps evicted pages or changed timestamps without a rollback log. Call "
+                "cache.activate_past_recording() before the forwards that you may take back."
             )
 
     def crop(self, tokens_to_remove: int) -> None:

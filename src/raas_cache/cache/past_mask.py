@@ -121,8 +121,8 @@ def check_mask_length(attention_mask: torch.Tensor, seen: int, new: int) -> None
     if attention_mask.shape[1] >= seen + new:
         return
     raise ValueError(
-        f"attention_mask of shape {tuple(attention_mask.shape)} ends before the new tokens do: the cache has seen "
-        f"{seen} tokens and {new} are new, so the mask needs {seen + new}, from the first token of the sequence on. "
+        f"attention_mask of shape {tuple(attention_mask.shape)} is too short: the cache has seen {seen} tokens and "
+        f"{new} tokens are new, so the mask needs {seen + new} columns, from the first token of the sequence on. "
         f"{MEND}"
     )
 
@@ -143,6 +143,6 @@ def check_padding(attention_mask: torch.Tensor, padding: np.ndarray) -> None:
     is_padding = torch.arange(longest) < torch.from_numpy(padding)[:, None]
     if bool((attention_mask[:, :longest].bool().cpu() & is_padding).any()):
         raise ValueError(
-            f"attention_mask shows tokens that it hid as left padding when they came (up to {longest} in a row): a "
-            "paged cache does not hold them. Hide them again, or call cache.reset() and give it the whole sequence."
+            f"attention_mask shows tokens that an earlier mask hid as left padding (up to {longest} in a row). A paged "
+            "cache does not store padding. Hide these tokens again, or call cache.reset() and pass the whole sequence."
         )

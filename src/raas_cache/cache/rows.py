@@ -39,9 +39,9 @@ class TouchedRows:
         """
         held = layers[0].table.batch_size if layers else None
         if held is not None and batch_size not in (None, held):
-            raise ValueError(f"batch_size={batch_size}: the cache has {held} rows already. Leave batch_size out.")
+            raise ValueError(f"batch_size={batch_size}: the cache already has {held} rows. Do not pass batch_size.")
         if held is None and not admits:
-            raise ValueError(f"rows={rows}: the cache is empty. Begin with cache.admit(rows, batch_size=...).")
+            raise ValueError(f"rows={rows}: the cache is empty. Call cache.admit(rows, batch_size=...) first.")
         batch = held if batch_size is None else whole_number("batch_size", batch_size)
         indices = checked_rows(rows, batch)
         return cls(indices, batch or max(indices) + 1, admits)
@@ -61,8 +61,8 @@ class TouchedRows:
         for index, layer in enumerate(layers):
             if not isinstance(layer, PagedLayer):
                 raise ValueError(
-                    f"rows={self.indices}: layer {index} of this model keeps a {type(layer).__name__}, whose rows all "
-                    "move in step. Give all rows of the batch one forward, padded on the left."
+                    f"rows={self.indices}: layer {index} of this model uses a {type(layer).__name__}, whose rows "
+                    "must have the same length. Run all rows of the batch in one forward, padded on the left."
                 )
 
 
@@ -83,7 +83,7 @@ def checked_rows(rows: int | Sequence[int], batch_size: int | None) -> list[int]
         raise TypeError(f"rows={rows!r} must be an int, or a list of ints.")
     indices = [operator.index(row) for row in listed]
     if not indices or len(set(indices)) < len(indices):
-        raise ValueError(f"rows={rows} must be one row, or several different rows.")
+        raise ValueError(f"rows={rows} must be one row index, or several different row indices.")
     if min(indices) < 0 or (batch_size is not None and max(indices) >= batch_size):
         raise ValueError(
             f"rows={rows} must not be negative."

@@ -25,8 +25,7 @@ else:
         def __get__(self, instance: Any, owner: type | None = None) -> Any:
             if instance is None and owner is not None:
                 raise AttributeError(
-                    f"{owner.__name__} is a class, and a cache is one of its instances: pass "
-                    f"{owner.__name__}(budget=1024), with parentheses."
+                    f"{owner.__name__} is a class, not a cache: pass an instance, {owner.__name__}(budget=1024)."
                 )
             return super().__get__(instance, owner)
 
@@ -73,7 +72,7 @@ def checked_budget(budget: object, page_size: int) -> int | tuple[int, ...]:
     """
     if isinstance(budget, (list, tuple)):
         if not budget:
-            raise ValueError(f"budget={budget} must be an int, or have an int for each layer of the model.")
+            raise ValueError(f"budget={budget} must be an int, or a list with one int per layer.")
         return tuple(_of_layer(entry, page_size) for entry in budget)
     return _of_layer(budget, page_size)
 
@@ -111,7 +110,7 @@ def checked_config(config: object) -> PreTrainedConfig | None:
 def check_offloading(offloading: bool) -> None:
     """Raise a ValueError where there is nothing to offload from."""
     if offloading and not torch.cuda.is_available():
-        raise ValueError("offloading=True moves layers between GPU and CPU memory, and there is no CUDA GPU here.")
+        raise ValueError("offloading=True needs a CUDA GPU, and this machine has none: do not pass offloading.")
 
 
 def check_choice(name: str, value: object, options: Sequence[object]) -> None:
@@ -148,5 +147,5 @@ def checked_settings(
     check_choice("kv_dtype", kv_dtype, (None, "int8", "fp8"))
     if prompt not in policy.prompts:
         able = ", ".join(map(repr, policy.prompts))
-        raise ValueError(f"prompt={prompt!r} is not what {type(policy).__name__} can do: use one of {able}.")
+        raise ValueError(f"prompt={prompt!r} is not supported by {type(policy).__name__}: use one of {able}.")
     return checked, LayerSettings(policy, 0, size, least, scoring, granularity, prompt, kv_dtype)

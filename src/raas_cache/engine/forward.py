@@ -1,7 +1,8 @@
-"""The forwards of a layer: what `update` took, until the attention has come and read it.
+"""The kinds of forwards: each keeps the keys and values that `update` received until its attention call.
 
-`begin` tags a forward's key and value with a `Prefill`, `Decode`, `Draft` or `Latent`; the attention function calls its
-`attend`. Nothing is stored before: if the attention never comes, the layer is as it was.
+`begin` tags key and value with a `Prefill`, `Decode`, `Draft` or `Latent`. The attention function calls its `attend`,
+which stores the tokens and reads the pages. If the attention function is never called, the layer does not change; only
+a `Latent` stores its tokens at once.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ if TYPE_CHECKING:
     from .prefill import Places
 
 Expanded = tuple[torch.Tensor, torch.Tensor]
-"""Keys and values that a model made of a latent, `[rows, heads, slots, head_dim]`."""
+"""Keys and values that a model expanded from a latent, `[rows, heads, slots, head_dim]`."""
 INTERRUPTED = (
-    "The last forward on this cache did not end: an exception or Ctrl-C stopped it after some layers had stored its "
-    "tokens. Call reset() on the cache and give it the sequence from its beginning."
+    "The last forward with this cache was interrupted: an exception or Ctrl-C stopped it after some layers had stored "
+    "its tokens. Call cache.reset() and pass the whole sequence again."
 )
 
 
@@ -36,7 +37,7 @@ class Softmax(TypedDict):
     Args:
         scale: factor on `q . k`.
         softcap: logits become `softcap * tanh(logits / softcap)`, or None.
-        sinks: `[heads]`, one more logit in each head's softmax with nothing behind it, or None.
+        sinks: `[heads]`, an extra logit in the softmax of each head, which has no key and no value; or None.
     """
 
     scale: float
@@ -48,9 +49,9 @@ class Seen(TypedDict, total=False):
     """What the attention mask says of a forward's tokens.
 
     Args:
-        visible: `[rows, new]` bool, False where the mask hides a token; None if it hides none.
-        among: `[rows, new, new]` bool, whether a new token sees another; None for causal.
-        leading: for each row, hidden tokens before its first visible one; None if that is not known.
+        visible: `[rows, new]` bool, False where the mask hides a token; None if it hides no token.
+        among: `[rows, new, new]` bool, whether a new token (second axis) sees another (third axis); None for causal.
+        leading: for each row, the number of hidden tokens before its first visible token; None if it is not known.
     """
 
     visible: torch.Tensor | None
@@ -62,10 +63,11 @@ class Forward:
     """Tokens of one forward of one layer.
 
     Attributes:
-        is_first: whether no earlier token is held, so that the model's own causal attention over the tokens is exact.
-        new: tokens of the forward.
-        awaits_attention: whether the attention has yet to come.
-        is_at_work: whether tokens are being stored and read; an exception leaves it set.
+        is_first: whether the rows hold no earlier token. The model's own causal attention over the new tokens is then
+            exact, and computes the output.
+        new: number of tokens of the forward.
+        awaits_attention: whether the attention function has not been called yet.
+        is_at_work: whether tokens are being stored and read. An exception leaves it True.
     """
 
     is_first = False
@@ -77,16 +79,18 @@ class Forward:
     def attend(
         self, query: torch.Tensor, softmax: Softmax, seen: Seen | None = None, expanded: Expanded | None = None
     ) -> torch.Tensor | None:
-        """Store the tokens, if nobody has read them yet; their attention over all stored tokens; rank the pages.
+        """Store the tokens, compute their attention over all stored tokens, and rank the pages.
+
+        A layer that shares the KV of this layer may read a second time. The tokens are then stored already.
 
         Args:
-            query: `[rows, heads, queries, head_dim]`, of the forward's tokens. A layer that shares this one's KV may
-                come for a second read, and with the last token's query only.
-            seen: what the attention mask says; None for a second read.
-            expanded: for a latent, what the model made of the tensors that `update` returned.
+            query: `[rows, heads, queries, head_dim]`, the queries of the new tokens. A second read may bring the query
+                of the last token only.
+            seen: what the attention mask says of the new tokens; None if it hides nothing.
+            expanded: for a latent, the keys and values that the model expanded from the tensors that `update` returned.
 
         Returns:
-            `[rows, heads, queries, value_dim]`; None after a first forward, whose attention is the model's own.
+            `[rows, heads, queries, value_dim]`; None after a first forward, whose output the model itself computes.
 
         Raises:
             ValueError: a draft is read a second time, or its tokens are not causal among themselves.
@@ -102,7 +106,7 @@ class Forward:
 
     @property
     def seen_before(self) -> int:
-        """Tokens of the sequence before this forward, by the row that has seen the most."""
+        """Number of tokens before this forward, in the row that has seen the most."""
         return self.layer.table.length_of(self.layer.rows)
 
     def store(self, seen: Seen) -> None:
@@ -114,21 +118,21 @@ class Forward:
         raise NotImplementedError
 
     def hide(self, seen: Seen) -> None:
-        """Take note of a mask that has come after the tokens were stored (a latent's)."""
+        """Hide tokens that are stored already: the mask of a latent comes after its tokens."""
         raise NotImplementedError
 
     def _note(self, note: type[DecodeNote] | type[PrefillNote]) -> None:
-        """Before tokens are stored: note what they overwrite, while the past is recorded."""
+        """Add a rollback note of what the new tokens will overwrite, if the past is recorded."""
         layer = self.layer
         layer.expects_turn = False
         if layer.records_past and layer.table.length:
             layer.rollback.note(note.before(layer.table, self.new))
         elif layer.rollback.notes:
-            layer.rollback.notes.clear()  # `undo` would put the notes back in the wrong place
+            layer.rollback.notes.clear()  # forwards without a note make older notes useless
 
 
 class Decode(Forward):
-    """One generated token a row. One object serves all decode steps of a layer, so that compiled steps see no other."""
+    """One decode token per row. One object serves all decode steps of a layer, so that a compiled step can keep it."""
 
     def __init__(self, layer: LayerEngine):
         self.layer, self.new = layer, 1
@@ -138,7 +142,7 @@ class Decode(Forward):
     def attend(
         self, query: torch.Tensor, softmax: Softmax, seen: Seen | None = None, expanded: Expanded | None = None
     ) -> torch.Tensor:
-        """As `Forward.attend`; written out, because every call counts in an eager step."""
+        """As `Forward.attend`, in one function, because every Python call costs time in an eager step."""
         layer, new = self.layer, None
         self.is_at_work = True
         if self.awaits_attention:
@@ -178,22 +182,23 @@ class Decode(Forward):
 
 
 class Prefill(Forward):
-    """Tokens that are input: a prompt, a chunk of it, a user's turn."""
+    """Prefill tokens: a prompt, a chunk of a prompt, or a user's turn."""
 
     def __init__(self, layer: LayerEngine, key: torch.Tensor, value: torch.Tensor, is_first: bool):
         super().__init__(layer, key, value)
         self.is_first = is_first
         self.among: torch.Tensor | None = None
         self.places: Places | None = None
-        self.competes = False  # whether its pages have yet to compete for the budget
+        self.competes = False  # whether its pages must still be reduced to the budget (prompt="evict")
 
     @uncompiled
     def store(self, seen: Seen) -> None:
         layer, self.among = self.layer, seen.get("among")
         if self.among is not None and layer.records_past:
             raise ValueError(
-                "attention_mask is not causal among the new tokens, and they may be taken back: leave out "
-                "assistant_model and prompt_lookup_num_tokens, or call cache.deactivate_past_recording() first."
+                "attention_mask is not causal among the new tokens, but tokens that may be taken back need a causal "
+                "mask: do not pass assistant_model or prompt_lookup_num_tokens, or call "
+                "cache.deactivate_past_recording() first."
             )
         self._note(PrefillNote)
         visible, leading, count = seen.get("visible"), seen.get("leading"), len(self.key)
@@ -219,7 +224,7 @@ class Prefill(Forward):
         return output
 
     def _compete(self, query: torch.Tensor, softmax: Softmax, expanded: Expanded | None) -> None:
-        """After a first forward: the last queries score the pages, which are then cut down to the budget."""
+        """After a first forward: score the pages with the last queries, then reduce them to the budget."""
         layer, window = self.layer, self.layer.policy.prompt_window
         observed = self.new if window is None else min(window, self.new)
         scores = None
@@ -230,7 +235,7 @@ class Prefill(Forward):
         self._rank(scores, observed)
 
     def _by_slot(self, states: torch.Tensor) -> torch.Tensor:
-        """States of the new tokens `[rows, heads, new, head_dim]`, moved to the tokens' slots."""
+        """Move states of the new tokens `[rows, heads, new, head_dim]` to slots, `[rows, heads, slots, head_dim]`."""
         assert self.places is not None
         slots = self.layer.kv.keys.shape[2]
         dropped = torch.from_numpy(self.places.dropped).to(states.device)
@@ -257,13 +262,14 @@ class Prefill(Forward):
 
 
 class Draft(Forward):
-    """Drafted tokens: decoded one after the other, so that the tokens that stay are where plain decoding puts them."""
+    """Drafted tokens, decoded one by one, so that accepted tokens are stored as in plain decoding."""
 
     def store(self, seen: Seen) -> None:
         if seen.get("among") is not None:
             raise ValueError(
-                "attention_mask is not causal among the new tokens, and they may be taken back: leave out "
-                "assistant_model and prompt_lookup_num_tokens, or call cache.deactivate_past_recording() first."
+                "attention_mask is not causal among the new tokens, but tokens that may be taken back need a causal "
+                "mask: do not pass assistant_model or prompt_lookup_num_tokens, or call "
+                "cache.deactivate_past_recording() first."
             )
         self.visible = seen.get("visible")
         self.is_decoded = False
@@ -274,13 +280,13 @@ class Draft(Forward):
     def read(self, query: torch.Tensor, softmax: Softmax, expanded: Expanded | None) -> torch.Tensor:
         if self.is_decoded:
             raise ValueError(
-                "This model shares the KV of a layer with another layer: RaaSCache serves that for one token at a "
-                "time, not for drafts. Leave out assistant_model / prompt_lookup_num_tokens."
+                "This model shares the KV of a layer with another layer. RaaSCache supports this for one token per "
+                "forward, but not for drafts: do not pass assistant_model or prompt_lookup_num_tokens."
             )
         self.is_decoded = True
         layer, table, outputs = self.layer, self.layer.table, []
         drafted: list[torch.Tensor] = []
-        if expanded is not None:  # the buffers' slots, and behind them the draft
+        if expanded is not None:  # [rows, heads, slots + new, head_dim]: the slots, then the draft
             slots = layer.kv.keys.shape[2]
             drafted = [states[:, :, slots:] for states in expanded]
             expanded = expanded[0][:, :, :slots].clone(), expanded[1][:, :, :slots].clone()
@@ -297,9 +303,10 @@ class Draft(Forward):
 
 
 class Latent(Forward):
-    """A forward whose tokens the model expands after `update` (MLA), together with all that is stored.
+    """A forward of a model that caches a latent (MLA), and expands it to keys and values after `update`.
 
-    So the tokens are stored before their attention comes. A first forward is expanded alone, and stored as any other.
+    The model expands the new tokens together with the stored tokens, so the new tokens are stored in `update` already.
+    In a first forward there are no stored tokens, so it is a plain `Prefill`.
     """
 
     def __init__(self, forward: Forward):
@@ -314,7 +321,7 @@ class Latent(Forward):
             keys, values = keys[rows], values[rows]
         if isinstance(forward, Draft):
             keys, values = torch.cat([keys, self.key], 2), torch.cat([values, self.value], 2)
-        self.returned = keys, values  # for the model to expand
+        self.returned = keys, values  # the model expands them, [rows, kv_heads, slots, head_dim]
 
     @property
     def seen_before(self) -> int:
@@ -328,19 +335,21 @@ class Latent(Forward):
 
 
 def begin(decode: Decode, key: torch.Tensor, value: torch.Tensor) -> tuple[Forward, torch.Tensor, torch.Tensor]:
-    """Take the new tokens of a layer.
+    """Receive the new tokens of a layer, and decide which kind of forward they are.
 
-    A single token after the first forward is a generated one, unless `reads_prefill`; several tokens are prefill. While
-    the past is recorded, several tokens are a draft. Only the first forward after `activate_past_recording` is prefill
-    then, because generation starts with it (not a latent's: its stamps could not be given again after a crop).
+    The first forward is prefill. Later, one token is a decode token, unless `reads_prefill` is set; several tokens are
+    prefill. While the past is recorded, several tokens are a draft, except in the first forward after
+    `activate_past_recording`, which is a user's turn. (For a latent, this forward is a draft too, because a crop could
+    not compute its timestamps again.)
 
     Args:
         decode: the layer's forward for decode tokens.
         key, value: `[rows, kv_heads, new, head_dim]`; RoPE applied to the keys.
 
     Returns:
-        The forward, and the key and value to return from `update`: the arguments, with the forward as attribute
-        `paged_forward`. For a latent the whole buffers instead, and behind them a draft.
+        The forward, and the key and value to return from `update`. These are the arguments, with the forward as
+        attribute `paged_forward`. For a latent they are the buffers `[rows, kv_heads, slots, head_dim]`, followed by
+        the draft if there is one.
 
     Raises:
         RuntimeError: an exception stopped this layer while it stored tokens.

@@ -1,4 +1,4 @@
-"""What a layer's forwards share: its page table, its policy, and how pages are scored and ranked."""
+"""What the forwards of a layer share: its page table, its policy, its rollback, and the scores of pages."""
 
 from __future__ import annotations
 
@@ -25,36 +25,38 @@ if TYPE_CHECKING:
 
 
 class Tracer(Protocol):
-    """Somebody who is told what the policy is told."""
+    """Receives what the policy receives; see `raas_cache.tracing`."""
 
     def note(self, table: PageTable, scores: torch.Tensor | None, is_prefill: bool) -> None: ...
 
 
 class LayerEngine:
-    """One layer's pages and everything that a forward does with them, apart from the model.
+    """The pages of one layer, and what a forward needs to store tokens in them and to read them.
 
     Attributes:
         table: the pages.
-        rollback: what can be taken back.
-        pending: the forward that `begin` handed out and whose attention has not ended.
-        rows: the rows of the batch that forwards touch now, None for all; `row_index` `[rows]` int64 on the device.
-        batch_size: rows to make room for, where the first prefill fills only some of them; None for its own number.
-        admits: whether the next forward is the first one of the rows that it touches, which hold nothing.
-        on_module: returns whether the layer stays as it is; otherwise another layer has taken the tokens over.
-        known_mask: stands for the mask of the past that the bias agrees with; None if another has been written.
+        rollback: notes of the forwards that can be taken back.
+        pending: the forward that `begin` returned and whose attention call has not ended; None if there is none.
+        rows: the rows of the batch that forwards touch, None for all; `row_index` `[rows]` int64 is the same on the
+            device.
+        batch_size: number of rows to allocate if the first prefill fills only some of them; None for its own number.
+        admits: whether the next forward is the first one of the rows that it touches, which are empty.
+        on_module: called by the first attention call with the attention module, key and value, while the cache does not
+            know the model. Returns True if this layer keeps the tokens, False if a layer of transformers took them.
+        known_mask: a token that stands for the attention mask that `bias` agrees with; None if it is not known.
         is_latent: whether the model caches a latent and expands it afterwards (MLA). Attention then gets the expanded
             keys and values, and all heads share one page table.
         records_past: whether forwards note what they overwrite, so that their tokens can be taken back.
         expects_turn: whether the next forward of several tokens is prefill although `records_past` is set.
         reads_prefill: whether single tokens are prefill, too (`PagedCache.prefilling`).
-        tracer: told what the policy is told, if there is one.
+        tracer: receives what the policy receives; None if the layer is not traced.
     """
 
     def __init__(self, settings: LayerSettings):
         self.settings, self.policy = settings, settings.policy
         self.scoring, self.granularity = settings.scoring, settings.granularity
         self.has_key_bounds, self.reads_all = settings.has_key_bounds, settings.reads_all
-        # Whether the scores that attention returns are not yet the scores that the policy is told.
+        # Whether `page_scores` must change the scores of attention before the policy receives them.
         self.adjusts_scores = settings.scoring == "minmax" or settings.granularity == "layer" or not settings.reads_all
         self.closes_pages = settings.prompt == "evict"  # whether prefill closes an open page that is not full
         self.table = PageTable(settings)
@@ -62,13 +64,12 @@ class LayerEngine:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything, buffers included: the next prompt sizes new ones."""
+        """Forget all tokens and release the buffers; the next prefill allocates new buffers."""
         self.table.release()
-        # Notes for a budget of tokens, so that recording that is left on stays O(budget) too.
+        # At most one note per token of the budget, so that the notes are O(budget) if nobody ends the recording.
         self.rollback = Rollback(self.settings.budget)
         self.pending: Forward | None = None
         self.admits = False
-        # Called by the first attention with its module, key and value, while the cache does not know the model.
         self.on_module: Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], bool] | None = None
         self.known_mask: object = None
         self.set_rows(None)
@@ -82,23 +83,23 @@ class LayerEngine:
         return self.table.kv
 
     def set_rows(self, rows: Rows | None) -> None:
-        """From now on forwards touch `rows` only; None for all."""
+        """Make forwards touch `rows` only; None for all rows."""
         self.rows, self.row_index = rows, None if rows is None else rows.on_device
 
     def expect_latent(self) -> None:
-        """From now on the table holds a latent, which comes to attention expanded."""
+        """Make the layer one that caches a latent, which the model expands before attention."""
         self.is_latent = self.adjusts_scores = True
-        # The key bounds of a latent say nothing about the expanded keys, whose bounds are computed at each step.
+        # key_min and key_max of a latent do not bound the expanded keys; each step computes new bounds.
         self.kv.key_min = self.kv.key_max = None
 
     def expanded_kv(self, keys: torch.Tensor, values: torch.Tensor) -> PagedKV:
-        """The table's pages with the keys and values `[rows, heads, slots, head_dim]` that a model made of a latent."""
+        """The pages with the keys and values `[rows, heads, slots, head_dim]` that the model expanded from a latent."""
         return self.kv_of_rows().with_contents(keys, values)
 
     def kv_of_rows(self) -> PagedKV:
         """The buffers of the rows that the forward touches, for ranking: copies without keys and values.
 
-        Where the forward touches all rows, these are the buffers themselves.
+        For a forward of all rows, the buffers themselves.
         """
         kv, rows = self.kv, self.row_index
         if rows is None:
@@ -121,14 +122,13 @@ class LayerEngine:
         )
 
     def show(self, visible: torch.Tensor) -> None:
-        """Let attention read the held tokens that `visible` `[rows, tokens]` names, by position, and no others."""
+        """Show the stored tokens at the positions where `visible` `[rows, tokens]` is True, and hide all others."""
         self.known_mask = None
         kv, rows = self.kv_of_rows(), self.row_index
         raas_kernels.show([kv], visible.expand(len(kv.bias), -1))
         if rows is not None:
-            for held, shown in ((self.kv.bias, kv.bias), (self.kv.key_min, kv.key_min), (self.kv.key_max, kv.key_max)):
-                if held is not None and shown is not None:
-                    held[rows] = shown
+            self.kv.bias[rows] = kv.bias
+            self.table.summarise()
 
     # Scores.
 
@@ -143,11 +143,13 @@ class LayerEngine:
     def page_scores(
         self, scores: torch.Tensor, bounds: torch.Tensor | None, selected: torch.Tensor | None
     ) -> torch.Tensor:
-        """The scores that the policy is told, `[rows, kv_heads, pages]`, of one decode step.
+        """The scores of one decode step that the policy receives, `[rows, kv_heads, pages]`.
 
         Args:
-            scores: `[rows, heads, pages]`, or of the pages `selected` `[rows, heads, selected]`.
-            bounds: `[rows, heads, pages]`, with `scoring="minmax"` the pages are scored by them.
+            scores: `[rows, heads, pages]`, or `[rows, heads, selected]` if `selected` is given.
+            bounds: `[rows, heads, pages]`, upper bounds of the logits; with `scoring="minmax"`, the softmax over them
+                is the score.
+            selected: `[rows, heads, selected]` int64, the pages that were read, -1 for none; None for all pages.
         """
         if self.scoring == "minmax" and bounds is not None:
             scores = bounds.softmax(-1)
@@ -157,7 +159,7 @@ class LayerEngine:
         return self.shared(scores)
 
     def shared(self, scores: torch.Tensor) -> torch.Tensor:
-        """With `granularity="layer"`, every head gets the row's score; a latent serves all heads as one."""
+        """Scores `[rows, heads, pages]`, reduced over all heads with `granularity="layer"` and for a latent."""
         if self.granularity == "head" and not self.is_latent:
             return scores
         over_heads = torch.amax if self.policy.group_score == "max" else torch.mean
@@ -174,12 +176,13 @@ class LayerEngine:
         among: torch.Tensor | None = None,
         observed: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attention of the newest tokens, which are stored, over all stored ones.
+        """Attention of the newest tokens over all stored tokens; the newest tokens are stored already.
 
         Args:
             query: `[rows, heads, new, head_dim]`.
+            expanded: for a latent, the keys and values that the model expanded from it.
             among: `[rows, new, new]` bool, whether a new token sees another; None for causal.
-            observed: how many of the last queries give scores; None for all.
+            observed: number of last queries that the scores come from; None for all queries.
 
         Returns:
             Output `[rows, heads, new, value_dim]`; scores `[rows, kv_heads, pages]`.
@@ -213,7 +216,7 @@ class LayerEngine:
     def _bound_scores(
         self, kv: PagedKV, query: torch.Tensor, positions: torch.Tensor, softmax: Softmax
     ) -> torch.Tensor:
-        """Softmax over the pages' upper bounds; over the queries the max or the sum, to which padding adds nothing."""
+        """Softmax over the upper bounds of the pages, reduced over the queries; hidden queries count as 0."""
         rows = self.row_index if kv is self.kv else None
         counts = raas_kernels.resident(kv, positions, rows)  # [rows, heads, queries]
         scores = torch.stack(
@@ -225,10 +228,12 @@ class LayerEngine:
         return scores.amax(0) if self.policy.page_score == "max" else scores.sum(0)
 
     def evict_prefill(self, places: Places, scores: torch.Tensor | None, queries: int) -> None:
-        """With `prompt="evict"`, after a prefill: let its pages compete, and keep what the budget holds.
+        """With `prompt="evict"`, after a prefill: make its pages evictable, and evict pages down to the budget.
 
         Args:
-            scores: `[rows, kv_heads, pages]`, or None where the policy looks at no query.
+            places: the slots of the prefill.
+            scores: `[rows, kv_heads, pages]`, or None if the policy uses no query of a prompt.
+            queries: number of queries that the scores come from.
         """
         if self.tracer is not None:
             self.tracer.note(self.table, scores, True)

@@ -32,12 +32,12 @@ class LayerSettings:
 
     @property
     def code(self) -> torch.dtype | None:
-        """The 8-bit dtype in which keys and values are held; None for the model's dtype."""
+        """The 8-bit dtype in which keys and values are stored; None for the model's dtype."""
         return None if self.kv_dtype is None else CODES[self.kv_dtype]
 
     @property
     def grows(self) -> bool:
-        """Whether the layer takes more pages without end, because its policy never evicts."""
+        """Whether the number of pages grows without a limit, because the policy never evicts."""
         return not self.policy.evicts
 
     @property
@@ -47,11 +47,11 @@ class LayerSettings:
 
     @property
     def has_key_bounds(self) -> bool:
-        """Whether each page's element-wise key minima and maxima are kept."""
+        """Whether the layer keeps `key_min` and `key_max` of each page."""
         return self.scoring == "minmax" or not self.reads_all
 
     def prefill_pages_read(self, pinned_pages: int) -> int:
-        """How many of `pinned_pages` pinned pages a decode step reads."""
+        """How many pages a decode step reads of a prefill with `pinned_pages` pages; they count against the budget."""
         if self.prompt == "evict":
             return 1
         half = max(1, self.budget // self.page_size // 2)

@@ -1,4 +1,4 @@
-"""The pages of one attention layer: which token stands where, for each row. It knows neither attention nor policies."""
+"""The page table of one attention layer: which slot holds which token, for each row. It computes no attention."""
 
 from __future__ import annotations
 
@@ -15,41 +15,43 @@ from .resize import RowFunction, allocating, fix_addresses, map_rows, movable, r
 from .row_counts import RowCounts, Rows
 
 
-FIRST_TOKENS = 128  # a layer begins with evictable pages for that many tokens, and takes more as it needs them
+FIRST_TOKENS = 128  # a layer starts with evictable pages for this many tokens, and allocates more when it needs them
 UNLIMITED = sys.maxsize
 NOT_PREALLOCATED = (
-    "This cache takes memory as its chain grows, which a compiled step cannot do: call cache.preallocate() before the "
-    "first forward. (generate does so by itself where it compiles.)"
+    "This cache allocates memory while the chain grows, which a compiled step cannot do: call cache.preallocate() "
+    "before the first forward. (generate does this itself if it compiles.)"
 )
 
 
 class PageTable:
     """One layer's KV in pages of `page_size` tokens, in one region of pages for each row.
 
-    A row's prefill stands in pinned pages, its decode tokens in evictable pages. Rows have counts of their own: a row
-    with a shorter prompt has more evictable pages. More pages are allocated as rows need them, up to the row's `limit`;
-    then `raas_kernels.append` recycles pages in place. A policy that never evicts has no limit.
+    The prefill of a row is in pinned pages, its decode tokens are in evictable pages. Each row has its own counts: a
+    row with a shorter prompt has more evictable pages. Pages are allocated when a row needs them, up to the `limit` of
+    the row. After that, `raas_kernels.append` recycles pages in place. A policy that never evicts has no limit.
 
-    A decode step writes into buffers that stay where they are and moves the clock on the device, so that a compiled
-    step or a CUDA graph can repeat it without the host. The host's `counts` follow when somebody reads them.
+    A decode step writes into buffers that keep their address, and advances the clock on the device, so that a compiled
+    step or a CUDA graph can repeat without the host. The `counts` on the host are updated when they are read.
 
-    A method that changes sizes builds all new buffers before it assigns one: if memory runs out, nothing has changed.
+    A method that changes sizes allocates all new buffers before it assigns the first. If memory runs out, nothing has
+    changed.
 
     Attributes:
-        kv: the buffers; None while nothing is held.
-        limit: `[batch, 1, 1]` int64 on the device, evictable pages that each row may hold.
-        pages_read: pages that a decode step reads of a row, at most; `pages_read_of` `[batch, 1, 1]` int64 says it for
-            each row where rows differ, and is None where they do not.
-        tokens: tokens of all forwards so far, for a comparison between layers; compiled steps do not count.
-        quiet_steps: decode steps of all rows that may be made without `before_decode`; each counts it down.
-        signature: rows, KV heads, head sizes, dtypes and device of the keys and values that the table takes.
-        preallocates: whether all pages are allocated at once, as a compiled step needs them.
+        kv: the buffers; None while the table is empty.
+        limit: `[batch, 1, 1]` int64 on the device, number of evictable pages that each row may have.
+        pages_read: largest number of pages of a row that a decode step reads. If the number differs between rows,
+            `pages_read_of` `[batch, 1, 1]` int64 has the number of each row, otherwise it is None.
+        tokens: number of tokens of all forwards so far, without compiled steps. The cache compares it between layers.
+        quiet_steps: number of decode steps of all rows before `before_decode` must be called again. Each such step
+            counts it down by one.
+        signature: rows, KV heads, head sizes, dtypes and device of the keys and values that the table accepts.
+        preallocates: whether all pages are allocated at once, which a compiled step needs.
     """
 
     kv: PagedKV | None
     limit: torch.Tensor
     pages_read_of: torch.Tensor | None
-    dtypes: tuple[torch.dtype, torch.dtype]  # of the keys and values given
+    dtypes: tuple[torch.dtype, torch.dtype]  # of the keys and values that the model computes
     signature: tuple[int, int, int, int, torch.dtype, torch.dtype, torch.device]
     device: torch.device
 
@@ -59,23 +61,24 @@ class PageTable:
         self.release()
 
     def release(self) -> None:
-        """Hold nothing, and no memory."""
+        """Empty the table and release its memory."""
         self.kv, self.pages_read_of, self.pages_read = None, None, 0
         self.limit = torch.empty(0, 1, 1, dtype=torch.int64)
         self.batch_size = self.num_heads = self.tokens = 0
         self._counts = RowCounts.empty(0)
         self._granted = self.quiet_steps = 0
-        self._is_behind = False  # whether compiled steps have moved the clock on
+        self._is_behind = False  # whether compiled steps have advanced the clock on the device
         self.is_empty = True  # whether no forward came, or all tokens were taken back
         self.is_decoding = False  # whether a decode token was ever stored
         self.is_full_size = False  # whether no row will need more pages
 
     @allocating
     def allocate(self, key: torch.Tensor, value: torch.Tensor, batch_size: int) -> None:
-        """Take heads, sizes, dtypes and device from the first key and value; the first prefill sizes the rest.
+        """Create buffers without pages for the first key and value; the first prefill adds the pages.
 
         Args:
             key, value: `[rows, kv_heads, new, head_dim]`.
+            batch_size: number of rows to allocate.
 
         Raises:
             ValueError: the device cannot compute in the layer's 8-bit dtype.
@@ -120,7 +123,7 @@ class PageTable:
 
     @property
     def counts(self) -> RowCounts:
-        """The counts of each row; reads the device's clock after compiled steps."""
+        """The counts of each row. After compiled steps, this reads the clock on the device."""
         if self._is_behind:
             assert self.kv is not None
             clock = (self.kv.clock[:, 0] + 1).cpu().numpy()  # [batch, 2]
@@ -140,23 +143,23 @@ class PageTable:
 
     @property
     def length(self) -> int:
-        """Tokens seen, by the row that has seen the most."""
+        """Number of tokens seen, in the row that has seen the most."""
         return int(self.counts.seen.max(initial=0))
 
     def length_of(self, rows: Rows | None) -> int:
-        """Tokens seen, by the row of `rows` that has seen the most."""
+        """Number of tokens seen, in the row of `rows` that has seen the most."""
         return self.length if rows is None else int(self.counts.seen[rows.on_host].max(initial=0))
 
     @property
     def opened(self) -> np.ndarray:
-        """Evictable pages that each row ever opened, `[batch]`."""
+        """Number of evictable pages that each row has opened so far, `[batch]`."""
         counts = self.counts
         opened: np.ndarray = counts.released + -(-counts.decoded // self.page_size)
         return opened
 
     @property
     def evicted(self) -> np.ndarray:
-        """Pages that each row has evicted so far, the same for each of its KV heads, `[batch]`; 0 for a free row."""
+        """Number of pages that each row has evicted so far, in each of its KV heads, `[batch]`; 0 for a free row."""
         limit = self.counts.limit
         evicted: np.ndarray = np.where(limit > 0, (self.opened - limit).clip(0), 0)
         return evicted
@@ -181,27 +184,27 @@ class PageTable:
         for name, old, new in zip(names, held, given, strict=True):
             if old != new:
                 raise ValueError(
-                    f"This cache holds {self.length} tokens with {name} {old}, and was given keys with {name} {new}: "
-                    "use a new cache for another input, or call reset() on this one first."
+                    f"This cache holds {self.length} tokens with {name} {old}, but the new keys have {name} {new}: use "
+                    "a new cache for another input, or call cache.reset() first."
                 )
 
     # Sizes.
 
     def limit_beside(self, pinned_pages: int) -> int:
-        """Evictable pages that a row with `pinned_pages` pinned pages may hold."""
+        """Number of evictable pages that a row with `pinned_pages` pinned pages may have."""
         if self.settings.grows:
             return UNLIMITED
         return max(self.settings.room_beside(pinned_pages), self.settings.min_decode_pages)
 
     def pages_to_allocate(self, needed: int, limit: int) -> int:
-        """Evictable pages to have where `needed` are needed now: half as many again, and at most `limit`."""
+        """Number of evictable pages to allocate if `needed` are needed now: 1.5 times as many, at most `limit`."""
         if self.preallocates and not self.settings.grows:
             return limit
         return min(limit, max(needed + needed // 2, FIRST_TOKENS // self.page_size, 1))
 
     @allocating
     def set_pages(self, pages: int) -> None:
-        """Have `pages` pages for each row."""
+        """Change the number of pages of each row to `pages`."""
         assert self.kv is not None
         if pages != self.kv.num_pages:
             self.kv = resized(self.kv, pages)
@@ -210,7 +213,7 @@ class PageTable:
 
     @allocating
     def lay_out(self) -> None:
-        """Tell the device which pages each row may recycle, and how many pages a step reads."""
+        """Write to the device which pages each row may recycle, and how many pages a step reads."""
         kv, counts, settings = self.kv, self.counts, self.settings
         assert kv is not None
         pinned_pages, free = counts.pinned_pages, ~counts.pinned
@@ -243,10 +246,10 @@ class PageTable:
     # Decode tokens.
 
     def before_decode(self, rows: Rows | None = None) -> None:
-        """Count one decode token in each of `rows`, and allocate the page that a row will open, if it is not there.
+        """Count one decode token in each of `rows`, and allocate more pages if a row opens a page that does not exist.
 
         Raises:
-            RuntimeError: the step is compiled, and a row may need pages that are not allocated.
+            RuntimeError: the step is compiled, and a row may need a page that is not allocated.
         """
         if torch.compiler.is_compiling():
             if not self.is_full_size:
@@ -278,7 +281,7 @@ class PageTable:
             self.set_pages(pages)
 
     def move_clock(self, seen: int, decoded: int) -> None:
-        """Count so many tokens on, or back, in every row."""
+        """Add `seen` and `decoded`, which may be negative, to the counts and clocks of all rows."""
         assert self.kv is not None
         counts = self.counts
         counts.seen += seen
@@ -291,7 +294,7 @@ class PageTable:
         self._grant(0)
 
     def hide_newest(self, visible: torch.Tensor, rows: Rows | None) -> None:
-        """Hide the newest tokens of `rows` where `visible` `[rows, new]` is False; they are stored already."""
+        """Hide the newest stored tokens of `rows` where `visible` `[rows, new]` is False."""
         kv = self.kv
         assert kv is not None
         index = slice(None) if rows is None else rows.on_device
@@ -305,7 +308,7 @@ class PageTable:
         self.summarise()
 
     def hide_decoded(self, visible: torch.Tensor, rows: Rows | None) -> None:
-        """Hide the decode token stored last in `rows` where `visible` `[rows]` is False."""
+        """Hide the newest decode token of `rows` where `visible` `[rows]` is False."""
         kv = self.kv
         assert kv is not None
         slot = (kv.open_slot + kv.clock[..., 1] % self.page_size)[..., None]
@@ -319,10 +322,10 @@ class PageTable:
         kv.bias.copy_(torch.where(hidden, float("-inf"), kv.bias))
         self._make_finite(hidden)
 
-    # What is held.
+    # Contents.
 
     def states(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of all slots as the model gave them, up to the rounding of an 8-bit layer."""
+        """Keys and values of all slots in the dtypes of the model, `[batch, kv_heads, slots, head_dim]`."""
         kv = self.kv
         assert kv is not None
         if kv.key_scales is None or kv.value_scales is None:
@@ -333,7 +336,7 @@ class PageTable:
         )
 
     def mean_keys(self) -> torch.Tensor:
-        """Mean of each page's visible keys, `[batch, kv_heads, pages, head_dim]`; 0 for a page without any."""
+        """Mean of the visible keys of each page, `[batch, kv_heads, pages, head_dim]`; 0 if no key is visible."""
         kv = self.kv
         assert kv is not None
         keys: torch.Tensor = self.states()[0].unflatten(2, (-1, self.page_size))
@@ -341,7 +344,7 @@ class PageTable:
         return keys.masked_fill(~visible, 0).sum(3) / visible.sum(3).clamp(min=1)
 
     def summarise(self) -> None:
-        """Bring every page's key minima and maxima up to date."""
+        """Compute `key_min` and `key_max` of all pages again."""
         kv = self.kv
         assert kv is not None
         if kv.key_min is not None and kv.key_max is not None:
@@ -356,7 +359,7 @@ class PageTable:
         for held, scales in ((kv.keys, kv.key_scales), (kv.values, kv.value_scales)):
             if scales is None:
                 held.copy_(raas_kernels.finite(held, hidden[..., None]))
-            else:  # the scale of a token that is not finite is not finite either
+            else:  # if a token is not finite, its scale is not finite
                 bad = hidden & ~scales.isfinite()
                 movable(held).copy_(torch.where(bad[..., None], 0, movable(held)))
                 scales.copy_(torch.where(bad, 0, scales))
@@ -365,7 +368,7 @@ class PageTable:
 
     @allocating
     def apply_to_rows(self, function: RowFunction) -> None:
-        """Make every buffer's rows the rows that `function` makes of them."""
+        """Replace the rows of every buffer by the rows that `function` returns for them."""
         if self.kv is None:
             return
         kv, counts = map_rows(self.kv, function), self.counts
@@ -378,7 +381,7 @@ class PageTable:
         self.lay_out()
 
     def release_rows(self, rows: Rows) -> None:
-        """Make `rows` hold nothing, so that another sequence can begin there."""
+        """Empty `rows`, so that other sequences can start there."""
         kv = self.kv
         assert kv is not None
         self.counts.clear(rows.on_host)

@@ -1,4 +1,4 @@
-"""What an eviction policy is, and what it sees."""
+"""The interface of an eviction policy: `Policy`, and the `Pages` that it receives."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -13,21 +13,22 @@ from raas_kernels import PagedKV
 
 @dataclass(slots=True)
 class Pages:
-    """The pages of one layer after a forward: pinned pages, evictable pages, and pages that hold nothing yet.
+    """The pages of one layer after a forward: pinned pages, evictable pages, and empty pages.
 
-    A policy updates `priority` and `state` in place. It may write any page: `append` looks at the evictable ones only.
+    A policy updates `priority` and `state` in place. It may write to any page, because `append` only compares evictable
+    pages.
 
     Args:
-        kv: the buffers; a policy that calls a kernel hands them on.
-        scores: `[batch, kv_heads, pages]`, attention score of each page for this forward's queries, reduced over
-            tokens, query group and queries as the policy asks for; 0 for a page that was not read.
-        limit: `[batch, 1, 1]` int64, evictable pages that each row may hold; more pages are evictable while a prompt
-            is cut down to the budget.
-        queries: how many queries the scores come from; 1 in a decode step.
-        mean_keys: returns the mean of each page's visible keys, `[batch, kv_heads, pages, head_dim]`, 0 for a page
-            without any.
-        state: the policy's own numbers by name, `[batch, kv_heads, pages]` float64 each, to be updated in place. They
-            are 0 for a new page, and stay with their page when rows move or tokens are taken back.
+        kv: the buffers of the layer, for a policy that calls an operator of `raas_kernels`.
+        scores: `[batch, kv_heads, pages]`, attention score of each page for the queries of this forward, reduced over
+            tokens, query group and queries as the policy specifies; 0 for a page that was not read.
+        limit: `[batch, 1, 1]` int64, number of evictable pages that each row may have. There may be more evictable
+            pages while a prompt is reduced to the budget (`prompt="evict"`).
+        queries: number of queries that the scores come from; 1 in a decode step.
+        mean_keys: returns the mean of the visible keys of each page, `[batch, kv_heads, pages, head_dim]`, 0 for a page
+            without visible keys.
+        state: the policy's own numbers by name, each `[batch, kv_heads, pages]` float64, to be updated in place. They
+            are 0 for a new page, and stay with their page when rows are reordered or tokens are taken back.
     """
 
     kv: PagedKV
@@ -39,9 +40,9 @@ class Pages:
 
     @property
     def priority(self) -> torch.Tensor:
-        """`[batch, kv_heads, pages]` float64, to be updated in place: when a page must go, the evictable page with the
-        smallest priority goes, among equals the oldest. -inf marks a page that holds nothing: leave it. A page comes
-        with the sequence index of its newest token.
+        """`[batch, kv_heads, pages]` float64, to be updated in place. If a page must be evicted, the evictable page
+        with the smallest priority is evicted; of several such pages, the oldest. -inf marks an empty page: do not change it.
+        A new page has the sequence index of its newest token as priority.
         """
         return self.kv.priority
 
@@ -57,7 +58,7 @@ class Pages:
 
     @property
     def page_size(self) -> int:
-        """Tokens a page."""
+        """Tokens per page."""
         return self.kv.page_size
 
     @property
@@ -66,10 +67,10 @@ class Pages:
         return self.kv.held
 
     def newest(self, count: int | torch.Tensor) -> torch.Tensor:
-        """The `count` held pages that were opened last, `[batch, kv_heads, pages]` bool.
+        """The `count` pages of `held` that were opened last, `[batch, kv_heads, pages]` bool.
 
         Args:
-            count: a number, or `[batch, 1, 1]` int64 where rows differ.
+            count: a number, or `[batch, 1, 1]` int64 with one number per row.
         """
         held = self.held
         age = self.first.masked_fill(~held, -1)
@@ -80,18 +81,21 @@ class Pages:
 
 
 class Policy(ABC):
-    """Orders the evictable pages: the smallest priority goes first, and after a forward a policy updates them.
+    """Ranks the evictable pages. The page with the smallest priority is evicted first.
 
     Attributes:
-        name: what `from_name` and the tables call it.
-        prompt: what becomes of input by default: `"pin"`, `"select"` or `"evict"` (see `PagedCache`).
-        prompts: which of these the method can do.
-        granularity: `"head"` or `"layer"` by default.
-        page_score: a page's score is the `"max"` or the `"sum"` of its tokens' weights; the same over several queries.
-        group_score: over the query heads of a KV head (with `granularity="layer"` over all), the `"max"` or `"mean"`.
-        prompt_window: with `prompt="evict"`, how many of the last queries of input are looked at; None for all.
-        evicts: whether pages are ever evicted; otherwise the store grows.
-        reads: `"all"` evictable pages in a decode step, or the `"top"` of them by their min/max bounds.
+        name: the name for `from_name`, and in tables.
+        prompt: default of the prompt mode: `"pin"`, `"select"` or `"evict"` (see `PagedCache`).
+        prompts: the prompt modes that the method supports.
+        granularity: default of the granularity, `"head"` or `"layer"`.
+        page_score: the score of a page is the `"max"` or the `"sum"` of the softmax weights of its tokens; scores of
+            several queries are reduced in the same way.
+        group_score: reduction over the query heads of a KV head, `"max"` or `"mean"`; with `granularity="layer"`, over
+            all query heads.
+        prompt_window: with `prompt="evict"`, the number of last queries of a prefill that score its pages; None for all
+            queries.
+        evicts: whether pages are ever evicted. If not, the memory grows with the sequence.
+        reads: whether a decode step reads `"all"` evictable pages, or the `"top"` pages by their logit bounds.
         state: names of the numbers that the policy keeps for each page.
     """
 
@@ -108,19 +112,20 @@ class Policy(ABC):
 
     @abstractmethod
     def on_scores(self, pages: Pages) -> None:
-        """Bring `pages.priority` and `pages.state` up to date, in place and without a host synchronisation."""
+        """Update `pages.priority` and `pages.state` in place, without making the host wait for the device."""
 
     def for_layer(self, layer_idx: int) -> "Policy":
-        """The policy of one layer of the model, for methods that treat layers differently."""
+        """The policy of layer `layer_idx` of the model, for methods that treat layers differently."""
         return self
 
 
 def check_number(
     name: str, value: float | None, is_inside: Callable[[float], bool], must: str, kind: type = Real
 ) -> None:
-    """Raise a TypeError if a policy's argument is no number, a ValueError if it is out of range. None passes.
+    """Raise a TypeError if an argument of a policy is not a number, a ValueError if it is out of range. None passes.
 
     Args:
+        must: completes the error message "name=value must ...".
         kind: `numbers.Real`, or `numbers.Integral` for a count.
     """
     if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):

@@ -1,4 +1,4 @@
-"""Writing prefill into a row's pages, and taking it back."""
+"""Write prefill tokens into pages, and take them back."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from .row_counts import Rows
 
 
 class Places:
-    """The slots of a forward's prefill tokens, row by row.
+    """The slots of the prefill tokens of one forward, for each row.
 
-    A row's tokens go on in its last pinned page, then into new pages: behind the pinned ones as long as the row has
-    decoded nothing, otherwise behind all pages that the row uses or may use for decode tokens. With `prompt="evict"`
-    they begin a page.
+    The tokens of a row first fill its last pinned page, and then new pages. The new pages follow the pinned pages if
+    the row has no decode token yet. Otherwise they follow all pages that the row uses or may use for decode tokens.
+    With `prompt="evict"`, the tokens start in a new page.
 
     Args:
         rows: int64 `[rows]`, the rows that the forward touches.
-        new: tokens of the forward.
-        leading: `[rows]`, hidden tokens before the first visible one; where a row holds nothing, they are left padding
-            and get no slot.
+        new: number of tokens of the forward.
+        leading: `[rows]`, number of hidden tokens before the first visible token. If the row is empty, they are left
+            padding, and get no slot.
     """
 
     def __init__(self, table: PageTable, rows: np.ndarray, new: int, leading: np.ndarray):
@@ -46,12 +46,12 @@ class Places:
 
     @property
     def pages_needed(self) -> int:
-        """Pages that hold the new tokens and all before them."""
+        """Number of pages that a row needs for the new tokens and all earlier tokens."""
         return int((self.base + self.pages).max(initial=0))
 
     @property
     def segments(self) -> list[tuple[slice, slice]] | None:
-        """(Tokens, slots) of each run of tokens, the same for all rows; None where rows differ."""
+        """(Tokens, slots) of each run of tokens, if they are the same in all rows; otherwise None."""
         placed = np.stack([self.dropped, self.room, self.tail, self.base])
         if (placed != placed[:, :1]).any():
             return None
@@ -61,7 +61,7 @@ class Places:
         return [(slice(token, token + count), slice(slot, slot + count)) for token, slot, count in runs if count]
 
     def pairs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """For each token with a slot: its place among the rows touched, its place among the new tokens, its slot."""
+        """Of each token that gets a slot: index in `rows`, index among the new tokens, slot; `[stored tokens]` each."""
         token = np.arange(self.new)[None]
         nth = token - self.dropped[:, None]  # [rows, new], negative for padding
         behind = self.base[:, None] * self.page_size + nth - self.room[:, None]
@@ -92,12 +92,12 @@ def write_prefill(
 ) -> Places:
     """Write the prefill tokens of one forward into pinned pages.
 
-    With `prompt="evict"` the pages stay pinned until `evict_prefill` has ranked them.
+    With `prompt="evict"`, the pages are pinned until `LayerEngine.evict_prefill` makes them evictable.
 
     Args:
         key, value: `[rows, kv_heads, new, head_dim]`.
-        visible: `[rows, new]` bool, False where the attention mask hides a token; None if it hides none.
-        leading: for each row, hidden tokens before its first visible one; None counts them here.
+        visible: `[rows, new]` bool, False where the attention mask hides a token; None if it hides no token.
+        leading: for each row, the number of hidden tokens before its first visible token; None to count them here.
         rows: the rows that the forward touches; None for all.
     """
     touched = np.arange(table.batch_size) if rows is None else rows.on_host
@@ -106,7 +106,7 @@ def write_prefill(
         leading = [0] * len(touched) if visible is None else count_leading(visible)
     counts = table.counts
     places = Places(table, touched, new, np.array(leading, np.int64))
-    # 1. Pages: pin the ones that the tokens take, and settle what they leave for decoding.
+    # 1. Pages: pin the pages of the new tokens, and compute how many evictable pages each row may have.
     pages = _pages_for(table, touched, places)
     seen, decoded = counts.seen[touched].copy(), counts.decoded[touched].copy()
     limits = _limits_after(table, touched, places)
@@ -126,9 +126,9 @@ def write_prefill(
     counts.prefilled[touched] += places.stored
     table.tokens += new
     table.is_empty = False
-    # 2. Keys, values, and where they stand.
+    # 2. Keys, values and positions.
     _write(table, places, key, value, visible, torch.from_numpy(seen).to(table.device), rows)
-    # 3. The clock; a half-filled open page goes on behind the new tokens.
+    # 3. The clock. The free slots of an open page will hold tokens that come after the new tokens.
     _move_positions(table, new, decoded, rows)
     kv = table.kv
     assert kv is not None
@@ -142,15 +142,15 @@ def write_prefill(
 
 
 def count_leading(visible: torch.Tensor) -> list[int]:
-    """For each row of `visible` `[rows, new]`, the hidden tokens before the first visible one."""
-    if visible.is_meta:  # `raas_cache.plan` asks for sizes only
+    """For each row of `visible` `[rows, new]`, the number of hidden tokens before the first visible token."""
+    if visible.is_meta:  # `raas_cache.plan` needs sizes only
         return [0] * len(visible)
     counts: list[int] = (visible.cumsum(1) == 0).sum(1).tolist()
     return counts
 
 
 def _limits_after(table: PageTable, touched: np.ndarray, places: Places) -> np.ndarray:
-    """Evictable pages that each row may hold: settled when its decoding begins."""
+    """Number of evictable pages that each row may have, `[rows]`. It is fixed when the row starts to decode."""
     counts = table.counts
     if table.settings.prompt == "evict":
         return np.full(len(touched), table.limit_beside(1))
@@ -161,7 +161,7 @@ def _limits_after(table: PageTable, touched: np.ndarray, places: Places) -> np.n
 
 
 def _pages_for(table: PageTable, touched: np.ndarray, places: Places) -> int:
-    """Pages to have for the new tokens, and for the decode tokens of rows that have yet to decode."""
+    """Number of pages for the new tokens, and for the first decode tokens of rows that have not decoded yet."""
     if table.settings.prompt == "evict":
         return max(
             places.pages_needed, 0 if places.is_fresh.all() and len(touched) == table.batch_size else table.num_pages
@@ -211,10 +211,10 @@ def _write(
 
 
 def _move_positions(table: PageTable, by: int, decoded: np.ndarray, rows: Rows | None) -> None:
-    """Move the positions that the free slots of the open pages expect by `by` tokens.
+    """Add `by` to the positions of the free slots of open pages: the positions of the tokens that will fill them.
 
     Args:
-        decoded: `[rows]`, decode tokens of each row.
+        decoded: `[rows]`, number of decode tokens of each row.
     """
     kv = table.kv
     assert kv is not None
@@ -233,17 +233,17 @@ def _move_positions(table: PageTable, by: int, decoded: np.ndarray, rows: Rows |
 
 @allocating
 def truncate(table: PageTable, seen: np.ndarray, drops_decoded: bool) -> None:
-    """Take back all prefill from position `seen` on, which no decode token may follow unless it is dropped.
+    """Take back the prefill tokens from position `seen` on. No decode token may follow them, unless it is dropped.
 
     Args:
-        seen: `[batch]`, tokens of each row that stay.
-        drops_decoded: whether to empty all evictable pages, and begin to count decode tokens anew.
+        seen: `[batch]`, number of tokens of each row that stay.
+        drops_decoded: whether to empty all evictable pages and set the number of decode tokens to 0.
     """
     kv, counts = table.kv, table.counts
     assert kv is not None
     size, pinned_pages = table.page_size, counts.pinned_pages
     gone = counts.seen - seen
-    # 1. Slots: of pinned pages by position; of evictable pages all or none.
+    # 1. Slots: in pinned pages, the tokens from `seen` on; in evictable pages, all tokens or none.
     pinned = torch.from_numpy(counts.pinned).to(table.device).repeat_interleave(size, 1)[:, None]  # [batch, 1, slots]
     place = torch.from_numpy(seen).to(table.device)[:, None, None]
     emptied = pinned & (kv.positions >= place)

@@ -1,4 +1,4 @@
-"""With `prompt="evict"`: prefill that competes with all other pages, cut down to the budget after its forward."""
+"""`prompt="evict"`: after a prefill, its pages become evictable, and pages are evicted down to the budget."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .row_counts import Rows
 
 
 def enter_competition(table: PageTable, places: Places, rows: Rows | None) -> None:
-    """Make the prefill pages evictable, each with the index of its newest token as priority; a row's sink stays pinned.
+    """Make the prefill pages evictable. The priority of a page is the sequence index of its newest token.
 
-    The sink is the first page of a row's first prefill.
+    The first page of the first prefill of a row is the sink, and stays pinned.
 
     Args:
-        places: where the prefill of the last forward stands.
+        places: the slots of the prefill of the last forward.
         rows: the rows of that forward; None for all.
     """
     kv, counts, size = table.kv, table.counts, table.page_size
@@ -33,7 +33,7 @@ def enter_competition(table: PageTable, places: Places, rows: Rows | None) -> No
     kv.priority[index] = torch.where(device_new, device_newest.to(kv.priority.dtype), kv.priority[index])
     if kv.states is not None:
         kv.states[index] = torch.where(device_new[..., None], 0.0, kv.states[index])
-    # 2. All pages but the sink are evictable, also beyond the limit.
+    # 2. All pages except the sink are evictable, even if a row has more of them than its limit.
     holds_sink = counts.prefilled[touched] > 0
     counts.pinned[touched] = (np.arange(table.num_pages) == 0) & holds_sink[:, None]
     kv.evictable = torch.from_numpy(~counts.pinned).to(table.device)
@@ -41,20 +41,20 @@ def enter_competition(table: PageTable, places: Places, rows: Rows | None) -> No
 
 @allocating
 def keep_best(table: PageTable, places: Places, rows: Rows | None) -> None:
-    """Keep each row's sink and the `limit` evictable pages of the highest (priority, first token index)."""
+    """Keep the sink of each row, and the `limit` evictable pages with the highest (priority, first token index)."""
     kv, counts, size = table.kv, table.counts, table.page_size
     assert kv is not None
     touched = np.arange(table.batch_size) if rows is None else rows.on_host
     limit = table.limit_beside(1)
-    # 1. Rank: pages 1 and on, the oldest first, then by priority; empty pages come first of all.
+    # 1. Sort the pages after the sink by priority, and pages with equal priority by age. Empty pages come first.
     first = kv.first[..., 1:]  # [batch, kv_heads, pages - 1]
     by_age = first.argsort(dim=-1, stable=True)
     order = by_age.gather(-1, kv.priority[..., 1:].gather(-1, by_age).argsort(dim=-1, stable=True))
-    # 2. Move: the sink, and the best pages in the order in which they stand.
+    # 2. Move the sink and the best pages to the front; the best pages keep their order.
     best = order[..., -limit:].sort(-1).values + 1
     index = torch.cat([torch.zeros_like(kv.open_slot)[..., None], best], -1)  # [batch, kv_heads, 1 + kept]
     small = gathered(kv, index)
-    # 3. The open pages of these rows are closed, for decode tokens open pages of their own; others have moved.
+    # 3. Close the open pages of these rows: the next decode token opens a new page. Other open pages have moved.
     is_touched = torch.zeros(table.batch_size, dtype=torch.bool, device=table.device)
     is_touched[torch.from_numpy(touched).to(table.device)] = True
     unfilled = (small.positions > small.clock[..., :1]) & is_touched[:, None, None]

@@ -1,4 +1,4 @@
-"""Buffers of another size, or with other rows: each function makes a new `PagedKV` and leaves the old one as it was."""
+"""Change the pages or the rows of a `PagedKV`. Most functions return a new `PagedKV` and do not change the old one."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from raas_kernels import PagedKV
 
 AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
 RowFunction = Callable[[torch.Tensor], torch.Tensor]
-"""Takes a tensor `[batch, ...]` and returns a tensor whose rows are rows of it."""
+"""Takes a tensor `[batch, ...]`, and returns a tensor `[new batch, ...]` whose rows are rows of the argument."""
 NOTHING = float("-inf")
 
 
 def allocating(function: AnyFunction) -> AnyFunction:
-    """Decorator for functions that make buffers: the buffers can be written to later, in and out of inference mode."""
+    """Decorator for functions that allocate buffers: the buffers can then be written in and outside inference mode."""
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        # An inference tensor refuses in-place writes outside inference mode for as long as it lives.
+        # A tensor that was created in inference mode refuses in-place writes outside inference mode.
         with torch.inference_mode(False), torch.no_grad():
             return function(*args, **kwargs)
 
@@ -31,13 +31,13 @@ def allocating(function: AnyFunction) -> AnyFunction:
 
 
 def uncompiled(function: AnyFunction) -> AnyFunction:
-    """Decorator: `torch.compile` leaves the function to Python. Unlike torch's own decorator it keeps the types."""
+    """Decorator: `torch.compile` does not compile the function. Unlike `torch.compiler.disable`, it keeps the types."""
     left: AnyFunction = torch.compiler.disable(function)
     return left
 
 
 def movable(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor`, with 8-bit codes as bytes: most operators of torch refuse float8."""
+    """`tensor`, with float8 codes viewed as int8, because most operators of torch 2.11 to 2.13 refuse float8."""
     return tensor.view(torch.int8) if tensor.dtype == torch.float8_e4m3fn else tensor
 
 
@@ -45,8 +45,8 @@ def map_pages(kv: PagedKV, function: Callable[[torch.Tensor, int, float], torch.
     """`kv` with `function(buffer, entries, empty)` in place of every buffer that has pages.
 
     Args:
-        function: takes a buffer `[batch, kv_heads, pages * entries, ...]`, its entries a page (`page_size` or 1), and
-            the value that says "nothing here".
+        function: takes a buffer `[batch, kv_heads, pages * entries, ...]`, the number of entries per page (`page_size`
+            or 1), and the value of an empty entry.
     """
 
     def codes(tensor: torch.Tensor) -> torch.Tensor:
@@ -71,12 +71,12 @@ def map_pages(kv: PagedKV, function: Callable[[torch.Tensor, int, float], torch.
 
 
 def map_rows(kv: PagedKV, function: RowFunction) -> PagedKV:
-    """`kv` with `function(buffer)` in place of every buffer; a buffer that may be in a CUDA graph keeps its address."""
+    """`kv` with `function(buffer)` in place of every buffer. On CUDA, a buffer keeps its address if its shape stays."""
 
     def moved(old: torch.Tensor) -> torch.Tensor:
         new = function(movable(old)).contiguous().view(old.dtype)
         if new.shape == old.shape and new.is_cuda:
-            # Beams change places at every step, and a CUDA graph may read the buffer.
+            # A CUDA graph may read the buffer, and beam search reorders rows at every step.
             movable(old).copy_(movable(new))
             return old
         return new
@@ -86,7 +86,7 @@ def map_rows(kv: PagedKV, function: RowFunction) -> PagedKV:
 
 
 def resized(kv: PagedKV, pages: int) -> PagedKV:
-    """`kv` with `pages` pages: more pages hold nothing, fewer pages are the first ones."""
+    """`kv` with `pages` pages: added pages are empty, or the last pages are removed."""
     kept = min(pages, kv.num_pages)
 
     def moved(old: torch.Tensor, entries: int, empty: float) -> torch.Tensor:
@@ -98,7 +98,7 @@ def resized(kv: PagedKV, pages: int) -> PagedKV:
 
 
 def gathered(kv: PagedKV, index: torch.Tensor) -> PagedKV:
-    """`kv` with the pages `index` `[batch, kv_heads, pages]` only, in that order."""
+    """`kv` with only the pages `index` `[batch, kv_heads, pages]` int64, in this order."""
 
     def moved(old: torch.Tensor, entries: int, empty: float) -> torch.Tensor:
         by_page = old.reshape(*old.shape[:2], kv.num_pages, -1)  # [batch, kv_heads, pages, entries * ...]
@@ -109,7 +109,7 @@ def gathered(kv: PagedKV, index: torch.Tensor) -> PagedKV:
 
 
 def put_page(kv: PagedKV, page: torch.Tensor, contents: PagedKV) -> None:
-    """Write a page of each row and KV head, that `gathered` gave, back to the page `page` `[batch, kv_heads]`."""
+    """Write one page per row and KV head, which `gathered` returned, to the page `page` `[batch, kv_heads]` int64."""
 
     def put(held: torch.Tensor | None, before: torch.Tensor | None) -> None:
         if held is None or before is None:
@@ -130,7 +130,10 @@ def put_page(kv: PagedKV, page: torch.Tensor, contents: PagedKV) -> None:
 
 
 def fix_addresses(kv: PagedKV) -> None:
-    """Promise that the buffers stay where they are from step to step, which a CUDA graph needs to know."""
+    """Tell `torch.compile` that the buffers keep their addresses, so that a CUDA graph does not copy them.
+
+    `mark_static_address` is private in torch 2.11 to 2.13, and is what `StaticCache` of transformers calls, too.
+    """
     if kv.keys.device.type == "cuda":
         for buffer in vars(kv).values():
             if isinstance(buffer, torch.Tensor):

@@ -1,4 +1,4 @@
-"""Taking tokens back: what a forward overwrites is noted, so that `crop` leaves no trace."""
+"""Take tokens back: a note of what each forward overwrites, from which `crop` restores the state before it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def _put_back(now: torch.Tensor | None, before: torch.Tensor | None, empty: float) -> None:
-    """Write a whole buffer `[batch, kv_heads, pages, ...]` back; pages that were added since hold nothing."""
+    """Restore a whole buffer `[batch, kv_heads, pages, ...]`; pages that were added since are empty."""
     if now is not None and before is not None:
         now[:, :, : before.shape[2]] = before
         now[:, :, before.shape[2] :] = empty
@@ -33,10 +33,11 @@ class DecodeNote:
     """What one decode step overwrites.
 
     Args:
-        page: `[batch, kv_heads]` int64, the page that the step writes to: the page that it recycles, or the open one.
-        contents: that page alone, where a row opens one; otherwise None, and its key bounds are enough.
-        key_min, key_max: `[batch, kv_heads, 1, head_dim]`, that page's key bounds; None where there are none.
-        priority, states: of all pages, before the step.
+        page: `[batch, kv_heads]` int64, the page that the step writes to: the page that it recycles, or the open page.
+        contents: a copy of this page, if a row opens a page in this step; otherwise None.
+        key_min, key_max: `[batch, kv_heads, 1, head_dim]`, of this page; None if the layer does not keep them.
+        priority: `[batch, kv_heads, pages]`, before the step.
+        states: `[batch, kv_heads, pages, n]`, before the step; None if the policy has none.
         open_slot: `[batch, kv_heads]`, before the step.
     """
 
@@ -100,12 +101,12 @@ class DecodeNote:
 
 @dataclass
 class PrefillNote:
-    """Prefill tokens of one forward after the first: a user's turn with the first draft behind it.
+    """What the prefill of one forward overwrites: a user's turn, followed by the first draft.
 
     Args:
-        length: tokens of the forward.
-        priority, states: of all pages, before the forward.
-        reads: the attention calls of the forward: query, and settings of the softmax.
+        length: number of tokens of the forward.
+        priority, states: as in `DecodeNote`, before the forward.
+        reads: the attention calls of the forward: query `[rows, heads, length, head_dim]`, and settings of the softmax.
     """
 
     length: int
@@ -121,7 +122,7 @@ class PrefillNote:
         return cls(length, kv.priority.clone(), None if kv.states is None else kv.states.clone())
 
     def undo(self, table: PageTable, kept: int, attend: Callable[..., None]) -> int:
-        """Take back all but the first `kept` tokens, and the stamps of the removed ones; returns the tokens removed."""
+        """Take back all but the first `kept` tokens, and their effect on priorities. Returns the number removed."""
         removed = self.length - kept
         truncate(table, table.counts.seen - removed, drops_decoded=False)
         kv = table.kv
@@ -142,38 +143,39 @@ class PrefillNote:
 
 
 class Rollback:
-    """The forwards that can be taken back, the newest last: at most `limit` of them, the oldest go."""
+    """Notes of the newest forwards, the newest last, and at most `limit` of them."""
 
     def __init__(self, limit: int):
         self.limit = limit
         self.notes: list[DecodeNote | PrefillNote] = []
 
     def note(self, note: DecodeNote | PrefillNote) -> None:
-        """Keep what a forward is about to overwrite."""
+        """Add the note of the next forward, and drop the oldest note if there are too many."""
         self.notes.append(note)
         del self.notes[: -self.limit]
 
     def note_read(self, query: torch.Tensor, softmax: Softmax) -> None:
-        """Keep an attention call of the newest prefill: after a crop, the tokens that stay give their stamps again."""
+        """Add an attention call to the note of the newest prefill; `undo` repeats it for the tokens that stay."""
         newest = self.notes[-1] if self.notes else None
         if isinstance(newest, PrefillNote) and query.shape[2] == newest.length:
             newest.reads.append((query.detach(), softmax))
 
     def removable(self, table: PageTable) -> int:
-        """Tokens that `undo` can take back."""
-        if table.settings.prompt == "evict":  # nothing is noted of the pages that a prefill evicted
+        """Number of tokens that `undo` can take back."""
+        if table.settings.prompt == "evict":  # no note has the pages that a prefill evicted
             return 0
         steps = sum(isinstance(note, DecodeNote) for note in self.notes)
-        # As long as a row holds prefill alone, its tokens can go without a note.
+        # If the notes cover all decode steps, prefill tokens before them can be removed without a note.
         if steps == int(table.counts.decoded.max(initial=0)):
             return int(table.counts.seen.min(initial=table.length))
         return sum(note.length for note in self.notes)
 
     def undo(self, table: PageTable, tokens: int, attend: Callable[..., None]) -> None:
-        """Take back the last `tokens` tokens, at most `removable`, and forget how to take back the tokens before them.
+        """Take back the last `tokens` tokens, at most `removable`, and drop all notes.
 
         Args:
-            attend: called with the queries of tokens that stay, and the softmax settings, gives their stamps again.
+            attend: called with the queries of the prefill tokens that stay, and the softmax settings. It updates the
+                priorities for these tokens again.
         """
         while tokens and self.notes:
             note = self.notes.pop()

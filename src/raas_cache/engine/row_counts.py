@@ -1,4 +1,4 @@
-"""What the host knows of each row: how many tokens it has seen, decoded and pinned, and which pages are pinned."""
+"""The host's counts of each row: tokens seen, decoded and pinned, and which pages are pinned."""
 
 from __future__ import annotations
 
@@ -30,12 +30,13 @@ class RowCounts:
     """Counts of each row of a batch.
 
     Args:
-        seen: `[batch]`, tokens of the row so far; evicted tokens and padding are counted in.
-        decoded: `[batch]`, generated tokens so far; a turn with `prompt="evict"` counts on to a full page.
-        padding: `[batch]`, left padding: seen, and never stored.
+        seen: `[batch]`, tokens of the row so far, with evicted tokens and left padding.
+        decoded: `[batch]`, decode tokens so far. With `prompt="evict"`, a user's turn closes the open page and rounds
+            this number up to full pages.
+        padding: `[batch]`, left padding, which counts as seen and is not stored.
         prefilled: `[batch]`, prefill tokens in pinned pages.
-        released: `[batch]`, prefill pages that became evictable.
-        limit: `[batch]`, evictable pages that the row may hold.
+        released: `[batch]`, prefill pages that became evictable (`prompt="evict"`).
+        limit: `[batch]`, number of evictable pages that the row may have.
         pinned: `[batch, pages]` bool, the pages that hold prefill and are never evicted.
     """
 
@@ -79,7 +80,7 @@ class RowCounts:
         return RowCounts(**{name: counts[index] for name, counts in vars(self).items()})
 
     def set_pages(self, pages: int) -> None:
-        """Have `pages` columns in `pinned`; new ones are not pinned."""
+        """Give `pinned` `pages` columns; new columns are False."""
         old = self.pinned
         self.pinned = np.zeros((len(old), pages), bool)
         self.pinned[:, : old.shape[1]] = old[:, :pages]

@@ -1,4 +1,4 @@
-"""Which pages a decode step reads, where it does not read all of them (Quest, section 3.3)."""
+"""Selection of the pages that a decode step reads, if it does not read all pages (Quest, section 3.3)."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ if TYPE_CHECKING:
 def select_pages(table: PageTable, bounds: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor | None:
     """The pages with the highest bounds.
 
-    A policy that evicts reads all evictable pages, and with `prompt="select"` only some of the pinned ones. A policy
-    that reads the top pages always reads the page of the newest token, and with `prompt="pin"` all pinned pages.
+    A policy that evicts always reads all evictable pages; with `prompt="select"`, the selection is among the pinned
+    pages. A policy with `reads="top"` always reads the page of the newest token, and with `prompt="pin"` all pinned
+    pages; the selection is among the other pages.
 
     Args:
         bounds: `[rows, heads, pages]`, upper bounds of the pages' logits.
         rows: `[rows]` int64, the rows of the batch; None for all.
 
     Returns:
-        `[rows, heads, selected]` int64, ties to the older page, -1 behind the last page of a row that reads fewer;
-        None if every page is read.
+        `[rows, heads, selected]` int64, page indices. Of two pages with equal bounds, the one with the lower index is
+        taken. A row that reads fewer pages than another is filled up with -1. None if every page is read.
     """
     kv, settings, wanted = table.kv, table.settings, table.pages_read
     assert kv is not None

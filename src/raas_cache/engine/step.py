@@ -28,7 +28,7 @@ def step(
     Args:
         query: `[rows, heads, 1, head_dim]`.
         new: the token to store; None if it is stored already.
-        expanded: for a latent, the keys and values that the model made of it, `[rows, heads, slots, head_dim]`.
+        expanded: for a latent, the keys and values that the model expanded from it, `[rows, heads, slots, head_dim]`.
 
     Returns:
         `[rows, heads, 1, value_dim]`.
@@ -64,7 +64,7 @@ def rank(layer: LayerEngine, scores: torch.Tensor, queries: int) -> None:
 
     Args:
         scores: `[rows, kv_heads, pages]`.
-        queries: how many queries they come from.
+        queries: number of queries that the scores come from.
     """
     table, rows, policy = layer.table, layer.row_index, layer.policy
     kv, limit, mean_keys = table.kv, table.limit, table.mean_keys
@@ -75,7 +75,7 @@ def rank(layer: LayerEngine, scores: torch.Tensor, queries: int) -> None:
     if kv.states is not None:
         state = {name: kv.states[..., i] for i, name in enumerate(policy.state)}
     policy.on_scores(Pages(kv, scores, limit, queries, mean_keys, state))
-    if layer.granularity == "layer":  # a policy that looks at keys ranks head by head
+    if layer.granularity == "layer":  # heads may differ if the policy uses keys
         kv.priority.copy_(kv.priority.mean(1, keepdim=True).expand_as(kv.priority))
     if rows is not None:
         layer.kv.priority[rows] = kv.priority

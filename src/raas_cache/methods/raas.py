@@ -45,13 +45,15 @@ class RaaSPolicy(Policy):
 
     def __post_init__(self) -> None:
         if self.alpha is not None and self.top_ratio is not None:
-            raise ValueError(f"alpha={self.alpha} and top_ratio={self.top_ratio}: give one of the two stamping rules.")
+            raise ValueError(f"alpha={self.alpha} and top_ratio={self.top_ratio}: give only one of the two.")
         if self.alpha is None and self.top_ratio is None:
             object.__setattr__(self, "alpha", DEFAULT_ALPHA)
         check_number(
-            "alpha", self.alpha, lambda share: 0 < share < 1, "lie in (0, 1): a share of the attention; try 0.2"
+            "alpha", self.alpha, lambda weight: 0 < weight < 1, "lie in (0, 1), as an attention weight: try 0.2"
         )
-        check_number("top_ratio", self.top_ratio, lambda share: 0 < share <= 1, "lie in (0, 1]: a share of the pages")
+        check_number(
+            "top_ratio", self.top_ratio, lambda share: 0 < share <= 1, "lie in (0, 1], as a share of the pages: try 0.5"
+        )
 
     def on_scores(self, pages: Pages) -> None:
         raas_kernels.stamp(pages.kv, pages.scores, self.alpha, self.top_ratio)

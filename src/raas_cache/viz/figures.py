@@ -332,7 +332,7 @@ def _texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> Iterator[tuple
 
 
 def _check_alpha(alpha: float) -> None:
-    check_number("alpha", alpha, lambda share: 0 < share < 1, "lie in (0, 1): a share of the attention; try 0.2")
+    check_number("alpha", alpha, lambda weight: 0 < weight < 1, "lie in (0, 1), as an attention weight: try 0.2")
 
 
 def _recorded(recording: Recording) -> list[int]:

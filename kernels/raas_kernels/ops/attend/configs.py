@@ -88,7 +88,7 @@ def read_configs(path: Path) -> dict[str, Any]:
             raise ValueError(wrong[0])
     except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
         raise ValueError(
-            f"{str(path)!r} holds no launch configurations ({type(error).__name__}: {error}): install raas-cache "
+            f"{str(path)!r} contains no launch configurations ({type(error).__name__}: {error}): install raas-cache "
             "again, or run python -m raas_kernels.ops.attend.tune on this GPU."
         ) from None
     return measured
