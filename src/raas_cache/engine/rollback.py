@@ -82,6 +82,12 @@ class DecodeNote:
         for held, before in ((kv.key_min, self.key_min), (kv.key_max, self.key_max)):
             if held is not None and before is not None:
                 held.scatter_(2, index.expand_as(before), before)
+        # Pages that were added since hold nothing: the step may have opened one of them instead of the noted page.
+        pages = self.priority.shape[2]
+        slots = pages * table.page_size
+        kv.bias[:, :, slots:], kv.positions[:, :, slots:] = float("-inf"), -1
+        if kv.key_min is not None and kv.key_max is not None:
+            kv.key_min[:, :, pages:], kv.key_max[:, :, pages:] = float("inf"), float("-inf")
         _put_back(kv.priority, self.priority, float("-inf"))
         _put_back(kv.states, self.states, 0)
         kv.open_slot.copy_(self.open_slot)
