@@ -41,7 +41,7 @@ class Pages:
     @property
     def priority(self) -> torch.Tensor:
         """`[batch, kv_heads, pages]` float64, to be updated in place. If a page must be evicted, the evictable page
-        with the smallest priority is evicted; of several such pages, the oldest. -inf marks an empty page: do not change it.
+        with the smallest priority is evicted; of several such pages, the oldest. -inf marks an empty page: keep it.
         A new page has the sequence index of its newest token as priority.
         """
         return self.kv.priority
