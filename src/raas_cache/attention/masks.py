@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from ..engine.forward import Forward, Seen
+from ..engine.attention_inputs import Seen
+from ..engine.forward import Forward
 from ..engine.prefill import count_leading
 
 

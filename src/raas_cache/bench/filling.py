@@ -10,7 +10,8 @@ from transformers.cache_utils import Cache
 
 from ..cache.paged_cache import PagedCache
 from ..cache.paged_layer import PagedLayer
-from ..engine.forward import Forward, Softmax
+from ..engine.attention_inputs import Softmax
+from ..engine.forward import Forward
 from ..methods.registry import from_name
 
 

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
 from .paged_layer import PagedLayer
-
-
-if TYPE_CHECKING:
-    from .paged_cache import PagedCache
 
 
 def nbytes(layers: Iterable[object]) -> int:
@@ -54,12 +49,3 @@ def summary(layers: Sequence[PagedLayer]) -> str:
     seen = layers[0].table.length if layers else 0
     evicted = sum(int(layer.table.evicted.sum()) * layer.table.num_heads for layer in layers)
     return f"held={held}, seen={seen}, evicted={evicted} pages"
-
-
-def html(cache: PagedCache) -> str:
-    """What a notebook shows of `cache`."""
-    from ..viz.html import of_cache  # not sooner: drawing is above caches
-
-    settings = cache.settings
-    about = f"{settings.policy}, budget={cache.budget}, page_size={settings.page_size}, prompt={settings.prompt!r}"
-    return of_cache(type(cache).__name__, f"{about}, {cache.nbytes:,} bytes", cache.layers, cache.is_over_budget)

@@ -631,4 +631,8 @@ class PagedCache(Cache):
 
     def _repr_html_(self) -> str:
         """What Jupyter shows."""
-        return inspection.html(self)
+        from ..viz.html import of_cache  # only when a notebook shows the cache
+
+        settings, name = self.settings, type(self).__name__
+        about = f"{settings.policy}, budget={self.budget}, page_size={settings.page_size}, prompt={settings.prompt!r}"
+        return of_cache(name, f"{about}, {self.nbytes:,} bytes", self.layers, self.is_over_budget)

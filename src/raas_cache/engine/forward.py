@@ -7,56 +7,28 @@ a `Latent` stores its tokens at once.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 import torch
 
 import raas_kernels
 
+from .attention_inputs import Expanded, Seen, Softmax
+from .layer_engine import LayerEngine
 from .prefill import write_prefill
+from .prefill_eviction import enter_competition, keep_best
 from .resize import uncompiled
 from .rollback import DecodeNote, PrefillNote
 from .step import rank, step
 
 
 if TYPE_CHECKING:
-    from .layer_engine import LayerEngine
     from .prefill import Places
 
-Expanded = tuple[torch.Tensor, torch.Tensor]
-"""Keys and values that a model expanded from a latent, `[rows, heads, slots, head_dim]`."""
 INTERRUPTED = (
     "The last forward with this cache was interrupted: an exception or Ctrl-C stopped it after some layers had stored "
     "its tokens. Call cache.reset() and pass the whole sequence again."
 )
-
-
-class Softmax(TypedDict):
-    """Settings of the softmax.
-
-    Args:
-        scale: factor on `q . k`.
-        softcap: logits become `softcap * tanh(logits / softcap)`, or None.
-        sinks: `[heads]`, an extra logit in the softmax of each head, which has no key and no value; or None.
-    """
-
-    scale: float
-    softcap: float | None
-    sinks: torch.Tensor | None
-
-
-class Seen(TypedDict, total=False):
-    """What the attention mask says of a forward's tokens.
-
-    Args:
-        visible: `[rows, new]` bool, False where the mask hides a token; None if it hides no token.
-        among: `[rows, new, new]` bool, whether a new token (second axis) sees another (third axis); None for causal.
-        leading: for each row, the number of hidden tokens before its first visible token; None if it is not known.
-    """
-
-    visible: torch.Tensor | None
-    among: torch.Tensor | None
-    leading: list[int] | None
 
 
 class Forward:
@@ -245,13 +217,27 @@ class Prefill(Forward):
     def _rank(self, scores: torch.Tensor | None, queries: int) -> None:
         layer = self.layer
         if self.competes:
-            assert self.places is not None
-            self.competes = False
-            layer.evict_prefill(self.places, scores, queries)
+            self.evict(scores, queries)
         elif layer.table.is_decoding and scores is not None:
             rank(layer, scores, queries)
             if layer.tracer is not None:
                 layer.tracer.note(layer.table, scores, is_prefill=True)
+
+    def evict(self, scores: torch.Tensor | None, queries: int) -> None:
+        """With `prompt="evict"`: make the pages of this prefill evictable, and evict pages down to the budget.
+
+        Args:
+            scores: `[rows, kv_heads, pages]`, or None if the policy uses no query of a prompt.
+            queries: number of queries that the scores come from.
+        """
+        layer, places, self.competes = self.layer, self.places, False
+        assert places is not None
+        if layer.tracer is not None:
+            layer.tracer.note(layer.table, scores, is_prefill=True)
+        enter_competition(layer.table, places, layer.rows)
+        if scores is not None and queries:
+            rank(layer, scores, queries)
+        keep_best(layer.table, places, layer.rows)
 
     @uncompiled
     def hide(self, seen: Seen) -> None:

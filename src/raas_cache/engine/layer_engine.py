@@ -13,14 +13,11 @@ from raas_kernels import PagedKV
 
 from .layer_settings import LayerSettings
 from .page_table import PageTable
-from .prefill import Places
-from .prefill_eviction import enter_competition, keep_best
 from .rollback import Rollback
-from .step import rank
 
 
 if TYPE_CHECKING:
-    from .forward import Expanded, Forward, Softmax
+    from .attention_inputs import Expanded, Softmax
     from .row_counts import Rows
 
 
@@ -28,6 +25,13 @@ class Tracer(Protocol):
     """Receives what the policy receives; see `raas_cache.tracing`."""
 
     def note(self, table: PageTable, scores: torch.Tensor | None, is_prefill: bool) -> None: ...
+
+
+class Pending(Protocol):
+    """A forward that waits for its attention call, see `raas_cache.engine.forward`."""
+
+    awaits_attention: bool
+    is_at_work: bool
 
 
 class LayerEngine:
@@ -68,7 +72,7 @@ class LayerEngine:
         self.table.release()
         # At most one note per token of the budget, so that the notes are O(budget) if nobody ends the recording.
         self.rollback = Rollback(self.settings.budget)
-        self.pending: Forward | None = None
+        self.pending: Pending | None = None
         self.admits = False
         self.on_module: Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], bool] | None = None
         self.known_mask: object = None
@@ -226,18 +230,3 @@ class LayerEngine:
             ]
         )
         return scores.amax(0) if self.policy.page_score == "max" else scores.sum(0)
-
-    def evict_prefill(self, places: Places, scores: torch.Tensor | None, queries: int) -> None:
-        """With `prompt="evict"`, after a prefill: make its pages evictable, and evict pages down to the budget.
-
-        Args:
-            places: the slots of the prefill.
-            scores: `[rows, kv_heads, pages]`, or None if the policy uses no query of a prompt.
-            queries: number of queries that the scores come from.
-        """
-        if self.tracer is not None:
-            self.tracer.note(self.table, scores, True)
-        enter_competition(self.table, places, self.rows)
-        if scores is not None and queries:
-            rank(self, scores, queries)
-        keep_best(self.table, places, self.rows)

@@ -92,7 +92,7 @@ def write_prefill(
 ) -> Places:
     """Write the prefill tokens of one forward into pinned pages.
 
-    With `prompt="evict"`, the pages are pinned until `LayerEngine.evict_prefill` makes them evictable.
+    With `prompt="evict"`, the pages are pinned until `Prefill.evict` makes them evictable.
 
     Args:
         key, value: `[rows, kv_heads, new, head_dim]`.

@@ -17,7 +17,7 @@ from .resize import RowFunction, gathered, map_pages, put_page
 
 
 if TYPE_CHECKING:
-    from .forward import Softmax
+    from .attention_inputs import Softmax
     from .page_table import PageTable
 
 

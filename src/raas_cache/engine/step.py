@@ -13,7 +13,7 @@ from .select import select_pages
 
 
 if TYPE_CHECKING:
-    from .forward import Expanded, Softmax
+    from .attention_inputs import Expanded, Softmax
     from .layer_engine import LayerEngine
 
 New = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]

@@ -193,8 +193,8 @@ class _Model:
             forward = layer.engine.pending
             assert isinstance(forward, Prefill)
             forward.store({})
-            if forward.competes and forward.places is not None:  # with prompt="evict"
-                layer.engine.evict_prefill(forward.places, None, queries=0)
+            if forward.competes:  # with prompt="evict"
+                forward.evict(None, queries=0)
             paged.append(layer)
             bytes_per_token += batch_size * sum(states.nbytes for states in of_a_token)
         dynamic_nbytes = kv_nbytes(dynamic)
