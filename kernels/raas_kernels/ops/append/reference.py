@@ -20,8 +20,10 @@ def victim(kv: PagedKV, rows: Tensor | None = None) -> Tensor:
     Returns:
         `[R, H]` int64, page index.
     """
-    priority, first = take_rows(kv.priority, rows), take_rows(kv.first, rows)  # [R, H, P]
-    closed = ~take_rows(kv.evictable, rows)[:, None]  # [R, 1, P]
+    priority, first, evictable = kv.priority, kv.first, kv.evictable  # [R, H, P], [R, H, P], [R, P]
+    if rows is not None:
+        priority, first, evictable = (take_rows(buffer, rows) for buffer in (priority, first, evictable))
+    closed = ~evictable[:, None]  # [R, 1, P]
     smallest = priority.masked_fill(closed, float("inf")).amin(-1, keepdim=True)
     others = (priority > smallest) | closed
     return first.masked_fill(others, torch.iinfo(first.dtype).max).argmin(-1)
