@@ -20,9 +20,9 @@ def victim(kv: PagedKV, rows: Tensor | None = None) -> Tensor:
     Returns:
         `[R, H]` int64, page index.
     """
-    priority, first, evictable = kv.priority, kv.positions[..., :: kv.page_size], kv.evictable  # [B, H, P], [B, P]
+    priority, first, evictable = kv.priority, kv.first, kv.evictable  # [R, H, P], [R, H, P], [R, P]
     if rows is not None:
-        priority, first, evictable = (take_rows(held, rows) for held in (priority, first, evictable))
+        priority, first, evictable = (take_rows(buffer, rows) for buffer in (priority, first, evictable))
     closed = ~evictable[:, None]  # [R, 1, P]
     smallest = priority.masked_fill(closed, float("inf")).amin(-1, keepdim=True)
     others = (priority > smallest) | closed
