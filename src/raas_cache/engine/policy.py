@@ -41,8 +41,8 @@ class Pages:
     @property
     def priority(self) -> torch.Tensor:
         """`[batch, kv_heads, pages]` float64, to be updated in place. If a page must be evicted, the evictable page
-        with the smallest priority is evicted; of several such pages, the oldest. -inf marks an empty page: do not change it.
-        A new page has the sequence index of its newest token as priority.
+        with the smallest priority is evicted; of several such pages, the oldest. -inf marks an empty page: do not
+        change it. A new page has the sequence index of its newest token as priority.
         """
         return self.kv.priority
 

@@ -16,7 +16,8 @@ class Places:
     """The slots of the prefill tokens of one forward, for each row.
 
     The tokens of a row first fill its last pinned page, and then new pages. The new pages follow the pinned pages if
-    the row has no decode token yet, otherwise they follow all pages. With `prompt="evict"`, the tokens start in a new page.
+    the row has no decode token yet, otherwise they follow all pages. With `prompt="evict"`, the tokens start in a new
+    page.
 
     Args:
         rows: int64 `[rows]`, the rows that the forward touches.

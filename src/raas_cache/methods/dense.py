@@ -1,4 +1,4 @@
-"""Dense: every page is kept and read, on the same store as every other method."""
+"""Dense: keep and read every page, in the same pages as all other methods."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 @register_policy("dense")
 @dataclass(frozen=True)
 class DensePolicy(Policy):
-    """Evict nothing: O(N) time and memory, the accuracy that all other methods are measured against.
+    """Evict nothing: O(N) time and memory for N tokens. All other methods are compared with its accuracy.
 
-    Nothing depends on the scores, so they are the page's share of the attention, for those who record it.
+    Nothing depends on the scores. They are the share of the attention of each page, for recordings.
     """
 
     prompts = ("pin",)
@@ -35,7 +35,7 @@ class DensePolicy(Policy):
 
 @register_cache("dense")
 class DenseCache(PagedCache):
-    """Keep and read everything, on the store of the other methods; see `DensePolicy`. `budget` bounds nothing here."""
+    """Keep and read all pages; see `DensePolicy`. `budget` has no effect."""
 
     def __init__(self, budget: Budget, **options: Unpack[CacheOptions]):
         super().__init__(budget, policy=DensePolicy(), **options)

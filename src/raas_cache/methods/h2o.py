@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 @register_policy("h2o")
 @dataclass(frozen=True)
 class H2OPolicy(Policy):
-    """Keep the pages that have gathered the most attention so far, and the newest ones (algorithm 1).
+    """Keep the pages with the largest sum of attention so far, and the newest pages (algorithm 1).
 
     Args:
-        recent_ratio: share of the pages kept for being new, whatever their attention. In [0, 1]; the paper's is half.
+        recent_ratio: share of the pages that are kept because they are the newest. In [0, 1]; the paper uses 0.5.
 
     Raises:
-        TypeError, ValueError: `recent_ratio` is no number or out of range.
+        TypeError, ValueError: `recent_ratio` is not a number or out of range.
     """
 
     recent_ratio: float = 0.5
@@ -48,11 +48,11 @@ class H2OPolicy(Policy):
 
 @register_cache("h2o")
 class H2OCache(PagedCache):
-    """H2O: keep the pages with the most attention so far, and the newest; see `H2OPolicy`.
+    """H2O: keep the pages with the largest sum of attention so far, and the newest pages; see `H2OPolicy`.
 
     Args:
-        budget (`int`): tokens to hold for each row, layer and KV head.
-        recent_ratio (`float`): share of the pages kept for being new.
+        budget (`int`): number of tokens to hold for each row, layer and KV head.
+        recent_ratio (`float`): share of the pages that are kept because they are the newest.
         options: as `PagedCache`.
     """
 

@@ -21,16 +21,16 @@ if TYPE_CHECKING:
 @register_policy("quest")
 @dataclass(frozen=True)
 class QuestPolicy(Policy):
-    """Keep everything, read the pages with the highest min/max bound on their logits (section 3.3).
+    """Keep all pages, and read the pages with the highest logit bounds (section 3.3).
 
-    The page with the newest token is always read. Forwards of several tokens read everything, as in the paper. The
-    query heads of a KV head share a selection, by their largest bound.
+    The page with the newest token is always read. Forwards of several tokens read all pages, as in the paper. The query
+    heads of a KV head read the same pages: those with the largest bound over the heads.
 
     Args:
-        dense_layers: layers at the bottom that read everything, as attention is less sparse there (section 3.4: 2).
+        dense_layers: number of first layers that read all pages, as attention is less sparse there. 2 in section 3.4.
 
     Raises:
-        TypeError, ValueError: `dense_layers` is no number or negative.
+        TypeError, ValueError: `dense_layers` is not a number or negative.
     """
 
     dense_layers: int = 2
@@ -54,11 +54,11 @@ class QuestPolicy(Policy):
 
 @register_cache("quest")
 class QuestCache(PagedCache):
-    """Quest: keep everything, read the `budget` tokens' worth of pages that matter most now; see `QuestPolicy`.
+    """Quest: keep all pages, and read pages with `budget` tokens that have the highest bounds; see `QuestPolicy`.
 
     Args:
-        budget (`int`): tokens that a decode step reads in a layer. Memory grows with the sequence.
-        dense_layers (`int`): layers at the bottom that read everything.
+        budget (`int`): number of tokens that a decode step reads in a layer. The memory grows with the sequence.
+        dense_layers (`int`): number of first layers that read all pages.
         options: as `PagedCache`.
     """
 

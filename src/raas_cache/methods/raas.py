@@ -25,14 +25,16 @@ DEFAULT_ALPHA = 0.2  # chosen in docs/stamping-study.md; the paper's is 1e-4
 @register_policy("raas")
 @dataclass(frozen=True)
 class RaaSPolicy(Policy):
-    """Evict the page whose last milestone stamp is oldest (section 3): the priority of a page is its timestamp.
+    """Evict the page with the oldest timestamp (section 3). The priority of a page is its timestamp.
 
     Args:
-        alpha: a page that scores at least this is a milestone now, and gets the present timestamp. In (0, 1).
-        top_ratio: instead, stamp this share of the held pages, the highest scores (paper's variant: 0.5). In (0, 1].
+        alpha: a page with a score of at least `alpha` is a milestone, so its timestamp becomes the current step. In
+            (0, 1).
+        top_ratio: instead of `alpha`, the share of the evictable pages that are milestones, those with the highest
+            scores (a variant of the paper, with 0.5). In (0, 1].
 
     Raises:
-        TypeError, ValueError: an argument is no number or out of range, or both `alpha` and `top_ratio` are given.
+        TypeError, ValueError: an argument is not a number or out of range, or both `alpha` and `top_ratio` are given.
     """
 
     alpha: float | None = None
@@ -58,10 +60,10 @@ class RaaSPolicy(Policy):
 class RaaSCache(PagedCache):
     """A KV cache of bounded size for long chains of thought (RaaS, Hu et al., Findings of ACL 2025, section 3).
 
-    Pages of KV get the present step as timestamp whenever their attention score makes them a milestone; when the
-    budget is full the page with the oldest timestamp is evicted; the prompt never is, unless `prompt` says so. Time and
-    memory a step are O(budget), however many tokens have been seen. As long as nothing is evicted, outputs are
-    `DynamicCache`'s.
+    If the attention score of a page makes it a milestone, its timestamp becomes the current step. When the budget is
+    full, the page with the oldest timestamp is evicted. The prompt is never evicted, except with `prompt="evict"`. Time
+    and memory of a step are O(budget), however many tokens have been seen. As long as nothing is evicted, the output
+    equals the output with `DynamicCache`.
 
     Example:
 
@@ -71,12 +73,12 @@ class RaaSCache(PagedCache):
     ```
 
     Args:
-        budget (`int`): tokens to hold for each row, layer and KV head, the prompt counted in; at least one page.
-        alpha (`float`, *optional*): a page with an attention weight of at least `alpha` on one of its tokens is
-            stamped. In (0, 1).
-            The default is chosen in docs/stamping-study.md; the paper's is 1e-4.
-        top_ratio (`float`, *optional*): instead of `alpha`, stamp this share of the held decode pages, the ones with
-            the highest scores. In (0, 1].
+        budget (`int`): number of tokens to hold for each row, layer and KV head, including the prompt; at least one
+            page. A list has one budget per layer.
+        alpha (`float`, *optional*): a page with an attention weight of at least `alpha` on one of its tokens is a
+            milestone. In (0, 1). The default is 0.2 (see docs/stamping-study.md); the paper uses 1e-4.
+        top_ratio (`float`, *optional*): instead of `alpha`, the share of the evictable pages that are milestones: the
+            pages with the highest scores. In (0, 1].
         options: as `PagedCache`.
 
     Raises:

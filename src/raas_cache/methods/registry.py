@@ -25,14 +25,14 @@ def register_policy(name: str) -> Callable[[type[AnyPolicy]], type[AnyPolicy]]:
     """Class decorator that makes a policy available as `from_name(name, budget=...)`.
 
     Raises:
-        TypeError: what is decorated is not a subclass of `Policy`.
+        TypeError: the decorated class is not a subclass of `Policy`.
         ValueError: `name` belongs to another policy.
     """
 
     def register(policy: type[AnyPolicy]) -> type[AnyPolicy]:
         if not (isinstance(policy, type) and issubclass(policy, Policy)):
             raise TypeError(f"policy={policy!r} must be a subclass of raas_cache.Policy.")
-        # The same class under the same name again is a notebook cell run twice.
+        # If a notebook cell runs twice, the same class is registered again.
         if name in POLICIES and POLICIES[name].__qualname__ != policy.__qualname__:
             raise ValueError(f"name={name!r} belongs to {POLICIES[name].__name__} already: choose another name.")
         policy.name = name
@@ -43,7 +43,7 @@ def register_policy(name: str) -> Callable[[type[AnyPolicy]], type[AnyPolicy]]:
 
 
 def register_cache(name: str) -> Callable[[type[AnyCache]], type[AnyCache]]:
-    """Class decorator for the cache class of a method of this package: `from_name(name, budget)` gives it."""
+    """Class decorator for the cache class of a method of this package, which `from_name(name, budget)` creates."""
 
     def register(cache: type[AnyCache]) -> type[AnyCache]:
         CACHES[name] = cache
@@ -53,17 +53,17 @@ def register_cache(name: str) -> Callable[[type[AnyCache]], type[AnyCache]]:
 
 
 def list_methods() -> list[str]:
-    """Names that `from_name` takes: the methods of this package, and those added with `register_policy`."""
+    """Names that `from_name` accepts: methods of this package, and methods added with `register_policy`."""
     return list(POLICIES)
 
 
 def from_name(name: str, budget: Budget, **options: Any) -> PagedCache:
-    """A cache of the method `name`, so that to compare methods is to swap one word.
+    """Create a cache of the method `name`.
 
     Args:
         name: one of `list_methods()`.
-        budget: tokens to hold, see `PagedCache`.
-        options: the method's own arguments and those of `PagedCache`.
+        budget: number of tokens to hold, see `PagedCache`.
+        options: arguments of the method, and options of `PagedCache`.
 
     Raises:
         ValueError: there is no such method.

@@ -20,25 +20,27 @@ if TYPE_CHECKING:
     from ..cache.settings import Budget, CacheOptions
 
 
-OBSERVED = 8  # newest queries that say what is important; the newest tokens, as many, are always kept
-SIMILAR = 0.5  # cosine from which two keys say the same
+OBSERVED = 8  # number of newest queries that importance comes from; the pages of as many newest tokens are kept
+SIMILAR = 0.5  # two pages are redundant if the cosine of their mean keys is larger
 
 
 @register_policy("rkv")
 @dataclass(frozen=True)
 class RKVPolicy(Policy):
-    """Evict what is unimportant and redundant: SnapKV's importance, weighed against similarity of keys (section 3).
+    """Evict pages that are unimportant and redundant: attention, weighed against similarity of keys (section 3).
 
-    Importance is a running mean of a page's attention over about the last 8 queries (the paper: the mean of just
-    these). Redundancy is the mean cosine between a page's mean key and the others', softmax over pages, except that the
-    newest of the pages that resemble a page is not blamed for it. The paper evicts 128 tokens at a time, here a page
-    goes whenever one is needed, and a page takes the part of the paper's pooling over neighbours.
+    Importance is a running mean of the attention of a page over about the last 8 queries (in the paper, the exact mean
+    of 8 queries). Redundancy is the mean cosine between the mean key of a page and the mean keys of all other pages,
+    with a softmax over pages. Of several similar pages, the newest is not redundant: its similarity to the others does
+    not count. The paper evicts 128 tokens at once; here, one page is evicted whenever a page is needed. Pages replace
+    the paper's pooling over neighbouring tokens.
 
     Args:
-        importance_weight: share of importance in the priority, the rest is for redundancy. In [0, 1]; the paper's 0.1.
+        importance_weight: weight of importance in the priority; the rest is the weight of redundancy. In [0, 1]; the
+            paper uses 0.1.
 
     Raises:
-        TypeError, ValueError: `importance_weight` is no number or out of range.
+        TypeError, ValueError: `importance_weight` is not a number or out of range.
     """
 
     importance_weight: float = 0.1
@@ -56,7 +58,7 @@ class RKVPolicy(Policy):
         share = min(pages.queries / OBSERVED, 1.0)
         importance = pages.state["importance"].lerp_(pages.scores.double() / pages.queries, share)
         held, keys = pages.held, normalize(pages.mean_keys().double(), dim=-1, eps=1e-8)
-        # Only held pages resemble each other, and no page itself.
+        # Compare evictable pages with each other, and no page with itself: [batch, kv_heads, pages, pages].
         pairs = held[..., None] & held[..., None, :] & ~torch.eye(held.shape[-1], dtype=torch.bool, device=held.device)
         similarity = (keys @ keys.mT).masked_fill(~pairs, 0.0)
         newest = pages.first[..., None, :].masked_fill(similarity <= SIMILAR, -1).argmax(-1, keepdim=True)
@@ -71,11 +73,11 @@ class RKVPolicy(Policy):
 
 @register_cache("rkv")
 class RKVCache(PagedCache):
-    """R-KV: evict what is unimportant and redundant; see `RKVPolicy`.
+    """R-KV: evict pages that are unimportant and redundant; see `RKVPolicy`.
 
     Args:
-        budget (`int`): tokens to hold for each row, layer and KV head.
-        importance_weight (`float`): share of importance in what decides, the rest is for redundancy.
+        budget (`int`): number of tokens to hold for each row, layer and KV head.
+        importance_weight (`float`): weight of importance in the priority; the rest is the weight of redundancy.
         options: as `PagedCache`.
     """
 

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 class StreamingLLMPolicy(Policy):
     """Keep the first page (the sink) and a window of the newest pages (section 3.2).
 
-    A page's priority stays what the store makes it, the index of its newest token, so the oldest page goes. Unlike in
-    the paper, keys keep the rotation of their place in the sequence; the paper's 4 sink tokens are `page_size=4`.
+    The cache sets the priority of a page to the position of its newest token, so the oldest page is evicted. Unlike in
+    the paper, keys keep the rotary embedding of their position in the sequence. The paper has 4 sink tokens: use
+    `page_size=4`.
     """
 
     prompt = "evict"
@@ -34,7 +35,7 @@ class StreamingLLMPolicy(Policy):
 
 @register_cache("streaming_llm")
 class StreamingLLMCache(PagedCache):
-    """StreamingLLM: keep the first page and the newest ones; see `StreamingLLMPolicy`. Takes what `PagedCache` does."""
+    """StreamingLLM: keep the first page and the newest pages; see `StreamingLLMPolicy`. Options: as `PagedCache`."""
 
     def __init__(self, budget: Budget, **options: Unpack[CacheOptions]):
         super().__init__(budget, policy=StreamingLLMPolicy(), **options)

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 @register_policy("tova")
 @dataclass(frozen=True)
 class TOVAPolicy(Policy):
-    """Evict the page that the newest query attends to least, by the mean over the heads of the layer (section 4).
+    """Evict the page with the least attention of the newest query, as the mean over all heads of the layer (section 4).
 
-    A page is as important as its most attended token; `page_size=1` is the paper's method.
+    The score of a page is the score of its highest token. With `page_size=1` this is the method of the paper.
     """
 
     prompt = "evict"
@@ -35,7 +35,7 @@ class TOVAPolicy(Policy):
 
 @register_cache("tova")
 class TOVACache(PagedCache):
-    """TOVA: evict what the newest query attends to least; see `TOVAPolicy`. Takes what `PagedCache` does."""
+    """TOVA: evict the page with the least attention of the newest query; see `TOVAPolicy`."""
 
     def __init__(self, budget: Budget, **options: Unpack[CacheOptions]):
         super().__init__(budget, policy=TOVAPolicy(), **options)
