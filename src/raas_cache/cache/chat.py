@@ -104,7 +104,7 @@ def _nearest_place(cache: PagedCache, shared: int) -> int:
     """The last position up to `shared` to which all paged layers can go back; 0 if there is none."""
     for layer in cache.layers:
         if isinstance(layer, PagedLayer) and not _is_recorded(layer, shared):
-            shared = min(shared, _leading_input(layer))
+            shared = min(shared, _leading_prefill(layer))
     return max(shared, 0)
 
 
@@ -117,7 +117,7 @@ def _is_recorded(layer: PagedLayer, place: int) -> bool:
     return True
 
 
-def _leading_input(layer: PagedLayer) -> int:
+def _leading_prefill(layer: PagedLayer) -> int:
     """Number of prefill tokens before the first decode token, with left padding."""
     kv, counts = layer.table.kv, layer.table.counts
     if layer.settings.prompt == "evict" or kv is None:

@@ -247,7 +247,7 @@ def _rope_changes(model: PreTrainedModel, limit: int) -> bool:
     rotary = copy.deepcopy(rotary)  # some modules store the length of the text
     like = torch.zeros(1, device=next(rotary.buffers()).device)
     within, beyond = (rotary(like, torch.tensor([[1, last]], device=like.device)) for last in (limit - 1, limit))
-    return not all(torch.equal(one[:, 0], other[:, 0]) for one, other in zip(within, beyond, strict=True))
+    return not all(torch.equal(short[:, 0], long[:, 0]) for short, long in zip(within, beyond, strict=True))
 
 
 def _about_limit(model: PreTrainedModel, what: str) -> str:

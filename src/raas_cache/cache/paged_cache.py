@@ -316,7 +316,7 @@ class PagedCache(Cache):
         indices = checked_rows(rows, layers[0].table.batch_size)
         with self._all_or_none():
             for layer in layers:
-                layer.table.release_rows(Rows.of(indices, layer.table.device))
+                layer.table.release_rows(Rows.from_list(indices, layer.table.device))
                 layer.engine.known_mask = None
 
     @contextmanager
@@ -327,7 +327,7 @@ class PagedCache(Cache):
                 "cache.deactivate_past_recording() first, and leave the record block."
             )
         paged = self._paged_layers
-        touched = TouchedRows.of(rows, batch_size, admits, paged)
+        touched = TouchedRows.checked(rows, batch_size, admits, paged)
         if self._knows_layers:
             touched.check_layers(self.layers)
         if admits and paged:
@@ -494,7 +494,7 @@ class PagedCache(Cache):
 
     @property
     def is_over_budget(self) -> bool:
-        """Whether the prompt leaves a layer fewer than `min_decode_pages` pages, so that the cache exceeds the budget."""
+        """Whether the prompt leaves a layer fewer than `min_decode_pages` pages: the cache then exceeds the budget."""
         return any(layer.table.is_over_budget for layer in self._paged_layers)
 
     @property
@@ -600,7 +600,7 @@ class PagedCache(Cache):
         self._records_past = True
 
     def deactivate_past_recording(self) -> None:
-        """End the effect of `activate_past_recording`: several tokens are prefill again. `generate` never calls this."""
+        """End `activate_past_recording`: several tokens are prefill again. `generate` never calls this."""
         self._records_past = False
         for layer in self.layers:
             if hasattr(layer, "record_past"):

@@ -129,7 +129,7 @@ def check_mask_length(attention_mask: torch.Tensor, seen: int, new: int) -> None
 
 
 def check_padding(attention_mask: torch.Tensor, padding: np.ndarray) -> None:
-    """Refuse a mask that shows left padding, which is not held.
+    """Refuse a mask that shows left padding, which is not stored.
 
     Args:
         attention_mask: `[batch, tokens]`, True or 1 where a token is visible.

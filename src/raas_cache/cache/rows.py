@@ -29,7 +29,7 @@ class TouchedRows:
         self._on_device: dict[torch.device, Rows] = {}
 
     @classmethod
-    def of(
+    def checked(
         cls, rows: int | Sequence[int], batch_size: int | None, admits: bool, layers: list[PagedLayer]
     ) -> TouchedRows:
         """Check the arguments of `PagedCache.admit` or `PagedCache.on_rows`.
@@ -52,7 +52,7 @@ class TouchedRows:
     def prepare(self, engine: LayerEngine, device: torch.device) -> None:
         """Tell a layer which rows its next forward touches, and whether this is the first forward of these rows."""
         if device not in self._on_device:
-            self._on_device[device] = Rows.of(self.indices, device)
+            self._on_device[device] = Rows.from_list(self.indices, device)
         engine.set_rows(self._on_device[device])
         engine.batch_size = self.batch_size
         if self._admitting and id(engine) not in self._admitted:

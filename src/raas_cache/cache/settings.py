@@ -73,11 +73,11 @@ def checked_budget(budget: object, page_size: int) -> int | tuple[int, ...]:
     if isinstance(budget, (list, tuple)):
         if not budget:
             raise ValueError(f"budget={budget} must be an int, or a list with one int per layer.")
-        return tuple(_of_layer(entry, page_size) for entry in budget)
-    return _of_layer(budget, page_size)
+        return tuple(_checked_tokens(entry, page_size) for entry in budget)
+    return _checked_tokens(budget, page_size)
 
 
-def _of_layer(budget: object, page_size: int) -> int:
+def _checked_tokens(budget: object, page_size: int) -> int:
     tokens = whole_number("budget", budget)
     if tokens < page_size:
         raise ValueError(f"budget={tokens} is less than one page: make it at least page_size={page_size} tokens.")

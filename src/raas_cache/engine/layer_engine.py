@@ -41,7 +41,7 @@ class LayerEngine:
         rows: the rows of the batch that forwards touch, None for all; `row_index` `[rows]` int64 is the same on the
             device.
         batch_size: number of rows to allocate if the first prefill fills only some of them; None for its own number.
-        admits: whether the next forward is the first one of the rows that it touches, which are empty.
+        admits: whether the rows that the next forward touches are empty, so that it is their first forward.
         on_module: called by the first attention call with the attention module, key and value, while the cache does not
             know the model. Returns True if this layer keeps the tokens, False if a layer of transformers took them.
         known_mask: a token that stands for the attention mask that `bias` agrees with; None if it is not known.
@@ -103,10 +103,10 @@ class LayerEngine:
         if rows is None:
             return kv
 
-        def taken(held: torch.Tensor) -> torch.Tensor:
-            return movable(held)[rows].view(held.dtype)
+        def taken(buffer: torch.Tensor) -> torch.Tensor:
+            return movable(buffer)[rows].view(buffer.dtype)
 
-        buffers: dict[str, Any] = {name: taken(held) for name, held in vars(kv).items() if torch.is_tensor(held)}
+        buffers: dict[str, Any] = {name: taken(buffer) for name, buffer in vars(kv).items() if torch.is_tensor(buffer)}
         return replace(kv, **buffers)
 
     def show(self, visible: torch.Tensor) -> None:
@@ -115,9 +115,13 @@ class LayerEngine:
         kv, rows = self.kv_of_rows(), self.row_index
         raas_kernels.show([kv], visible.expand(len(kv.bias), -1))
         if rows is not None:
-            for held, shown in ((self.kv.bias, kv.bias), (self.kv.key_min, kv.key_min), (self.kv.key_max, kv.key_max)):
-                if held is not None and shown is not None:
-                    held[rows] = shown
+            for buffer, shown in (
+                (self.kv.bias, kv.bias),
+                (self.kv.key_min, kv.key_min),
+                (self.kv.key_max, kv.key_max),
+            ):
+                if buffer is not None and shown is not None:
+                    buffer[rows] = shown
 
     # Scores.
 

@@ -63,7 +63,7 @@ class DecodeNote:
             contents = gathered(kv, page[..., None])
         index = page[..., None, None]
         key_min, key_max = (
-            None if held is None else torch.take_along_dim(held, index, 2) for held in (kv.key_min, kv.key_max)
+            None if buffer is None else torch.take_along_dim(buffer, index, 2) for buffer in (kv.key_min, kv.key_max)
         )
         states = None if kv.states is None else kv.states.clone()
         return cls(page, contents, key_min, key_max, kv.priority.clone(), states, kv.open_slot.clone())
@@ -79,24 +79,26 @@ class DecodeNote:
         else:
             put_page(kv, self.page, self.contents)
         index = self.page[..., None, None]
-        for held, before in ((kv.key_min, self.key_min), (kv.key_max, self.key_max)):
-            if held is not None and before is not None:
-                held.scatter_(2, index.expand_as(before), before)
+        for buffer, before in ((kv.key_min, self.key_min), (kv.key_max, self.key_max)):
+            if buffer is not None and before is not None:
+                buffer.scatter_(2, index.expand_as(before), before)
         _put_back(kv.priority, self.priority, float("-inf"))
         _put_back(kv.states, self.states, 0)
         kv.open_slot.copy_(self.open_slot)
         return 1
 
     def apply_to_rows(self, function: RowFunction) -> None:
-        def moved(held: torch.Tensor | None) -> torch.Tensor | None:
-            return None if held is None else function(held)
+        def moved(buffer: torch.Tensor | None) -> torch.Tensor | None:
+            return None if buffer is None else function(buffer)
 
         self.page, self.priority, self.open_slot = (
-            function(held) for held in (self.page, self.priority, self.open_slot)
+            function(buffer) for buffer in (self.page, self.priority, self.open_slot)
         )
-        self.states, self.key_min, self.key_max = (moved(held) for held in (self.states, self.key_min, self.key_max))
+        self.states, self.key_min, self.key_max = (
+            moved(buffer) for buffer in (self.states, self.key_min, self.key_max)
+        )
         if self.contents is not None:
-            self.contents = map_pages(self.contents, lambda held, entries, empty: function(held))
+            self.contents = map_pages(self.contents, lambda buffer, entries, empty: function(buffer))
 
 
 @dataclass
