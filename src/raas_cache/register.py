@@ -11,7 +11,7 @@ from .cache.paged_cache import PagedCache
 
 
 def _refusing_a_cache(generate_batch: Callable[..., Any]) -> Callable[..., Any]:
-    """`generate_batch` that refuses a paged cache, which transformers' own drops without a word."""
+    """`generate_batch` that refuses a paged cache. The function of transformers 5.17 to 5.24 ignores it silently."""
 
     @functools.wraps(generate_batch)
     def checked_generate_batch(*args: Any, **kwargs: Any) -> Any:
@@ -33,12 +33,12 @@ _checked_generate_batch = _refusing_a_cache(_generate_batch)
 
 
 def register() -> None:
-    """Make transformers serve paged caches; done once on import, harmless to repeat.
+    """Make transformers serve paged caches. The import of the package calls this; a second call changes nothing.
 
-    Through transformers' public registries: registers the attention implementation `"raas"`; wraps `"eager"`, `"sdpa"`
-    and the flash entries in a dispatcher that looks for a paged cache's key and otherwise calls the original; wraps
-    their mask functions, so that a mask of the past reaches the cache. And wraps the public method `generate_batch` of
-    `GenerationMixin`, for which there is no registry, in a check that no paged cache is handed in.
+    It uses the public registries of transformers. It registers the attention implementation `"raas"`. It wraps
+    `"eager"`, `"sdpa"` and the flash entries in a function that serves keys of a paged cache, and calls the original
+    function for all other keys. It wraps their mask functions, so that a mask of earlier tokens reaches the cache. The
+    public method `generate_batch` of `GenerationMixin` has no registry: it is wrapped, too, to refuse a paged cache.
     """
     dispatch.register()
     if GenerationMixin.generate_batch is _generate_batch:

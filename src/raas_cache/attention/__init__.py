@@ -1,4 +1,4 @@
-"""The attention and mask functions registered with transformers; they hand a query to the layer that holds its keys.
+"""The attention and mask functions that are registered with transformers. They pass a query to the layer of its keys.
 
 This folder must not know the cache or the name of a method.
 """

@@ -1,8 +1,8 @@
-"""The registered attention functions: the hand-off from a paged cache to its attention.
+"""The attention functions that are registered with transformers: they connect a query with the pages of its layer.
 
-`Cache.update` never sees the query and an attention function never sees the cache. So `update` returns a key and a
-value that carry their forward as the attribute `paged_forward`, and the functions registered here call its `attend`.
-Keys without it go to the original function, untouched.
+`Cache.update` never receives the query, and an attention function never receives the cache. `update` therefore returns
+a key and a value with their forward as attribute `paged_forward`, and the functions here call its `attend`. A key
+without this attribute goes to the original function unchanged.
 """
 
 import functools
@@ -24,12 +24,13 @@ from .masks import mask_dispatcher, seen_by_new_tokens
 
 DISPATCHED = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 OWN_CACHE_FOR_ENCODER = "EncoderDecoderCache(RaaSCache(...), DynamicCache())"
-# What changes the softmax or its inputs in a way the paged attention does not: ignored, each would give wrong text.
+# Arguments that change the softmax in a way that the paged attention does not support. If it ignored them, the text
+# would be wrong.
 UNSUPPORTED = ("position_bias", "sliding_window", "dropout", "output_attentions")
 
 
 class _Expected(threading.local):
-    """The forward that began last in this thread, until its attention is called: a latent cannot carry it (MLA)."""
+    """The newest forward of this thread whose attention call may get a key without the attribute (MLA)."""
 
     reference: weakref.ref[Forward] | None = None
 
@@ -41,13 +42,16 @@ _expected = _Expected()
 
 
 def expect(forward: Forward) -> None:
-    """Tell the attention function which forward the next call is for, should the key lose its tag on the way."""
+    """Remember the forward of the next attention call, in case its key has lost the attribute `paged_forward`."""
     _expected.reference = weakref.ref(forward)
 
 
 def _latent_forward(module: torch.nn.Module) -> Forward | None:
-    """The forward behind an untagged key, if the module expands a cached latent (MLA: DeepSeek-V2 and its kin)."""
-    # Only MLA's own expansion is known to map each token by itself; any other change of the key stays refused.
+    """The forward of a key without attribute, if the module expands a cached latent (MLA: DeepSeek-V2 and others).
+
+    `expand_kv` is a method of the MLA attention modules of transformers 5.17 to 5.24.
+    """
+    # The expansion of MLA maps each token by itself. Any other module that changes its keys is refused.
     forward = _expected.get() if hasattr(module, "expand_kv") else None
     if forward is None or not forward.awaits_attention:
         return None
@@ -57,8 +61,8 @@ def _latent_forward(module: torch.nn.Module) -> Forward | None:
 
 
 def dispatcher(dense: AttentionFunction) -> AttentionFunction:
-    """An attention function that serves keys from a paged cache, and hands every other key to `dense`."""
-    # transformers' sdpa ignores a softcap and sinks that a model gives it; to equal it, the pages ignore them too.
+    """An attention function that serves keys of a paged cache, and passes every other key to `dense`."""
+    # sdpa of transformers 5.17 to 5.24 ignores the softcap and sinks of a model. To equal it, ignore them here, too.
     has_extras = dense is not sdpa_attention_forward
 
     @functools.wraps(dense)
@@ -82,18 +86,18 @@ def dispatcher(dense: AttentionFunction) -> AttentionFunction:
         layer = forward.layer
         if layer.on_module is not None:
             stays, layer.on_module = layer.on_module(module, key, value), None
-            if not stays:  # a window or the like has taken the tokens over
+            if not stays:  # a layer of transformers, such as a window, took the tokens
                 forward.awaits_attention, layer.pending = False, None
                 # Other layers may share this key.
                 key.paged_forward = value.paged_forward = None  # type: ignore[attr-defined]
                 return dense(module, query, key, value, attention_mask, *args, **kwargs)
-        # 1. Refuse what would give wrong text.
+        # 1. Refuse arguments that would give wrong text.
         _refuse_unsupported(module, kwargs, is_prefill=forward.new > 1 or forward.is_first)
         seen = None
-        if forward.awaits_attention:  # not a second read, by a layer that shares the KV of another
+        if forward.awaits_attention:  # otherwise a layer that shares the KV of another layer reads it again
             if query.shape[2] != key.shape[2] and not layer.is_latent:
                 raise ValueError(_not_self_attention(module, query, key))
-            # 2. What the mask says of the new tokens.
+            # 2. Read the mask of the new tokens.
             if attention_mask is not None:
                 seen = seen_by_new_tokens(attention_mask, query.shape[2], forward)
         scaling = kwargs.get("scaling")
@@ -103,14 +107,14 @@ def dispatcher(dense: AttentionFunction) -> AttentionFunction:
             "sinks": kwargs.get("s_aux") if has_extras else None,
         }
         expanded = (key, value) if layer.is_latent else None
-        # 3. A first forward attends to its own tokens only, as the model does by itself.
+        # 3. A first forward attends to its own tokens only: the model's own attention computes the output.
         attended = None
         if forward.is_first:
             _expected.reference = None
             attended = dense(module, query, key, value, attention_mask, *args, **kwargs)
-        # 4. Store, attend, rank; in the model's dtypes and without gradients.
+        # 4. Store the tokens, attend, and rank the pages, in the model's dtypes and without gradients.
         has_gradients, device = torch.is_grad_enabled(), query.device.type
-        has_autocast = not query.is_meta and torch.is_autocast_enabled(device)  # of the meta device torch cannot tell
+        has_autocast = not query.is_meta and torch.is_autocast_enabled(device)  # torch has no autocast for meta
         if has_gradients or has_autocast:
             with torch.no_grad(), torch.autocast(device, enabled=False) if has_autocast else nullcontext():
                 output = forward.attend(query, softmax, seen, expanded)
@@ -128,7 +132,7 @@ def dispatcher(dense: AttentionFunction) -> AttentionFunction:
 
 
 class _NoGradient(torch.autograd.Function):
-    """Passes the attention of a step on, and refuses to be differentiated: the keys in the cache have no graph."""
+    """Identity that raises an error in the backward pass, because the keys in the cache have no gradient."""
 
     @staticmethod
     def forward(ctx: Any, output: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
@@ -143,7 +147,7 @@ class _NoGradient(torch.autograd.Function):
 
 
 def _refuse_unsupported(module: torch.nn.Module, kwargs: dict[str, Any], is_prefill: bool) -> None:
-    if is_prefill:  # a config is slow to ask, and the same at every decode step
+    if is_prefill:  # the look-up is slow, and the result does not change between decode steps
         kwargs = {"output_attentions": getattr(getattr(module, "config", None), "output_attentions", False), **kwargs}
     for name in UNSUPPORTED:
         value = kwargs.get(name)
@@ -193,7 +197,7 @@ def unregister() -> None:
             AttentionMaskInterface.register(name, mask)
         dense = getattr(interface.get(name), "dense", None)
         if dense is eager_attention_forward:
-            # The registry has no public way to take an entry out, and by default has none for eager.
+            # transformers 5.17 to 5.24 has no entry for eager by default, and no public way to remove an entry.
             del AttentionInterface._global_mapping[name]
         elif dense is not None:
             AttentionInterface.register(name, dense)

@@ -1,4 +1,4 @@
-"""What runs where no cache is paged: the model's own eager function, and `attn_implementation="raas"`."""
+"""Attention without a paged cache: the model's own eager function, and `attn_implementation="raas"`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ _EAGER: dict[type[torch.nn.Module], AttentionFunction] = {}
 
 
 def _find_eager(attention: type[torch.nn.Module]) -> AttentionFunction:
-    """The modeling file's own eager function, as the class hands it to `AttentionInterface.get_interface`."""
+    """The eager function of the model's file, which the class passes to `AttentionInterface.get_interface`.
+
+    transformers 5.17 to 5.24 has no registry entry for eager, so the function is found by its name in the code.
+    """
     for cls in attention.__mro__:
         for method in vars(cls).values():
             function = inspect.unwrap(method) if callable(method) else None
@@ -35,7 +38,7 @@ def _find_eager(attention: type[torch.nn.Module]) -> AttentionFunction:
 def eager_attention_forward(
     module: torch.nn.Module, *args: Any, **kwargs: Any
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What `attn_implementation="eager"` runs where nothing is registered under that name."""
+    """The function that `attn_implementation="eager"` runs by default: the one of the model's file."""
     attention = type(module)
     if attention not in _EAGER:
         _EAGER[attention] = _find_eager(attention)
@@ -51,11 +54,11 @@ def raas_attention_forward(
     *args: Any,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """sdpa; the model's own eager function where the softmax has a cap or sinks, which sdpa has not."""
+    """sdpa, or the model's own eager function if the softmax has a softcap or sinks, which sdpa does not support."""
     if kwargs.get("softcap") is None and kwargs.get("s_aux") is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, *args, **kwargs)
     new, held = query.shape[2], key.shape[2]
-    if attention_mask is None:  # sdpa's mask function leaves out a mask that is only causal
+    if attention_mask is None:  # sdpa's mask function returns no mask if it is only causal
         attention_mask = torch.ones(new, held, dtype=torch.bool, device=query.device).tril(held - new)[None, None]
     if attention_mask.dtype == torch.bool:
         hidden = torch.finfo(query.dtype).min

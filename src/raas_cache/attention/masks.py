@@ -1,4 +1,4 @@
-"""What attention masks say of new tokens, and of tokens that a cache holds."""
+"""Read attention masks: which new tokens they hide, and which tokens in the cache."""
 
 from __future__ import annotations
 
@@ -14,13 +14,19 @@ from ..engine.prefill import count_leading
 
 
 def seen_by_new_tokens(mask: torch.Tensor | None, new: int, forward: Forward) -> Seen | None:
-    """Which new tokens are visible, and which of them each new token sees, from the mask of a forward.
+    """Read from the mask of a forward which new tokens are visible, and which new tokens each new token sees.
 
     Args:
-        mask: 2-d, or 4-d and bool or additive. If it spans the past as well, that part is applied to the layer.
+        mask: `[rows, tokens]`, or `[rows, 1, new, tokens]` bool or additive; `tokens` are the new tokens, or all tokens
+            of the sequence. The part about earlier tokens is applied to the layer.
+        new: number of new tokens.
 
     Returns:
-        See `Seen`; `among` is None where the model attends by itself. None where the mask hides nothing.
+        See `Seen`. There is no `among` in a first forward, whose attention the model computes. None if the mask hides
+        nothing.
+
+    Raises:
+        ValueError: the mask has another length, or is a bias; or it hides a past token from some new tokens only.
     """
     if mask is None:
         return None
@@ -31,7 +37,8 @@ def seen_by_new_tokens(mask: torch.Tensor | None, new: int, forward: Forward) ->
             mask = _split_past(mask, new, forward)
         visible = _visible_generated(mask)
         return None if visible is None else {"visible": visible}
-    # All layers of a forward get the one mask: only the first looks. A mask written to since is another.
+    # All layers of a forward get the same tensor, so the result is kept as an attribute. `_version` changes if somebody
+    # writes to the tensor.
     key = (None if mask.is_inference() else mask._version), new, forward.is_first
     known = getattr(mask, "seen_by_new_tokens", None)
     if known is not None and key[0] is not None and known[0] == key:
@@ -55,8 +62,9 @@ def _read(mask: torch.Tensor, new: int, is_first: bool) -> Seen:
             "attention_mask adds more than visible (0) and hidden (a large negative number) to the attention. Such a "
             "bias depends on the slot of a token, which a paged cache changes. Use a DynamicCache for this model."
         )
-    # The last token need not see all others (packed or branching prompts, images). A padding token does not see itself,
-    # or sees everything, the last token too, which some masks do to keep its softmax finite.
+    # A token is visible if the last token sees it. The last token may not see all tokens (packed or branching prompts,
+    # images): then a token is visible if it sees itself. A padding token does not see itself, or it sees all tokens,
+    # also the last one, because some masks keep its softmax finite in this way.
     visible = allowed[:, 0, -1] | (allowed[:, 0].diagonal(dim1=1, dim2=2) & ~allowed[:, 0, :, -1])
     seen: Seen = {"visible": visible, "leading": count_leading(visible)}
     if not is_first:
@@ -67,7 +75,7 @@ def _read(mask: torch.Tensor, new: int, is_first: bool) -> Seen:
 
 
 def _split_past(mask: torch.Tensor, new: int, forward: Forward) -> torch.Tensor:
-    """The part of a 4-d mask that is about the new tokens; what it says of the past goes to the layer."""
+    """Apply the part of a 4-d mask about earlier tokens to the layer. Returns the part about the new tokens."""
     seen = None if torch.compiler.is_compiling() else forward.seen_before
     if seen is None or mask.shape[-1] != seen + new or mask.shape[1] != 1:
         raise ValueError(
@@ -90,11 +98,11 @@ def _allowed(mask: torch.Tensor) -> torch.Tensor:
 
 
 def _visible_generated(mask: torch.Tensor) -> torch.Tensor | None:
-    """`[batch, 1]` bool from the 4-d mask of one token, None where it is known that nothing is padding."""
-    # What the mask adds is not checked: that would make the host wait for the device. A bias shows at prefill already.
+    """`[rows, 1]` bool from the 4-d mask of one token; None if it is known to be visible in all rows."""
+    # No check for a bias here, because it would make the host wait for the device. The prefill has checked for it.
     if mask.is_cuda or torch.compiler.is_compiling():
         return _allowed(mask)[:, 0, -1]
-    # All layers of a step get the one mask: only the first looks. A mask written to since is another.
+    # All layers of a step get the same tensor, so the result is kept as an attribute, with the version of the tensor.
     version = None if mask.is_inference() else mask._version
     known = getattr(mask, "visible_generated", None)
     if version is None or known is None or known[0] != version:
@@ -105,9 +113,9 @@ def _visible_generated(mask: torch.Tensor) -> torch.Tensor | None:
 
 
 def mask_dispatcher(original: Callable[..., Any]) -> Callable[..., Any]:
-    """A mask function that first tells a paged cache what the whole 2-d mask says of the tokens that it holds.
+    """A mask function that first passes the whole 2-d mask to a paged cache, for the tokens that the cache holds.
 
-    `original` makes the mask of the new tokens: of the past, only the cache knows which slots hold which tokens.
+    `original` then makes the mask of the new tokens only, because only the cache knows which slot holds which token.
     """
 
     @functools.wraps(original)

@@ -1,4 +1,4 @@
-"""The next turn of a conversation whose text is not simply longer: the cache goes back to what both texts share."""
+"""`rewind`: take tokens back for the next turn of a conversation, to the common prefix of both texts."""
 
 import warnings
 
@@ -9,33 +9,33 @@ from .paged_layer import PagedLayer
 
 
 def rewind(cache: PagedCache, held_ids: torch.Tensor, new_ids: torch.Tensor) -> int:
-    """Make a cache forget all that comes after the beginning that two texts share, so that `generate` reads the rest.
+    """Take back all tokens after the common prefix of two texts, so that `generate` reads the rest of the new text.
 
-    A chat template that drops earlier thinking gives each turn a text that the cache has not seen in this form:
-    `generate` compares lengths only, and would take what is held for the beginning of the new text. Call this before
-    each turn. The cache is then as if it had seen the shared beginning and no more, or an earlier part of it:
+    If a chat template drops earlier thinking, the text of the next turn does not start with the text that the cache has
+    seen. `generate` only compares lengths, and would not notice. Call this before each turn. The cache is then as if it
+    had seen the common prefix only, or a part of it:
 
-    - It goes back to any place if nothing was generated after it. So thinking, and the answer behind it, can always be
-      taken back, whatever was evicted meanwhile; the answer is read again as input.
-    - It goes back to a place among generated tokens only if these were recorded (`activate_past_recording`), and
-      otherwise to the input before them.
-    - With `prompt="evict"`, with linear attention, and with a sliding window that is full and was not recorded, it
-      cannot go back at all: it is emptied, and a warning says so.
+    - It can go back to any position in the prompt or a user's turn, if no token before it was generated. Thinking, and
+      the answer after it, can thus always be taken back, whatever was evicted. The model then reads the answer again.
+    - It can go back to a position among generated tokens only after `activate_past_recording`. Otherwise it goes back
+      to the end of the prefill before these tokens.
+    - It cannot go back with `prompt="evict"`, with linear attention, and with a sliding window that is full and was not
+      recorded. The cache is then emptied, with a warning.
 
     Args:
         cache: a `RaaSCache` or another paged cache.
-        held_ids: `[batch, tokens]`, the token ids that the cache has seen, padding included; more may follow. What
-            `generate` returned last is right.
-        new_ids: `[batch, tokens]`, the token ids of the whole new text, which goes to `generate` next. All rows go
-            back to the same place, so a batch keeps what every row shares with its new text.
+        held_ids: `[batch, tokens]`, the token ids that the cache has seen, including padding. More ids may follow: pass
+            what `generate` returned last.
+        new_ids: `[batch, tokens]`, the token ids of the whole new text, which you will pass to `generate`. All rows go
+            back to the same position: the shortest common prefix of all rows.
 
     Returns:
-        Tokens that the cache still counts as seen; 0 if it is empty now.
+        Number of tokens that the cache still counts as seen; 0 if it is empty.
 
     Raises:
-        TypeError: `cache` is not a paged one.
-        ValueError: `held_ids` or `new_ids` has another number of dimensions or rows, or `held_ids` fewer tokens than
-            the cache has seen.
+        TypeError: `cache` is not a paged cache.
+        ValueError: `held_ids` or `new_ids` has another number of dimensions or rows than the cache, or `held_ids` has
+            fewer tokens than the cache has seen.
 
     Example:
 
@@ -53,7 +53,7 @@ def rewind(cache: PagedCache, held_ids: torch.Tensor, new_ids: torch.Tensor) -> 
     shared = _shared(held_ids[:, :seen], new_ids)
     if shared == seen < tokens:
         return seen
-    # A token that is read alone counts as a generated one, so two are left to read where the cache goes back anyway.
+    # A forward of one token counts as a decode step, so at least two tokens must be left to read.
     shared = min(shared, tokens - 2)
     place = _nearest_place(cache, shared)
     if place and _go_back(cache, place):
@@ -88,23 +88,23 @@ def _check_ids(cache: PagedCache, held_ids: torch.Tensor, new_ids: torch.Tensor)
 
 
 def _seen(cache: PagedCache) -> int:
-    """Tokens that the paged layers have seen; a cache whose layers are all windows has no other count."""
+    """Number of tokens that the paged layers have seen; without paged layers, what transformers counts."""
     paged = [layer for layer in cache.layers if isinstance(layer, PagedLayer)]
     return paged[0].table.length if paged else int(cache.get_seq_length())
 
 
 def _shared(held: torch.Tensor, new: torch.Tensor) -> int:
-    """Tokens from the beginning on that are equal in all rows."""
+    """Length of the common prefix of `held` and `new` `[batch, tokens]`, the shortest of all rows."""
     length = min(held.shape[1], new.shape[1])
     equal = (held[:, :length] == new[:, :length].to(held.device)).all(0)
     return int(equal.long().cumprod(0).sum())
 
 
 def _nearest_place(cache: PagedCache, shared: int) -> int:
-    """The last place, at or before `shared`, to which the paged layers can go back; 0 if there is none."""
+    """The last position up to `shared` to which all paged layers can go back; 0 if there is none."""
     for layer in cache.layers:
         if isinstance(layer, PagedLayer) and not _is_recorded(layer, shared):
-            shared = min(shared, _leading_input(layer))
+            shared = min(shared, _leading_prefill(layer))
     return max(shared, 0)
 
 
@@ -117,12 +117,12 @@ def _is_recorded(layer: PagedLayer, place: int) -> bool:
     return True
 
 
-def _leading_input(layer: PagedLayer) -> int:
-    """Tokens of input before the first generated one."""
+def _leading_prefill(layer: PagedLayer) -> int:
+    """Number of prefill tokens before the first decode token, with left padding."""
     kv, counts = layer.table.kv, layer.table.counts
     if layer.settings.prompt == "evict" or kv is None:
         return 0
-    # All rows began to decode at one step: the first row tells.
+    # `generate` starts to decode in all rows at the same step, so the first row is enough.
     padding, prefilled = int(counts.padding[0]), int(counts.prefilled[0])
     positions = kv.positions[0, 0, :prefilled]
     in_place = positions == torch.arange(padding, padding + prefilled, device=positions.device)
@@ -130,7 +130,7 @@ def _leading_input(layer: PagedLayer) -> int:
 
 
 def _go_back(cache: PagedCache, place: int) -> bool:
-    """Go back to the first `place` tokens; False if a layer cannot, when others may have gone already."""
+    """Go back to the first `place` tokens. Returns False if a layer cannot; other layers may then have changed."""
     if not all(layer.is_croppable for layer in cache.layers):
         return False
     tokens_to_remove = place - _seen(cache)
@@ -139,7 +139,7 @@ def _go_back(cache: PagedCache, place: int) -> bool:
             if isinstance(layer, PagedLayer) and not _is_recorded(layer, place):
                 layer.drop_decoded(place)
             else:
-                layer.crop(tokens_to_remove)  # type: ignore[union-attr]  # transformers calls it so, too
+                layer.crop(tokens_to_remove)  # type: ignore[union-attr]  # as transformers calls it
     except RuntimeError:  # a window that is full and was not recorded
         return False
     return True

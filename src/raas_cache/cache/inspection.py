@@ -1,4 +1,4 @@
-"""What can be asked of a cache: bytes, tokens held, evictions, and how it is shown."""
+"""Questions about a cache: bytes, tokens held, evictions, and its representation as text and HTML."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .paged_layer import PagedLayer
 
 
 def nbytes(layers: Iterable[object]) -> int:
-    """Bytes of the K and V buffers of `layers`, with the scales of 8-bit codes."""
+    """Bytes of the buffers of keys and values of `layers`, with the scales of 8-bit codes."""
     buffers = []
     for layer in layers:
         # Linear-attention layers have no keys, layers not yet filled have None.
@@ -44,7 +44,7 @@ def seen_tokens(layers: Sequence[PagedLayer]) -> torch.Tensor:
 
 
 def summary(layers: Sequence[PagedLayer]) -> str:
-    """What the layers hold, in a few words."""
+    """The part of the cache's `repr` about tokens held, tokens seen and evicted pages."""
     held = max((int((layer.engine.kv.bias == 0).sum(-1).max()) for layer in layers), default=0)
     seen = layers[0].table.length if layers else 0
     evicted = sum(int(layer.table.evicted.sum()) * layer.table.num_heads for layer in layers)

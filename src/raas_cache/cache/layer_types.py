@@ -1,4 +1,4 @@
-"""Which layer of a model gets which cache: RaaS pages full attention; what is bounded already stays as it is."""
+"""Choose the cache layer of each layer of a model: full attention is paged, bounded layers stay as they are."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     AnyLayer = CacheLayerMixin | LinearAttentionCacheLayerMixin | DummyLayer
 
-# Layers of transformers that stay beside the paged ones: none of them grows with the sequence.
+# Layers of transformers 5.17 to 5.24 that are used beside paged layers. None of them grows with the sequence.
 KEPT_LAYERS = (
     "DynamicSlidingWindowLayer",
     "LinearAttentionLayer",
@@ -29,7 +29,7 @@ KEPT_LAYERS = (
 
 
 class LinearAttentionAndPagedLayer(LinearAttentionLayer, PagedLayer):  # type: ignore[misc, override]
-    """A layer with a linear-attention state and full attention side by side (Falcon-H1, Zamba): the latter is paged."""
+    """A layer with linear attention and full attention (Falcon-H1, Zamba): the full attention is paged."""
 
     is_compileable = PagedLayer.is_compileable
 
@@ -38,7 +38,7 @@ class LinearAttentionAndPagedLayer(LinearAttentionLayer, PagedLayer):  # type: i
         LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        # `update` gives key and value by position, the linear-attention methods give their states by name.
+        # In transformers 5.17 to 5.24, `update` passes key and value by position, linear attention its states by name.
         (PagedLayer if args else LinearAttentionLayer).lazy_initialization(self, *args, **kwargs)
 
     def reset(self) -> None:
@@ -73,7 +73,10 @@ NEEDS_CONFIG = (
 
 
 class LayersToCome(list["AnyLayer"]):
-    """Layers of a cache that has yet to learn the model's config; linear attention cannot wait for that."""
+    """Layers of a cache that does not know the model's config yet.
+
+    A model that starts with linear attention asks for a layer before the first attention call: an error names `config`.
+    """
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, int) and index >= len(self):
@@ -82,18 +85,18 @@ class LayersToCome(list["AnyLayer"]):
 
 
 def plan_layers(config: PreTrainedConfig, settings_of: Callable[[int], LayerSettings]) -> list[AnyLayer]:
-    """The cache layers that transformers would build for `config`, the full-attention ones paged.
+    """The cache layers that transformers would create for `config`, with paged layers for full attention.
 
     Args:
-        config: the model's config, or that of its text decoder.
-        settings_of: gives the settings of the paged layer of an index.
+        config: config of the model, or of its text decoder.
+        settings_of: returns the settings of the paged layer at an index.
 
     Raises:
-        ValueError: a layer of the model needs a cache that is neither bounded nor paged, or the model reads its cache
-            by itself.
+        ValueError: a layer of the model needs a cache that is neither bounded nor paged, or the model reads the buffers
+            of its cache directly.
     """
     if getattr(config, "recurrent_kv_cache_mode", None) == "last_loop":
-        # Slots read as positions would give plausible nonsense, and nothing else would notice.
+        # The model would take slots for positions, and generate wrong text without an error.
         raise ValueError(
             f"config: with recurrent_kv_cache_mode='last_loop', {config.model_type!r} reads keys directly from the "
             "buffers of the cache and expects the whole sequence there: use a DynamicCache for this model."
@@ -116,13 +119,14 @@ def plan_layers(config: PreTrainedConfig, settings_of: Callable[[int], LayerSett
 def learn_layers(
     planned: list[AnyLayer], present: list[AnyLayer], layer_idx: int, key: torch.Tensor, value: torch.Tensor
 ) -> list[AnyLayer]:
-    """The layers of a cache whose first attention call has told the model's config.
+    """The layers of a cache that learns the model's config from its first attention call.
 
     Args:
-        planned: what `plan_layers` made of the config.
-        present: the layers so far, all of them paged. A paged layer stays where one is planned, because compiled steps
-            may know it from before a reset.
-        layer_idx: the layer that called, which holds `key` and `value` and nothing else yet.
+        planned: the result of `plan_layers`.
+        present: the layers so far, all of them paged. Where `planned` has a paged layer, the present layer is kept,
+            because a compiled step from before a reset may refer to it.
+        layer_idx: the layer whose attention was called. It has received `key` and `value`, and nothing else.
+        key, value: `[batch, kv_heads, new, head_dim]`.
     """
     layers: list[AnyLayer] = []
     for index, layer in enumerate(planned):

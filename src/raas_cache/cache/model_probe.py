@@ -1,7 +1,8 @@
-"""Every look into a model, or into a stack frame, that this package takes.
+"""All code of a cache that looks into a model or into a stack frame.
 
-transformers tells a cache neither which model uses it nor which method calls, and the cache decides by both. Each
-function names the releases of transformers that it was written for; it can go when a release tells the cache.
+transformers (5.17 to 5.24) passes neither the model nor the calling method to a cache, but some decisions of the cache
+depend on them. Each function says what it needs. It can be removed when the oldest supported release of transformers
+passes this to the cache.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from ..attention.dispatch import OWN_CACHE_FOR_ENCODER
 
 
 AnyModule = TypeVar("AnyModule", bound=torch.nn.Module)
-# Where `generate` compiles its decode step by itself: GenerationMixin._valid_auto_compile_criteria of 5.17 to 5.24.
+# Devices on which `generate` compiles its decode step by itself, as GenerationMixin._valid_auto_compile_criteria of
+# transformers 5.17 to 5.24 says.
 COMPILED_DEVICES = ("cuda", "xpu", "neuron", "tpu")
 LIMIT = "original_max_position_embeddings"
 MEND = (
@@ -32,13 +34,16 @@ MEND = (
 
 
 def _callers() -> FrameType | None:
-    # Not this module's own frames: a snapshot of a frame's locals that holds the frame itself would be a cycle, and
-    # keep the cache and its buffers alive until the garbage collector runs.
+    # Skip the frames of this module. `f_locals` of such a frame would contain the frame itself: a reference cycle would
+    # keep the buffers of the cache alive until the garbage collector runs.
     return sys._getframe(2)
 
 
 def calling_module(kind: type[AnyModule]) -> AnyModule | None:
-    """The innermost module of a transformers model, of class `kind`, that is calling the cache."""
+    """The innermost module of class `kind` on the stack: the module that calls the cache; None if there is none.
+
+    Needed because `Cache.update` and `Cache.get_mask_sizes` do not receive the module (transformers 5.17 to 5.24).
+    """
     frame = _callers()
     while frame is not None:
         caller = frame.f_locals.get("self")
@@ -49,9 +54,9 @@ def calling_module(kind: type[AnyModule]) -> AnyModule | None:
 
 
 def is_asked_by_generate() -> bool:
-    """Whether `generate` is asking, at its beginning, if it may compile: the one place where it looks for that."""
+    """Whether the caller is `generate`, when it decides whether to compile (transformers 5.17 to 5.24)."""
     frame: FrameType | None = sys._getframe(2)
-    for _ in range(3):  # a property of the cache, or of one around it, may stand between
+    for _ in range(3):  # there may be a property of the cache between, or of an EncoderDecoderCache around it
         if frame is not None and frame.f_code.co_name == "_valid_auto_compile_criteria":
             return True
         frame = frame.f_back if frame is not None else None
@@ -59,7 +64,10 @@ def is_asked_by_generate() -> bool:
 
 
 def generate_compiles(device: torch.device) -> bool | None:
-    """Whether the `generate` that is calling compiles its decode step on `device`; None if none is calling."""
+    """Whether `generate` compiles its decode step on `device`; None if the caller is not `generate`.
+
+    Reads `disable_compile` and `compile_config` of the generation config on the stack (transformers 5.17 to 5.24).
+    """
     frame = _callers()
     while frame is not None:
         settings = frame.f_locals.get("generation_config")
@@ -74,23 +82,25 @@ def generate_compiles(device: torch.device) -> bool | None:
 
 
 def can_compile(model: PreTrainedModel, implementations: Sequence[str]) -> bool:
-    """Whether transformers can compile a decode step of `model`, with an attention that serves paged caches.
+    """Whether transformers can compile a decode step of `model` whose attention serves paged caches.
+
+    `_can_compile_fullgraph` is private, and the only place that says so (transformers 5.17 to 5.24).
 
     Args:
-        implementations: the names under which such an attention is registered, apart from `"raas"`.
+        implementations: names of attention implementations that serve paged caches, beside `"raas"`.
     """
     return bool(model._can_compile_fullgraph) and model.config._attn_implementation in (*implementations, "raas")
 
 
 def check_generate_step(cache: Cache) -> None:
-    """Refuse a step of `generate` that would feed the cache tokens it has seen, or that shows that it got none.
+    """Refuse a step of `generate` that would read old tokens again, or that shows that the model ignored the cache.
 
-    Reads the arguments of the `prepare_inputs_for_generation` (public, and the one place where `generate` says which
-    tokens of its text are new) that is asking the cache at this moment; does nothing if something else asks.
+    Reads the arguments of `prepare_inputs_for_generation` on the stack. This public method is the only place where
+    `generate` says which tokens are new (transformers 5.17 to 5.24). If the caller is another method, nothing happens.
 
     Raises:
-        ValueError: `generate` runs with `use_cache=False`; its text is no longer than what the cache has seen; or the
-            model has run without putting anything into the cache.
+        ValueError: `generate` runs with `use_cache=False`; its text has no more tokens than the cache has seen; or the
+            model has run without storing anything in the cache.
     """
     step = _asking_step()
     if step is None:
@@ -117,7 +127,7 @@ def check_generate_step(cache: Cache) -> None:
 
 
 def _asking_step() -> dict[str, Any] | None:
-    """The arguments of the `prepare_inputs_for_generation` that asks a property of the cache, or of one around it."""
+    """The arguments of `prepare_inputs_for_generation`, if it reads a property of the cache; otherwise None."""
     frame = inspect.currentframe()
     for _ in range(5):
         frame = frame.f_back if frame is not None else None
@@ -128,12 +138,12 @@ def _asking_step() -> dict[str, Any] | None:
 
 
 def _holds_anything(layers: Iterable[object]) -> bool:
-    """Whether a layer was ever filled; one that does not say so (linear attention) counts as filled."""
+    """Whether a layer has received tokens. A layer without `is_initialized` (linear attention) counts as filled."""
     return any(getattr(layer, "is_initialized", True) for layer in layers)
 
 
 def check_checkpointing(model: torch.nn.Module | None) -> None:
-    """Refuse a model that trains with gradient checkpointing: transformers then runs its layers without the cache.
+    """Refuse a model that trains with gradient checkpointing: transformers 5.17 to 5.24 then ignores the cache.
 
     Raises:
         ValueError: `model` is such a model, and gradients are enabled.
@@ -148,19 +158,19 @@ def check_checkpointing(model: torch.nn.Module | None) -> None:
 
 
 def length_to_tell(seen: int, caller: FrameType) -> int:
-    """What `get_seq_length` answers: the tokens seen, unless the model would drop the cache for it without need.
+    """The result of `get_seq_length`: the tokens seen, or a larger number for a model that would drop the cache.
 
-    Phi-3, PhiMoE and Phi-4-multimodal drop the cache in `prepare_inputs_for_generation` when the text has more than
-    `config.original_max_position_embeddings` tokens and the cache has seen no more than that, because RoPE may change
-    there. The rest of the generation would run on a `DynamicCache`. If the cache is empty, or RoPE does not change,
-    nothing has to be computed anew, so the model is told one token more than its limit. It only compares the number.
+    Phi-3, PhiMoE and Phi-4-multimodal (transformers 5.17 to 5.24) drop the cache in `prepare_inputs_for_generation` if
+    the text has more than `config.original_max_position_embeddings` tokens and the cache has seen at most this number,
+    because RoPE may change at this length. The rest of the generation would use a `DynamicCache`. If the cache is empty
+    or RoPE does not change, dropping is not necessary. The model then gets its limit plus one, and only compares it.
 
     Args:
-        seen: tokens that the cache has seen.
-        caller: the frame that asks.
+        seen: number of tokens that the cache has seen.
+        caller: the frame that calls `get_seq_length`.
 
     Raises:
-        ValueError: the model would drop the cache, and rightly: its RoPE changes, so what the cache holds is void.
+        ValueError: RoPE changes, so the keys in the cache are wrong, and the model would drop the cache.
     """
     if not _drops_cache(caller.f_code):
         return seen
@@ -174,16 +184,19 @@ def length_to_tell(seen: int, caller: FrameType) -> int:
 
 
 def check_caller(cache: Cache, seen: int, new: int, frame: FrameType | None) -> None:
-    """Before input is stored: refuse what the calling model would do to the cache later, or without a word.
+    """Refuse a model that would misuse the cache, before prefill tokens are stored.
+
+    Reads the arguments of the model and of `generate` on the stack, because `Cache.update` does not receive them
+    (transformers 5.17 to 5.24).
 
     Args:
-        cache: the cache that is called.
-        seen: tokens that it has seen.
-        new: tokens of input that come.
-        frame: where to begin to look for the model and for `generate`.
+        cache: the cache whose `update` was called.
+        seen: number of tokens that it has seen.
+        new: number of prefill tokens.
+        frame: the frame at which the search starts.
 
     Raises:
-        ValueError: the model attends to an encoder or an image and has no cache for that, or `generate` may come to the
+        ValueError: the model attends to an encoder or an image without a separate cache, or `generate` may reach the
             length at which the model drops the cache (see `length_to_tell`).
     """
     attends_to_encoder = is_wrapped = False
@@ -215,26 +228,26 @@ def _check_length(model: PreTrainedModel, length: int, max_length: int | None) -
     prepare = type(model).prepare_inputs_for_generation  # type: ignore[attr-defined]  # it generates
     if max_length is None or not _drops_cache(inspect.unwrap(prepare).__code__):
         return
-    limit = getattr(model.config, LIMIT, None)  # PhiMoE has one only beside longrope
-    # The last token is generated and not read.
+    limit = getattr(model.config, LIMIT, None)  # PhiMoE has it only with longrope
+    # The model does not read the last token that it generates.
     if limit is not None and length <= limit < max_length - 1 and _rope_changes(model, limit):
         raise ValueError(_about_limit(model, f"this generation may come to {max_length} tokens"))
 
 
 def _drops_cache(code: CodeType) -> bool:
-    """Whether this is the method that drops the cache at the limit."""
+    """Whether `code` is the method that drops the cache at the limit: it uses `original_max_position_embeddings`."""
     return code.co_name == "prepare_inputs_for_generation" and LIMIT in code.co_names
 
 
 def _rope_changes(model: PreTrainedModel, limit: int) -> bool:
-    """Whether a token is rotated otherwise in a text of more than `limit` tokens."""
+    """Whether the rotary embedding of a token changes if the text has more than `limit` tokens."""
     rotary = next((module for module in model.modules() if hasattr(module, "original_inv_freq")), None)
     if rotary is None:
         return True
-    rotary = copy.deepcopy(rotary)  # some remember how long a text was
+    rotary = copy.deepcopy(rotary)  # some modules store the length of the text
     like = torch.zeros(1, device=next(rotary.buffers()).device)
     within, beyond = (rotary(like, torch.tensor([[1, last]], device=like.device)) for last in (limit - 1, limit))
-    return not all(torch.equal(one[:, 0], other[:, 0]) for one, other in zip(within, beyond, strict=True))
+    return not all(torch.equal(short[:, 0], long[:, 0]) for short, long in zip(within, beyond, strict=True))
 
 
 def _about_limit(model: PreTrainedModel, what: str) -> str:

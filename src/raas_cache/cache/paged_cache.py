@@ -1,8 +1,8 @@
-"""`PagedCache`: the transformers `Cache` API over paged layers, nothing else.
+"""`PagedCache`: the `Cache` API of transformers over paged layers, and nothing else.
 
-In order: settings and their checks, `update` and what the first attention call teaches, offloading, what can be asked
-of a cache, and the rest of the API (reset, recording the past, crop). Names and arguments of the `Cache` API are
-upstream's; a new option is checked here and goes into `LayerSettings`, what it does belongs into the layer or below.
+The order is: settings, `update`, rows, the layers of a model, offloading, masks, compilation, questions about a cache,
+and the rest of the API (reset, rows, crop). Names and arguments of the `Cache` API are those of transformers. Check a
+new option in `settings.py`, and implement it in the layer or in the engine.
 """
 
 import inspect
@@ -46,40 +46,42 @@ if TYPE_CHECKING:
 
 
 class PagedCache(Cache):
-    """A KV cache in pages, whose policy says which page goes when the budget is full.
+    """A KV cache in pages. When the budget is full, its policy decides which page is evicted.
 
-    Time and memory a step are O(budget), however many tokens have been seen, for every policy that evicts. As long as
-    nothing is evicted, outputs are `DynamicCache`'s.
+    For every policy that evicts, time and memory of a step are O(budget), however many tokens have been seen. As long
+    as nothing is evicted, the output equals the output with `DynamicCache`.
 
     Args:
-        budget (`int`, or a list of them): tokens to hold for each row, layer and KV head, the prompt counted in; at
-            least one page. For a method that never evicts: tokens to read. A list has an entry for each layer of the
-            model (see `learn_budgets`); those of layers without full attention are not used.
-        policy (`Policy`): the method, for example `H2OPolicy()`; `RaaSCache`, `QuestCache` and the like bring theirs.
-        page_size (`int`): tokens a page, a power of two.
-        scoring (`str`): `"exact"` scores a page by its tokens' softmax weights; `"minmax"` by the softmax over min/max
-            representatives of the pages.
-        granularity (`str`, *optional*): `"head"` evicts for every KV head by itself; `"layer"` for all heads of a row
-            alike. By default what the method's paper does.
-        min_decode_pages (`int`): decode pages held even where the prompt leaves room for fewer (a warning says so).
-        prompt (`str`, *optional*): by default what the method's paper does.
+        budget (`int`, or a list of ints): number of tokens to hold for each row, layer and KV head, including the
+            prompt; at least one page. For a method that never evicts: number of tokens to read. A list has one number
+            per layer of the model (see `learn_budgets`); the numbers of layers without full attention are not used.
+        policy (`Policy`): the method, for example `H2OPolicy()`. `RaaSCache`, `QuestCache` and the other classes have
+            their own policy.
+        page_size (`int`): tokens per page, a power of two.
+        scoring (`str`): with `"exact"`, the score of a page comes from the softmax weights of its tokens; with
+            `"minmax"`, from a softmax over upper bounds of the logits of each page, which key_min and key_max give.
+        granularity (`str`, *optional*): `"head"` evicts pages for each KV head separately, `"layer"` evicts the same
+            pages in all heads of a row. The default is that of the method's paper.
+        min_decode_pages (`int`): number of decode pages that a row has even if the prompt leaves room for fewer. There
+            is a warning in this case.
+        prompt (`str`, *optional*): the prompt mode. The default is that of the method's paper.
 
-            - `"pin"`: input is never evicted, and always read.
-            - `"select"`: input is never evicted; a decode step reads those of its pages whose min/max bounds are
-              highest, at most half of the budget. O(budget) time and O(prompt + budget) memory for any prompt.
-            - `"evict"`: once a forward of input is over, its pages compete like all others, but for the first page, the
-              sink. O(budget) memory, however long the prompt. Takes no assisted decoding.
-        kv_dtype (`str`, *optional*): hold K and V as `"int8"` or `"fp8"` codes, with a scale for each token and head;
-            by default in the model's dtype.
-        config (`PreTrainedConfig`, *optional*): the model's config. Says which layers have full attention and so
-            are paged; the others (sliding windows, linear attention, layers that share another's KV) keep the cache
-            that transformers gives them. Without it the first attention call tells; needed by models whose first
-            layer has linear attention (an error says so).
-        offloading (`bool`): keep each layer's K and V in CPU memory while other layers run. Needs a CUDA GPU.
+            - `"pin"`: prefill tokens are never evicted, and always read.
+            - `"select"`: prefill tokens are never evicted. A decode step reads the prefill pages with the highest logit
+              bounds, at most half of the budget. O(budget) time and O(prompt + budget) memory for any prompt.
+            - `"evict"`: after each prefill, its pages are evicted like all other pages, except the first page of the
+              row (the sink). O(budget) memory for any prompt. Assisted decoding is not possible.
+        kv_dtype (`str`, *optional*): store keys and values as `"int8"` or `"fp8"` codes, with one scale per token and
+            KV head. The default is the model's dtype.
+        config (`PreTrainedConfig`, *optional*): config of the model. It says which layers have full attention and are
+            paged. The other layers (sliding windows, linear attention, layers that share the KV of another layer) keep
+            the cache that transformers gives them. Without `config`, the first attention call provides it. A model that
+            starts with linear attention needs it; otherwise an error asks for it.
+        offloading (`bool`): keep the keys and values of a layer in CPU memory while other layers run. Needs a CUDA GPU.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong type or out of range, the method cannot do what it asks for,
-            or `config` has a layer type that this cache cannot hold.
+        TypeError, ValueError: an argument has the wrong type or is out of range, the method does not support it, or
+            `config` has a layer type that this cache does not support.
     """
 
     budget: int | tuple[int, ...]
@@ -116,10 +118,10 @@ class PagedCache(Cache):
             warn_if_nothing_is_paged(self.layers, config.model_type, self.budget)
 
     def _forget(self) -> None:
-        """What has been learnt of a model and its sequence; another may come after `reset`."""
+        """Forget everything about the model and its sequence."""
         self._records_past = False
-        self._handed_out: LayerEngine | None = None  # of the layer that updated last
-        self._last_idx, self._tokens_before = -1, 0  # of that layer, and of the forward that it is in
+        self._handed_out: LayerEngine | None = None  # the engine of the last `update`
+        self._last_idx, self._tokens_before = -1, 0  # its layer, and its tokens before the forward
         self._is_torn = False  # whether only some of the layers have had their rows changed
         self._past_mask = PastMask()
         self._not_offloaded: int | None = None
@@ -140,11 +142,17 @@ class PagedCache(Cache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store the new tokens of a layer, and hand the layer to the attention function (see `PagedLayer.update`).
+        """Receive the new tokens of a layer. Its attention call stores them (see `PagedLayer.update`).
+
+        Args:
+            key_states, value_states: `[rows, kv_heads, new, head_dim]`; RoPE applied to the keys.
+            layer_idx: index of the layer in the model.
+
+        Returns:
+            Key and value to pass to the attention function.
 
         Raises:
-            RuntimeError: the attention implementation did not take what the last update handed out, or the last
-                forward did not end.
+            RuntimeError: no attention function read the result of the last update, or the last forward was interrupted.
             ValueError: batch size, dtypes or device differ from those of the tokens held, or the model would misuse or
                 drop the cache (see `check_caller`).
         """
@@ -162,7 +170,7 @@ class PagedCache(Cache):
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         engine = layer.engine
         if not is_compiling:
-            # A forward that an exception ended has reached some of the layers only.
+            # After an exception, only some of the layers have the tokens of the last forward.
             if layer_idx <= self._last_idx or self._last_idx < 0:  # a forward begins
                 self._tokens_before = engine.table.tokens
             elif engine.table.tokens != self._tokens_before:
@@ -182,7 +190,7 @@ class PagedCache(Cache):
         return keys, values
 
     def _prepare(self, layer: PagedLayer, layer_idx: int, device: torch.device) -> None:
-        """Tell a layer what has been asked of the cache."""
+        """Tell a layer the state of the cache: prefilling, preallocation, recording, and the rows of the forward."""
         engine = layer.engine
         engine.reads_prefill, engine.table.preallocates = self._reads_prefill, self._preallocates
         if self._recording is not None and layer.trace is None:
@@ -200,14 +208,15 @@ class PagedCache(Cache):
             expect(forward)
 
     def _check_last_forward(self, layer_idx: int) -> None:
-        """Refuse to go on where what was handed out last was not read, or rows were changed in some layers only."""
+        """Refuse to continue if no attention function read the last update, or only some layers changed their rows."""
         if self._is_torn:
             raise RuntimeError(INTERRUPTED)
         last = self._handed_out
         if last is None or last.pending is None or not last.pending.awaits_attention:
             return
         config = getattr(calling_module(torch.nn.Module), "config", None)
-        # The next layer finds out, unless the model has no other: that the same layer comes again is a new forward.
+        # Usually the next layer of the same forward detects this. If the same layer comes again, a new forward has
+        # begun: the last forward was interrupted, unless the model has only one layer.
         is_only_layer = not self._paged_layers[0].table.tokens and getattr(config, "num_hidden_layers", None) == 1
         if layer_idx <= self._last_idx and not is_only_layer:
             raise RuntimeError(INTERRUPTED)
@@ -225,12 +234,13 @@ class PagedCache(Cache):
 
     @contextmanager
     def prefilling(self) -> Iterator[None]:
-        """While the context lasts, every token is input, also those that come one by one.
+        """Inside this context, every token is prefill, also in forwards of one token.
 
-        A cache sees tokens, not their roles. Without this, the first forward is input, later forwards of several
-        tokens are input (a turn, a chunk of the prompt), and later forwards of one token are generated tokens, which
-        may be evicted. A prompt that is fed token by token needs this. With `prompt="evict"` it changes nothing,
-        for there input competes as generated tokens do. Steps inside the context are not compiled.
+        A cache receives tokens without their roles. Without this context, the first forward is prefill, later forwards
+        of several tokens are prefill (a user's turn, a chunk of the prompt), and later forwards of one token are decode
+        steps, whose tokens may be evicted. A prompt that is fed token by token needs this context. With
+        `prompt="evict"` it changes nothing, because prefill and decode tokens are evicted by the same rule. Steps
+        inside the context are not compiled.
 
         Example:
 
@@ -251,33 +261,33 @@ class PagedCache(Cache):
 
     @contextmanager
     def on_rows(self, rows: int | Sequence[int]) -> Iterator[None]:
-        """While the context lasts, forwards touch the rows `rows` of the cache only: their batch is as long as `rows`.
+        """Inside this context, forwards only touch the rows `rows` of the cache. Their batch has one row for each.
 
-        Give the model `position_ids=cache.seen_tokens[rows, None]`, for each row stands at a step of its own, and no
-        `attention_mask`.
+        Pass `position_ids=cache.seen_tokens[rows, None]` (`rows` as a list) to the model, because each row has its own
+        position.
 
         Args:
-            rows: the rows, in the order of the forward's batch.
+            rows: a row index or several, in the order of the forward's batch.
 
         Raises:
-            TypeError, ValueError: `rows` are no rows of the cache; a layer of the model is not paged; or the cache is
-                being recorded, or notes what it overwrites.
+            TypeError, ValueError: `rows` are not rows of the cache; a layer of the model is not paged; or the cache is
+                recorded, or notes what its forwards overwrite.
         """
         with self._touching(rows, None, admits=False):
             yield
 
     @contextmanager
     def admit(self, rows: int | Sequence[int], batch_size: int | None = None) -> Iterator[None]:
-        """While the context lasts, forwards prefill the rows `rows`; whatever these rows held goes.
+        """Inside this context, the first forward is the prompt of the rows `rows`. Their earlier tokens are dropped.
 
-        The other rows stay as they are, so that a sequence can begin while others are being decoded.
+        The other rows do not change, so a sequence can start while other sequences are decoded.
 
         Args:
-            rows: the rows, in the order of the forward's batch.
-            batch_size: rows of the cache, where it is empty; by default just enough for `rows`.
+            rows: a row index or several, in the order of the forward's batch.
+            batch_size: number of rows of an empty cache; by default the largest index in `rows` plus one.
 
         Raises:
-            TypeError, ValueError: as `on_rows`; or `batch_size` is not the number of rows that the cache has.
+            TypeError, ValueError: as `on_rows`; or `batch_size` is not the number of rows of the cache.
 
         Example:
 
@@ -295,10 +305,10 @@ class PagedCache(Cache):
             yield
 
     def release_rows(self, rows: int | Sequence[int]) -> None:
-        """Forget the rows `rows`; `admit` can fill them again.
+        """Forget the tokens of the rows `rows`. `admit` can start other sequences there.
 
         Raises:
-            TypeError, ValueError: `rows` are no rows of the cache.
+            TypeError, ValueError: `rows` are not rows of the cache.
         """
         layers = self._paged_layers
         if not layers:
@@ -306,7 +316,7 @@ class PagedCache(Cache):
         indices = checked_rows(rows, layers[0].table.batch_size)
         with self._all_or_none():
             for layer in layers:
-                layer.table.release_rows(Rows.of(indices, layer.table.device))
+                layer.table.release_rows(Rows.from_list(indices, layer.table.device))
                 layer.engine.known_mask = None
 
     @contextmanager
@@ -317,13 +327,13 @@ class PagedCache(Cache):
                 "cache.deactivate_past_recording() first, and leave the record block."
             )
         paged = self._paged_layers
-        touched = TouchedRows.of(rows, batch_size, admits, paged)
+        touched = TouchedRows.checked(rows, batch_size, admits, paged)
         if self._knows_layers:
             touched.check_layers(self.layers)
         if admits and paged:
             self.release_rows(touched.indices)
         self._rows, before = touched, self._rows
-        self._past_mask = PastMask()  # a mask is now one of these rows only
+        self._past_mask = PastMask()  # the next masks cover these rows only
         try:
             for layer in paged:
                 touched.prepare(layer.engine, layer.table.device)
@@ -337,10 +347,10 @@ class PagedCache(Cache):
                     before.prepare(layer.engine, layer.table.device)
 
     def preallocate(self) -> None:
-        """Allocate the whole budget with the next forward, instead of pages as they come.
+        """Allocate the whole budget in the next forward, instead of pages when they are needed.
 
-        A step that is compiled, or captured in a CUDA graph, needs buffers that stay in place. `generate` asks for it
-        by itself where it compiles; call this before the first forward if you compile the model yourself.
+        A step that is compiled, or captured in a CUDA graph, needs buffers that keep their addresses. If `generate`
+        compiles the step, it does this itself. Call it before the first forward if you compile the model yourself.
         """
         self._preallocates = True
 
@@ -350,10 +360,15 @@ class PagedCache(Cache):
         self.layers.append(layer)
 
     def _learn_layers(self, layer_idx: int, module: torch.nn.Module, key: torch.Tensor, value: torch.Tensor) -> bool:
-        """The first attention call tells the model's config: give every layer the cache it is to have.
+        """Choose the layers of the cache by the model's config, which the first attention call provides.
+
+        Args:
+            layer_idx: the layer whose attention was called.
+            module: its attention module.
+            key, value: its new tokens, `[batch, kv_heads, new, head_dim]`.
 
         Returns:
-            Whether the layer that called stays at `layer_idx`.
+            Whether the layer at `layer_idx` is still the same.
         """
         present, config = list(self.layers), getattr(module, "config", None)
         if not isinstance(config, PreTrainedConfig):
@@ -370,13 +385,13 @@ class PagedCache(Cache):
         return self.layers[layer_idx] is present[layer_idx]
 
     def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
-        """Fetch a layer's K and V ahead of its turn, but not before they have got to the CPU."""
-        # transformers queues that copy on the stream that computes; its prefetch stream would not wait for it.
+        """Copy the keys and values of a layer to the GPU ahead of time, but after their copy to the CPU has ended."""
+        # transformers 5.17 to 5.24 copies to the CPU on the compute stream, and its prefetch stream does not wait.
         self.prefetch_stream.wait_stream(torch.cuda.current_stream())
         super().prefetch(layer_idx, only_non_sliding)
 
     def offload(self, layer_idx: int, only_non_sliding: bool = True) -> None:
-        """Move a layer's K and V to the CPU; a paged layer's only when the next one comes: attention reads it first."""
+        """Move the keys and values of a layer to the CPU; of a paged layer at the next layer, after its attention."""
         due: int | None = layer_idx
         if isinstance(self.layers[layer_idx], PagedLayer):
             due, self._not_offloaded = self._not_offloaded, layer_idx
@@ -384,10 +399,10 @@ class PagedCache(Cache):
             super().offload(due, only_non_sliding)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """(length, offset) of a layer's mask; the offset tells the mask function of this cache.
+        """(length, offset) of the mask of a layer. The offset has this cache as attribute `paged_cache`.
 
         Raises:
-            ValueError: the model is about to leave the cache out, for it trains with gradient checkpointing.
+            ValueError: the model trains with gradient checkpointing, and would ignore the cache.
         """
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             check_checkpointing(calling_module(PreTrainedModel))
@@ -397,16 +412,16 @@ class PagedCache(Cache):
         return length, tagged(offset, self)
 
     def apply_mask(self, mask: torch.Tensor | None, seen: int, new: int) -> None:
-        """Show and hide the tokens held as a 2-d attention mask says. The registered mask functions call this.
+        """Show and hide tokens in the cache as a 2-d attention mask says. The registered mask functions call this.
 
         Args:
-            mask (`torch.Tensor`, *optional*): `[batch, tokens]` bool, False for a hidden token; None changes nothing.
-            seen (`int`): tokens before this forward.
-            new (`int`): tokens of this forward.
+            mask (`torch.Tensor`, *optional*): `[rows, tokens]` bool, False for a hidden token; None changes nothing.
+            seen (`int`): number of tokens before this forward.
+            new (`int`): number of tokens of this forward.
 
         Raises:
-            RuntimeError: the last forward did not end.
-            ValueError: the mask has fewer tokens than the sequence.
+            RuntimeError: the last forward was interrupted.
+            ValueError: the mask has fewer tokens than the sequence, or shows left padding.
         """
         if self._is_torn:
             raise RuntimeError(INTERRUPTED)
@@ -418,15 +433,16 @@ class PagedCache(Cache):
 
     @property_of_an_instance
     def is_compileable(self) -> bool:
-        """Whether a decode step can be compiled, or captured in a CUDA graph, once and for all.
+        """Whether one compiled decode step, or one CUDA graph, can serve all decode steps.
 
-        Not with a method that evicts nothing (its store grows), with offloading, while anything is recorded; not for
-        models that transformers cannot compile, and those with layers whose cache is not static (sliding windows); not
-        where `generate` compiles nothing: on a CPU, or with `disable_compile=True`. The model is the one that asks
-        first, as its `generate` does before the cache has seen anything of it.
+        It is False for a method that never evicts (its memory grows), with offloading, and while the cache is recorded
+        or notes what its forwards overwrite. It is False for a model that transformers cannot compile, and for a model
+        with layers whose cache is not static (sliding windows). It is also False if `generate` does not compile: on a
+        CPU, or with `disable_compile=True`. The model is found on the stack when this property is first read, which
+        `generate` does before the first forward.
 
         Raises:
-            ValueError: `generate` asks, and the step that it prepares cannot use the cache (see `check_generate_step`).
+            ValueError: `generate` prepares a step that cannot use the cache (see `check_generate_step`).
         """
         if not torch.compiler.is_compiling():
             check_generate_step(self)
@@ -445,51 +461,52 @@ class PagedCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the K and V buffers over all layers, allocated, not used; scales of 8-bit codes counted in."""
+        """Bytes that the buffers of keys and values of all layers occupy, with the scales of 8-bit codes."""
         return inspection.nbytes(self.layers)
 
     def resident_positions(self, layer_idx: int) -> torch.Tensor:
-        """Sequence index held in each slot: int64 `[batch, kv_heads, slots]`, -1 where empty or padding."""
+        """Position of the token in each slot: int64 `[batch, kv_heads, slots]`, -1 if it is empty or hidden."""
         kv = inspection.paged_layer(self.layers, layer_idx).engine.kv
         return kv.positions.long().masked_fill(kv.bias != 0, -1)
 
     def resident_tokens(self, layer_idx: int) -> torch.Tensor:
-        """Tokens held, padding not counted: int64 `[batch, kv_heads]`."""
+        """Number of tokens held, without hidden tokens: int64 `[batch, kv_heads]`."""
         return (inspection.paged_layer(self.layers, layer_idx).engine.kv.bias == 0).sum(-1)
 
     def evicted_pages(self, layer_idx: int) -> torch.Tensor:
-        """Pages evicted so far: int64 `[batch, kv_heads]`."""
+        """Number of pages evicted so far: int64 `[batch, kv_heads]`."""
         table = inspection.paged_layer(self.layers, layer_idx).table
         return torch.from_numpy(table.evicted)[:, None].expand(-1, table.num_heads).to(table.device)
 
     @property
     def seen_tokens(self) -> torch.Tensor:
-        """Tokens that each row has seen, evicted tokens and padding counted in: int64 `[batch]`.
+        """Number of tokens that each row has seen, with evicted tokens and left padding: int64 `[batch]`.
 
-        `seen_tokens[:, None]` are the `position_ids` of the next token where rows began at different steps.
+        `seen_tokens[:, None]` are the `position_ids` of the next token if rows started at different steps, without
+        padding.
         """
         return inspection.seen_tokens(self._paged_layers)
 
     @property
     def evictions(self) -> int:
-        """Pages that the row with the most evictions has evicted so far, over all layers and KV heads."""
+        """Number of pages evicted so far, over all layers and KV heads, in the row that has evicted the most."""
         return sum(int(layer.table.evicted.max()) * layer.table.num_heads for layer in self._paged_layers)
 
     @property
     def is_over_budget(self) -> bool:
-        """Whether the prompt leaves a layer less room than `min_decode_pages`, so that more is held than budgeted."""
+        """Whether the prompt leaves a layer fewer than `min_decode_pages` pages: the cache then exceeds the budget."""
         return any(layer.table.is_over_budget for layer in self._paged_layers)
 
     @property
     def _paged_layers(self) -> list[PagedLayer]:
-        """The layers that hold pages."""
+        """The paged layers that have buffers."""
         return [layer for layer in self.layers if isinstance(layer, PagedLayer) and layer.table.kv is not None]
 
     def observe(self, recording: "Recording | None") -> None:
-        """From now on tell `recording` what every page scores, or nobody; see `raas_cache.record`.
+        """Send scores and priorities of all pages to `recording`; None ends this. See `raas_cache.record`.
 
         Raises:
-            ValueError: the cache is being recorded already.
+            ValueError: the cache is already recorded.
         """
         if recording is not None and self._recording is not None:
             raise ValueError("cache is already recorded by another raas_cache.record: leave that with block first.")
@@ -499,10 +516,10 @@ class PagedCache(Cache):
                 layer.trace = None  # `update` gives each layer its own
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens that a layer has seen, evicted ones included.
+        """Number of tokens that a layer has seen, with evicted tokens.
 
         Raises:
-            ValueError: a model whose RoPE changes at this length is about to drop the cache (see `length_to_tell`).
+            ValueError: the model would drop the cache, because its RoPE changes at this length (see `length_to_tell`).
         """
         seen = super().get_seq_length(layer_idx)
         if torch.compiler.is_compiling():
@@ -511,42 +528,44 @@ class PagedCache(Cache):
         return length_to_tell(seen, caller)  # type: ignore[arg-type]
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
-        """-1: the cache never ends a generation."""
+        """-1, because the length of the sequence has no limit."""
         return -1
 
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
-        """See `Cache.has_previous_state`; a ValueError if the cache was not told of linear-attention layers."""
+        """See `Cache.has_previous_state`. Raises a ValueError if the cache does not know the model's config."""
         if not self._knows_layers:
             raise ValueError(NEEDS_CONFIG)
         return super().has_previous_state(layer_idx, state_idx)
 
     def update_indexer(self, indexer_key_states: torch.Tensor, layer_idx: int) -> torch.Tensor:
-        """Refused: an indexer (DeepSeek Sparse Attention) picks tokens by their place in the sequence."""
+        """Raise a ValueError: an indexer (DeepSeek Sparse Attention) selects tokens from the whole sequence."""
         raise ValueError(
             f"Layer {layer_idx} of this model selects tokens with an indexer over the whole sequence, which a budget "
             "cannot bound: use a DynamicCache for this model."
         )
 
     def reset(self) -> None:
-        """Forget all tokens and what the model is, and stop recording the past.
+        """Forget all tokens and the model, and drop all rollback notes.
 
-        The next prompt may be of another size and batch, and of another model, if the cache was made without `config`.
+        The next prompt may have another length and batch size. If the cache was created without `config`, it may also
+        be for another model.
         """
         super().reset()
         self._forget()
         if self._config is None:
-            # Layers that are not paged were chosen for the model: the next attention call tells anew.
+            # Layers that are not paged were chosen for this model. The next attention call chooses again.
             is_paged = all(isinstance(layer, PagedLayer) for layer in self.layers)
             self.layers = LayersToCome(self.layers if is_paged else [])
             return
-        # The windows of transformers 5.17 keep their length through a reset: take new ones.
+        # In transformers 5.17, `reset` does not reset the length of a sliding window, so create new ones. This can go
+        # when the package needs a later release.
         for index, layer in enumerate(plan_layers(self._config, self._settings_of)):
             if getattr(layer, "is_sliding", False):
                 self.layers[index] = layer
 
     @contextmanager
     def _all_or_none(self) -> Iterator[None]:
-        """What is done to one layer after the other leaves the cache unusable if it stops in between."""
+        """Mark the cache as unusable if an exception stops the block, because only some layers may have changed."""
         if self._is_torn:
             raise RuntimeError(INTERRUPTED)
         self._is_torn = True
@@ -554,12 +573,12 @@ class PagedCache(Cache):
         self._is_torn = False
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Row i becomes a copy of row `beam_idx[i]`, for beam search."""
+        """Make row i a copy of row `beam_idx[i]`, for beam search."""
         with self._all_or_none():
             super().reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row `repeats` times, side by side."""
+        """Repeat every row `repeats` times; the copies are adjacent."""
         with self._all_or_none():
             super().batch_repeat_interleave(repeats)
 
@@ -569,10 +588,10 @@ class PagedCache(Cache):
             super().batch_select_indices(indices)
 
     def activate_past_recording(self) -> None:
-        """From now on, note what each forward overwrites, so that `crop` can take its tokens back.
+        """Note from now on what each forward overwrites, so that `crop` can take its tokens back.
 
-        `generate` calls this for assisted decoding and prompt look-up. The next forward is input even if it is of
-        several tokens; after that, several tokens in one forward are a draft of generated ones.
+        `generate` calls this for assisted decoding and prompt look-up. If the next forward has several tokens, they are
+        prefill. After it, several tokens in one forward are a draft.
 
         Raises:
             ValueError: with `prompt="evict"`, where input goes for good; or inside `on_rows` or `admit`.
@@ -586,7 +605,7 @@ class PagedCache(Cache):
         self._records_past = True
 
     def deactivate_past_recording(self) -> None:
-        """End what `activate_past_recording` began, which `generate` never does: several tokens are input again."""
+        """End `activate_past_recording`: several tokens are prefill again. `generate` never calls this."""
         self._records_past = False
         for layer in self.layers:
             if hasattr(layer, "record_past"):
@@ -596,16 +615,16 @@ class PagedCache(Cache):
         """Take back the last `-tokens_to_remove` tokens: the cache is then as if it had never seen them.
 
         Args:
-            tokens_to_remove (`int`): 0 or negative, as transformers counts them. 0 only ends what can be taken back.
+            tokens_to_remove (`int`): 0 or negative, as in transformers. 0 only drops the notes.
 
         Raises:
             ValueError: `tokens_to_remove` is positive.
-            RuntimeError: the past of these tokens was not recorded (`activate_past_recording`), or a layer holds a
-                recurrent state, which cannot go back. Nothing is changed then.
+            RuntimeError: there are no notes for these tokens (see `activate_past_recording`), or a layer has one state
+                for the whole past (linear attention). Nothing has changed then.
         """
         if self._is_torn:
             raise RuntimeError(INTERRUPTED)
-        tokens_to_remove = int(tokens_to_remove)  # assisted decoding counts in tensors
+        tokens_to_remove = int(tokens_to_remove)  # assisted decoding passes a tensor
         for index, layer in enumerate(self.layers):
             if isinstance(layer, PagedLayer):
                 layer.check_crop(tokens_to_remove)
@@ -615,10 +634,10 @@ class PagedCache(Cache):
                     "the whole past and cannot take tokens back. Do not pass assistant_model or "
                     "prompt_lookup_num_tokens for this model."
                 )
-        # The others first: a window that was not recorded raises, and nothing has changed then.
+        # First the layers of transformers: a window without a record raises an error before a paged layer changes.
         for layer in self.layers:
             if not isinstance(layer, PagedLayer):
-                layer.crop(tokens_to_remove)  # type: ignore[union-attr]  # transformers calls it so, too
+                layer.crop(tokens_to_remove)  # type: ignore[union-attr]  # as transformers calls it
         with self._all_or_none():
             for layer in self.layers:
                 if isinstance(layer, PagedLayer):

@@ -1,4 +1,4 @@
-"""The cache layer of full attention: transformers' layer contract on top of the engine."""
+"""The cache layer of full attention: the layer API of transformers, on top of the engine."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class PagedLayer(CacheLayerMixin):
 
     Attributes:
         engine: the layer's pages, policy and rollback.
-        decode: the forward of every decode step.
-        trace: what is recorded of the layer, see `raas_cache.record`; None where nobody records it.
+        decode: the forward of all decode steps.
+        trace: the trace of the layer, see `raas_cache.record`; None if the layer is not recorded.
     """
 
     is_sliding = False
     is_croppable = True
-    supports_early_init = False  # the sizes wait for the prompt's length
+    supports_early_init = False  # the first prefill decides the sizes
     is_initialized: bool
 
     def __init__(self, settings: LayerSettings):
@@ -56,7 +56,7 @@ class PagedLayer(CacheLayerMixin):
 
     @property
     def trace(self) -> LayerTrace | None:
-        """What is recorded of the layer."""
+        """The trace of the layer."""
         return self._trace
 
     @trace.setter
@@ -65,9 +65,9 @@ class PagedLayer(CacheLayerMixin):
 
     @property
     def keys(self) -> torch.Tensor | None:
-        """`[batch, kv_heads, slots, head_dim]`, 8-bit codes as bytes; None while nothing is held.
+        """`[batch, kv_heads, slots, head_dim]`, float8 codes viewed as int8; None while the layer is empty.
 
-        transformers assigns it, to move a layer between devices.
+        transformers (5.17 to 5.24) assigns it to move a layer between devices.
         """
         return None if self.table.kv is None else movable(self.table.kv.keys)
 
@@ -79,7 +79,7 @@ class PagedLayer(CacheLayerMixin):
 
     @property
     def values(self) -> torch.Tensor | None:
-        """`[batch, kv_heads, slots, value_dim]`, 8-bit codes as bytes; None while nothing is held."""
+        """`[batch, kv_heads, slots, value_dim]`, float8 codes viewed as int8; None while the layer is empty."""
         return None if self.table.kv is None else movable(self.table.kv.values)
 
     @values.setter
@@ -89,7 +89,7 @@ class PagedLayer(CacheLayerMixin):
             kv.values = values.view(kv.values.dtype)
 
     def reset(self) -> None:
-        """Forget everything, buffers and rollback included: the next prompt sizes new ones."""
+        """Forget all tokens, release the buffers and drop the rollback notes."""
         self.engine.reset()
         self.decode = Decode(self.engine)
         if self.trace is not None:
@@ -98,7 +98,7 @@ class PagedLayer(CacheLayerMixin):
 
     @property
     def is_compileable(self) -> bool:  # type: ignore[override]  # transformers only reads it
-        """Whether a decode step has the shapes, and its buffers the places, of the step before it."""
+        """Whether the shapes and addresses of a decode step are those of the previous step."""
         engine = self.engine
         return not (engine.settings.grows or engine.records_past or engine.reads_prefill or engine.tracer is not None)
 
@@ -112,7 +112,7 @@ class PagedLayer(CacheLayerMixin):
         self.engine.records_past = records
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Take rows, heads, sizes, dtype and device from the first key and value; the first prefill sizes buffers."""
+        """Create the buffers without pages for the first key and value; the first prefill adds the pages."""
         if self.table.kv is None:
             self.table.allocate(key_states, value_states, self.engine.batch_size or key_states.shape[0])
         self.has_begun()
@@ -120,13 +120,13 @@ class PagedLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take the new tokens; their attention stores them, see `raas_cache.engine.forward.begin`.
+        """Receive the new tokens. Their attention call stores them, see `raas_cache.engine.forward.begin`.
 
         Args:
             key_states, value_states: `[rows, kv_heads, new, head_dim]`; RoPE applied to the keys.
 
         Returns:
-            The two arguments, tagged for the attention function; for a latent the whole buffers.
+            The two arguments, with the forward as attribute `paged_forward`; for a latent, the whole buffers.
 
         Raises:
             RuntimeError: an exception stopped this layer while it stored tokens.
@@ -135,17 +135,17 @@ class PagedLayer(CacheLayerMixin):
         return self.begin(key_states, value_states)[1:]
 
     def begin(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[Forward, torch.Tensor, torch.Tensor]:
-        """As `update`; returns the forward too."""
+        """As `update`, but also returns the forward, as first result."""
         begun = begin(self.decode, key_states, value_states)
         self.has_begun()
         return begun
 
     def has_begun(self) -> None:
-        """Let transformers see what the first key and value have told."""
+        """Set the attributes that transformers reads: they are known after the first key and value."""
         self.is_initialized, self.device, self.batch_size = True, self.table.device, self.table.batch_size
 
     def warn_if_prefill_fills_budget(self, new: int) -> bool:
-        """Warn if `new` more prefill tokens leave less room than `min_decode_pages`; returns whether they do."""
+        """Warn if `new` more prefill tokens leave fewer than `min_decode_pages` pages. Returns whether it warned."""
         settings, counts = self.settings, self.table.counts
         rows = slice(None) if self.engine.rows is None else self.engine.rows.on_host
         prompt_pages = math.ceil((int(counts.prefilled[rows].max(initial=0)) + new) / settings.page_size)
@@ -164,25 +164,25 @@ class PagedLayer(CacheLayerMixin):
         return True
 
     def get_seq_length(self) -> int:
-        """Tokens seen, evicted ones included: positions go on from here. A 0-d tensor while `torch.compile` traces."""
+        """Number of tokens seen, with evicted tokens: the next position. A 0-d tensor under `torch.compile`."""
         table = self.table
         if torch.compiler.is_compiling() and not table.is_empty:
             return self.engine.kv.clock[0, 0, 0] + 1  # type: ignore[return-value]
         return 0 if self.engine.admits else table.length_of(self.engine.rows)
 
     def get_max_length(self) -> int:
-        """-1: however few pages are held, the sequence may go on."""
+        """-1, because the length of the sequence has no limit."""
         return -1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(length, offset) of the mask: the new tokens only, because the pages know what is visible of the past."""
+        """(length, offset) of the mask, which covers the new tokens only: the pages store which tokens are visible."""
         return query_length, self.get_seq_length()
 
     def activate_past_recording(self) -> None:
-        """From now on note what each forward overwrites, so that `crop` can take its tokens back.
+        """Note from now on what each forward overwrites, so that `crop` can take its tokens back.
 
-        The next forward may be of several tokens that are prefill (the prompt, a turn); after it, several tokens are a
-        draft. Recording ends when `record_past` is set to False, and with `reset`.
+        The next forward of several tokens is prefill (the prompt, or a user's turn). After it, several tokens are a
+        draft. This ends when `record_past` is set to False, and with `reset`.
         """
         if self.settings.prompt == "evict":
             raise ValueError(
@@ -192,11 +192,11 @@ class PagedLayer(CacheLayerMixin):
         self.engine.records_past = self.engine.expects_turn = True
 
     def check_crop(self, tokens_to_remove: int) -> None:
-        """Raise what `crop` would raise, and do nothing.
+        """Raise the error that `crop` would raise, and change nothing.
 
         Raises:
-            ValueError: `tokens_to_remove` is positive: transformers counts them below zero.
-            RuntimeError: the past of these tokens was not recorded, and pages may have been evicted or stamped since.
+            ValueError: `tokens_to_remove` is positive. transformers passes a negative number.
+            RuntimeError: there are no rollback notes for these tokens, and pages or timestamps have changed since.
         """
         if tokens_to_remove > 0:
             raise ValueError(f"tokens_to_remove={tokens_to_remove} must be 0 or the negative number of tokens to crop.")
@@ -211,7 +211,7 @@ class PagedLayer(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last `-tokens_to_remove` tokens: the layer is then as if it had never seen them.
 
-        Also forgets how to take back the tokens before them. Raises as `check_crop` does.
+        This drops all rollback notes, so earlier tokens cannot be taken back. The errors are those of `check_crop`.
         """
         self.check_crop(tokens_to_remove)
         engine, table = self.engine, self.table
@@ -228,15 +228,15 @@ class PagedLayer(CacheLayerMixin):
             engine.rollback.undo(table, -tokens_to_remove, stamp_again)
 
     def drop_decoded(self, seen: int) -> None:
-        """Go back to the first `seen` tokens, all of them prefill, and forget every decode token."""
-        self.crop(0)  # ends what was recorded
+        """Go back to the first `seen` tokens, which must all be prefill, and drop all decode tokens."""
+        self.crop(0)  # drops all notes
         if self.trace is not None:
             self.trace.forget(seen)
         self.engine.known_mask = None
         truncate(self.table, np.full(self.table.batch_size, seen), drops_decoded=True)
 
     def apply_to_rows(self, function: RowFunction) -> None:
-        """Make every buffer's rows the rows that `function` makes of them."""
+        """Replace the rows of every buffer by the rows that `function` returns for them."""
         if self.trace is not None and self.table.kv is not None:
             self.trace.apply_to_rows(function, torch.arange(self.table.batch_size, device=self.table.device))
         self.engine.known_mask = None
@@ -245,15 +245,15 @@ class PagedLayer(CacheLayerMixin):
         self.engine.rollback.apply_to_rows(function)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Row i becomes a copy of row `beam_idx[i]`, its pages included."""
+        """Make row i a copy of row `beam_idx[i]`, with its pages."""
         self.apply_to_rows(partial(_select, beam_idx))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep only the rows `indices`, in any form that indexes a tensor."""
+        """Keep only the rows `indices`: any index of a tensor's first axis."""
         self.apply_to_rows(lambda state: state[indices.to(state.device) if torch.is_tensor(indices) else indices, ...])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row `repeats` times, side by side."""
+        """Repeat every row `repeats` times; the copies are adjacent."""
         self.apply_to_rows(lambda state: state.repeat_interleave(repeats, dim=0))
 
 

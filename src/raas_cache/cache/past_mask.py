@@ -1,8 +1,8 @@
-"""What an attention mask says of tokens that are held already, brought into the layers' pages.
+"""Apply an attention mask to tokens that are in the cache already.
 
-A 2-d mask speaks of every token of the sequence: the past and the new ones. transformers cuts it down to the tokens
-that the cache says it returns, the new ones here. So the offset that the cache hands out for its masks carries the
-cache, and the registered mask functions give the whole mask to it (see `attention.masks.mask_dispatcher`).
+A 2-d mask covers all tokens of the sequence, earlier and new. transformers cuts it to the tokens that `update` returns,
+which are the new tokens only. The mask offset that the cache returns therefore has the cache as attribute, and the
+registered mask functions pass the whole mask to this cache (see `attention.masks.mask_dispatcher`).
 """
 
 from __future__ import annotations
@@ -24,47 +24,48 @@ AnyOffset = TypeVar("AnyOffset", int, torch.Tensor)
 
 
 class TakesMasks(Protocol):
-    """A cache that brings a mask to the tokens that it holds; see `PagedCache.apply_mask`."""
+    """A cache that applies a mask to its tokens; see `PagedCache.apply_mask`."""
 
     def apply_mask(self, mask: torch.Tensor | None, seen: int, new: int) -> None: ...
 
 
 class MaskOffset(int):
-    """Tokens seen, as the offset of a mask; it knows the cache that holds them."""
+    """Number of tokens seen, as the offset of a mask, with the cache as attribute."""
 
     paged_cache: TakesMasks
 
 
 def tagged(offset: AnyOffset, cache: TakesMasks) -> AnyOffset | MaskOffset:
-    """The offset of a mask, with `cache` as attribute `paged_cache`: an int, or a 0-d tensor inside `torch.compile`."""
+    """The offset of a mask (an int, or a 0-d tensor under `torch.compile`) with `cache` as attribute `paged_cache`."""
     if torch.compiler.is_compiling() and not torch.is_tensor(offset):
-        return offset  # of a first forward that is compiled: there is no past
+        return offset  # a compiled first forward: there are no earlier tokens
     tag = offset if torch.is_tensor(offset) else MaskOffset(offset)
-    tag.paged_cache = cache  # type: ignore[attr-defined]  # of a tensor
+    tag.paged_cache = cache  # type: ignore[attr-defined]
     return tag
 
 
 class PastMask:
-    """The mask that the layers' view of the past agrees with, so that a mask that says the same costs a comparison."""
+    """The last mask that was applied to the layers. If the next mask says the same, it only costs a comparison."""
 
     def __init__(self) -> None:
         self._known: torch.Tensor | None = None  # [batch, tokens] bool, on the CPU
-        self._token = object()  # what layers whose bias agrees with it carry as `known_mask`
+        self._token = object()  # is the `known_mask` of the layers whose bias agrees with `_known`
 
     def apply(self, mask: torch.Tensor | None, seen: int | torch.Tensor, new: int, layers: list[PagedLayer]) -> None:
-        """Let `layers` show and hide the tokens that they hold as `mask` says; None says nothing.
+        """Show and hide the tokens of `layers` as `mask` says.
 
-        On a CPU nothing is done if it says what it said before. On a GPU it is written in any case: to compare would
-        make the host wait for the device.
+        On a CPU, nothing happens if the last mask said the same. On a GPU the mask is always applied, because a
+        comparison would make the host wait for the device.
 
         Args:
-            mask: `[rows, tokens]` bool, False where a token is hidden; of the rows that the forward touches.
-            seen: tokens before this forward.
-            new: tokens of this forward.
+            mask: `[rows, tokens]` bool, False where a token is hidden, for the rows that the forward touches. None
+                changes nothing.
+            seen: number of tokens before this forward.
+            new: number of tokens of this forward.
             layers: the paged layers that hold tokens.
 
         Raises:
-            ValueError: the mask has fewer tokens than the sequence.
+            ValueError: the mask has fewer tokens than the sequence, or shows left padding.
         """
         table, rows = layers[0].table, layers[0].engine.rows
         batch = table.batch_size if rows is None else len(rows.on_host)
@@ -77,7 +78,7 @@ class PastMask:
                 check_padding(mask, padding if rows is None else padding[rows.on_host])
             if mask.device.type == "cpu":
                 layers = self._stale(mask, seen, new, layers)
-        if rows is not None and seen == 0:  # nothing is held of these rows
+        if rows is not None and seen == 0:  # these rows are empty
             self.learn(mask, new)
             return
         if rows is not None:
@@ -93,7 +94,7 @@ class PastMask:
             raas_kernels.show([layer.engine.kv for layer in group], mask.to(device).expand(batch, -1))
 
     def _stale(self, mask: torch.Tensor, seen: int, new: int, layers: list[PagedLayer]) -> list[PagedLayer]:
-        """The layers whose view of the past is not that of `mask`; from now on `mask` is what is known."""
+        """The layers to which `mask` must be applied. Remembers `mask` as the last mask."""
         known, self._known = self._known, mask[:, : seen + new].clone()
         if known is None or known.shape[1] < seen or not torch.equal(known[:, :seen], mask[:, :seen]):
             self._token = object()
@@ -103,12 +104,12 @@ class PastMask:
         return stale
 
     def learn(self, mask: torch.Tensor | None, new: int) -> None:
-        """Take note of the mask of the first forward, whose tokens go into the store as it says."""
+        """Remember the mask of the first forward, whose tokens are hidden when they are stored."""
         self._known = None if mask is None or mask.device.type != "cpu" else mask[:, :new].clone()
 
 
 def check_mask_length(attention_mask: torch.Tensor, seen: int, new: int) -> None:
-    """Refuse a 2-d mask that does not reach to the last new token: transformers would hide the newest tokens.
+    """Refuse a 2-d mask that is too short: transformers would hide the newest tokens.
 
     Args:
         attention_mask: `[batch, tokens]`, True or 1 where a token is visible.
@@ -128,7 +129,7 @@ def check_mask_length(attention_mask: torch.Tensor, seen: int, new: int) -> None
 
 
 def check_padding(attention_mask: torch.Tensor, padding: np.ndarray) -> None:
-    """Refuse a mask that shows left padding, which is not held.
+    """Refuse a mask that shows left padding, which is not stored.
 
     Args:
         attention_mask: `[batch, tokens]`, True or 1 where a token is visible.

@@ -1,4 +1,4 @@
-"""Forwards that touch some rows of a cache only, so that sequences can begin and end at different steps."""
+"""Forwards that touch only some rows of a cache, so that sequences can start and end at different steps."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .settings import whole_number
 
 
 class TouchedRows:
-    """The rows that the forwards of a context touch.
+    """The rows that the forwards inside `PagedCache.admit` or `PagedCache.on_rows` touch.
 
     Args:
-        indices: the rows.
-        batch_size: rows to make room for, where the cache is empty.
-        admits: whether the rows hold nothing, and the first forward is their prompt.
+        indices: the row indices.
+        batch_size: number of rows to allocate if the cache is empty.
+        admits: whether the rows are empty, so that the first forward is their prompt.
     """
 
     def __init__(self, indices: Sequence[int], batch_size: int, admits: bool):
@@ -29,13 +29,16 @@ class TouchedRows:
         self._on_device: dict[torch.device, Rows] = {}
 
     @classmethod
-    def of(
+    def checked(
         cls, rows: int | Sequence[int], batch_size: int | None, admits: bool, layers: list[PagedLayer]
     ) -> TouchedRows:
-        """The rows `rows` of a cache whose paged layers that hold anything are `layers`.
+        """Check the arguments of `PagedCache.admit` or `PagedCache.on_rows`.
+
+        Args:
+            layers: the paged layers of the cache that have buffers.
 
         Raises:
-            TypeError, ValueError: they are no rows of the cache, or `batch_size` is not its number of rows.
+            TypeError, ValueError: `rows` are not rows of the cache, or `batch_size` is not its number of rows.
         """
         held = layers[0].table.batch_size if layers else None
         if held is not None and batch_size not in (None, held):
@@ -47,9 +50,9 @@ class TouchedRows:
         return cls(indices, batch or max(indices) + 1, admits)
 
     def prepare(self, engine: LayerEngine, device: torch.device) -> None:
-        """Tell a layer which rows the next forward touches; an admitted layer's next forward is not its first."""
+        """Tell a layer which rows its next forward touches, and whether this is the first forward of these rows."""
         if device not in self._on_device:
-            self._on_device[device] = Rows.of(self.indices, device)
+            self._on_device[device] = Rows.from_list(self.indices, device)
         engine.set_rows(self._on_device[device])
         engine.batch_size = self.batch_size
         if self._admitting and id(engine) not in self._admitted:
@@ -57,7 +60,7 @@ class TouchedRows:
             engine.admits = True
 
     def check_layers(self, layers: Iterable[object]) -> None:
-        """Raise a ValueError if a layer is not paged: only pages have rows of their own."""
+        """Raise a ValueError if a layer is not paged: the rows of other layers all have the same length."""
         for index, layer in enumerate(layers):
             if not isinstance(layer, PagedLayer):
                 raise ValueError(
@@ -70,8 +73,8 @@ def checked_rows(rows: int | Sequence[int], batch_size: int | None) -> list[int]
     """`rows` as a list of indices.
 
     Args:
-        rows: a row or several rows; NumPy and torch integers are taken too.
-        batch_size: rows of the cache; None if it takes as many as it needs.
+        rows: a row index or several; integers of NumPy and torch are accepted, too.
+        batch_size: number of rows of the cache; None if the cache is empty.
 
     Raises:
         TypeError: `rows` is something else.

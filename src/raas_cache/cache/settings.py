@@ -1,4 +1,4 @@
-"""What a paged cache is told: its options and their checks."""
+"""The options of a paged cache, and their checks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 else:
 
     class property_of_an_instance(property):
-        """A property that, asked of the class, says what is meant to be passed to transformers."""
+        """A property that raises an error if the class is passed to transformers instead of an instance."""
 
         def __get__(self, instance: Any, owner: type | None = None) -> Any:
             if instance is None and owner is not None:
@@ -34,7 +34,7 @@ Budget = int | list[int] | tuple[int, ...]
 
 
 class CacheOptions(TypedDict, total=False):
-    """The options that every paged cache takes; see `PagedCache`."""
+    """The options of every paged cache; see `PagedCache`."""
 
     page_size: int
     scoring: Literal["exact", "minmax"]
@@ -47,16 +47,16 @@ class CacheOptions(TypedDict, total=False):
 
 
 def whole_number(name: str, value: object) -> int:
-    """`value` as an int, if it is a whole number of any kind (NumPy's and torch's too).
+    """`value` as an int; integers of NumPy and torch are accepted, too.
 
     Raises:
-        TypeError: it is none.
-        ValueError: it is not positive.
+        TypeError: `value` is not an integer.
+        ValueError: `value` is not positive.
     """
     try:
         if isinstance(value, bool):
             raise TypeError
-        number = operator.index(value)  # type: ignore[arg-type]  # whether it can is the question
+        number = operator.index(value)  # type: ignore[arg-type]  # raises a TypeError if it is not an integer
     except TypeError:
         raise TypeError(f"{name}={value!r} must be an int, not {type(value).__name__}.") from None
     if number < 1:
@@ -65,19 +65,19 @@ def whole_number(name: str, value: object) -> int:
 
 
 def checked_budget(budget: object, page_size: int) -> int | tuple[int, ...]:
-    """The budget as an int, or as a tuple of them, an entry for each layer of the model.
+    """The budget as an int, or as a tuple with one int per layer of the model.
 
     Raises:
-        TypeError, ValueError: it is something else, or less than a page.
+        TypeError, ValueError: `budget` is something else, or less than a page.
     """
     if isinstance(budget, (list, tuple)):
         if not budget:
             raise ValueError(f"budget={budget} must be an int, or a list with one int per layer.")
-        return tuple(_of_layer(entry, page_size) for entry in budget)
-    return _of_layer(budget, page_size)
+        return tuple(_checked_tokens(entry, page_size) for entry in budget)
+    return _checked_tokens(budget, page_size)
 
 
-def _of_layer(budget: object, page_size: int) -> int:
+def _checked_tokens(budget: object, page_size: int) -> int:
     tokens = whole_number("budget", budget)
     if tokens < page_size:
         raise ValueError(f"budget={tokens} is less than one page: make it at least page_size={page_size} tokens.")
@@ -85,10 +85,10 @@ def _of_layer(budget: object, page_size: int) -> int:
 
 
 def checked_page_size(page_size: object) -> int:
-    """The page size as an int, a power of two.
+    """The page size as an int.
 
     Raises:
-        TypeError, ValueError: it is something else.
+        TypeError, ValueError: `page_size` is not a power of two.
     """
     tokens = whole_number("page_size", page_size)
     if tokens & (tokens - 1):
@@ -97,10 +97,10 @@ def checked_page_size(page_size: object) -> int:
 
 
 def checked_config(config: object) -> PreTrainedConfig | None:
-    """A model's config, or None.
+    """The config of a model, or None.
 
     Raises:
-        TypeError: it is something else.
+        TypeError: `config` is something else.
     """
     if config is not None and not isinstance(config, PreTrainedConfig):
         raise TypeError(f"config={config!r} must be a model's config (model.config), not {type(config).__name__}.")
@@ -108,13 +108,13 @@ def checked_config(config: object) -> PreTrainedConfig | None:
 
 
 def check_offloading(offloading: bool) -> None:
-    """Raise a ValueError where there is nothing to offload from."""
+    """Raise a ValueError if `offloading` is set and there is no CUDA GPU."""
     if offloading and not torch.cuda.is_available():
         raise ValueError("offloading=True needs a CUDA GPU, and this machine has none: do not pass offloading.")
 
 
 def check_choice(name: str, value: object, options: Sequence[object]) -> None:
-    """Raise a ValueError if an option's value is none of those that it takes."""
+    """Raise a ValueError if `value` is not one of `options`."""
     if value not in options:
         raise ValueError(f"{name}={value!r} is unknown: use one of {', '.join(map(repr, options))}.")
 
@@ -129,10 +129,10 @@ def checked_settings(
     prompt: Literal["pin", "select", "evict"] | None,
     kv_dtype: Literal["int8", "fp8"] | None,
 ) -> tuple[int | tuple[int, ...], LayerSettings]:
-    """The budget, and the settings of a layer whose budget is yet to be filled in; see `PagedCache` for the arguments.
+    """The budget, and the settings of a layer without its budget (0). See `PagedCache` for the arguments.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong type or out of range, or the method cannot do what it asks.
+        TypeError, ValueError: an argument has the wrong type or is out of range, or the method does not support it.
     """
     if not isinstance(policy, Policy):
         raise TypeError(f"policy={policy!r} must be a raas_cache.Policy, such as RaaSPolicy().")

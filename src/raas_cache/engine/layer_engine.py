@@ -44,7 +44,7 @@ class LayerEngine:
         rows: the rows of the batch that forwards touch, None for all; `row_index` `[rows]` int64 is the same on the
             device.
         batch_size: number of rows to allocate if the first prefill fills only some of them; None for its own number.
-        admits: whether the next forward is the first one of the rows that it touches, which are empty.
+        admits: whether the rows that the next forward touches are empty, so that it is their first forward.
         on_module: called by the first attention call with the attention module, key and value, while the cache does not
             know the model. Returns True if this layer keeps the tokens, False if a layer of transformers took them.
         known_mask: a token that stands for the attention mask that `bias` agrees with; None if it is not known.

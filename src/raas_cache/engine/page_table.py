@@ -40,7 +40,7 @@ class PageTable:
         kv: the buffers; None while the table is empty.
         limit: `[batch, 1, 1]` int64 on the device, number of evictable pages that each row may have.
         pages_read: largest number of pages of a row that a decode step reads. If the number differs between rows,
-            `pages_read_of` `[batch, 1, 1]` int64 has the number of each row, otherwise it is None.
+            `pages_read_by_row` `[batch, 1, 1]` int64 has the number of each row, otherwise it is None.
         tokens: number of tokens of all forwards so far, without compiled steps. The cache compares it between layers.
         quiet_steps: number of decode steps of all rows before `before_decode` must be called again. Each such step
             counts it down by one.
@@ -50,7 +50,7 @@ class PageTable:
 
     kv: PagedKV | None
     limit: torch.Tensor
-    pages_read_of: torch.Tensor | None
+    pages_read_by_row: torch.Tensor | None
     dtypes: tuple[torch.dtype, torch.dtype]  # of the keys and values that the model computes
     signature: tuple[int, int, int, int, torch.dtype, torch.dtype, torch.device]
     device: torch.device
@@ -62,7 +62,7 @@ class PageTable:
 
     def release(self) -> None:
         """Empty the table and release its memory."""
-        self.kv, self.pages_read_of, self.pages_read = None, None, 0
+        self.kv, self.pages_read_by_row, self.pages_read = None, None, 0
         self.limit = torch.empty(0, 1, 1, dtype=torch.int64)
         self.batch_size = self.num_heads = self.tokens = 0
         self._counts = RowCounts.empty(0)
@@ -175,13 +175,13 @@ class PageTable:
 
     def check_same_use(self, key: torch.Tensor, value: torch.Tensor, rows: Rows | None) -> None:
         """Raise a ValueError if rows, heads, head sizes, dtypes or device differ from those of the tokens held."""
-        held = (self.batch_size if rows is None else len(rows.on_host), *self.signature[1:])
+        expected = (self.batch_size if rows is None else len(rows.on_host), *self.signature[1:])
         given_batch, heads, _, head_size = key.shape
         given = (given_batch, heads, head_size, value.shape[-1], key.dtype, value.dtype, key.device)
-        if held == given:
+        if expected == given:
             return
         names = ("batch size", "KV heads", "head size", "head size of values", "dtype", "dtype of values", "device")
-        for name, old, new in zip(names, held, given, strict=True):
+        for name, old, new in zip(names, expected, given, strict=True):
             if old != new:
                 raise ValueError(
                     f"This cache holds {self.length} tokens with {name} {old}, but the new keys have {name} {new}: use "
@@ -218,10 +218,12 @@ class PageTable:
         assert kv is not None
         pinned_pages, free = counts.pinned_pages, ~counts.pinned
         evictable = free & (free.cumsum(1) <= counts.limit[:, None])
-        held = evictable.sum(1)
+        evictable_pages = evictable.sum(1)
         budget = settings.budget // self.page_size
         if settings.policy.reads == "all":
-            wanted = held + np.array([settings.prefill_pages_read(int(pages)) for pages in pinned_pages], np.int64)
+            wanted = evictable_pages + np.array(
+                [settings.prefill_pages_read(int(pages)) for pages in pinned_pages], np.int64
+            )
         elif settings.prompt == "select":
             wanted = np.full_like(pinned_pages, max(budget, 1))
         else:
@@ -238,8 +240,8 @@ class PageTable:
         else:
             kv.evictable, self.limit = device_evictable, limit
         self.pages_read = min(int(wanted.max(initial=0)), kv.num_pages)
-        self.pages_read_of = None if is_same else reads
-        self.is_full_size = bool((held >= counts.limit).all())
+        self.pages_read_by_row = None if is_same else reads
+        self.is_full_size = bool((evictable_pages >= counts.limit).all())
         self._grant(0)
         fix_addresses(kv)
 
@@ -356,12 +358,12 @@ class PageTable:
         """Clear the NaNs and infinities of `hidden` slots `[batch, kv_heads, slots]`, see `raas_kernels.finite`."""
         kv = self.kv
         assert kv is not None
-        for held, scales in ((kv.keys, kv.key_scales), (kv.values, kv.value_scales)):
+        for buffer, scales in ((kv.keys, kv.key_scales), (kv.values, kv.value_scales)):
             if scales is None:
-                held.copy_(raas_kernels.finite(held, hidden[..., None]))
+                buffer.copy_(raas_kernels.finite(buffer, hidden[..., None]))
             else:  # if a token is not finite, its scale is not finite
                 bad = hidden & ~scales.isfinite()
-                movable(held).copy_(torch.where(bad[..., None], 0, movable(held)))
+                movable(buffer).copy_(torch.where(bad[..., None], 0, movable(buffer)))
                 scales.copy_(torch.where(bad, 0, scales))
 
     # Rows.

@@ -193,11 +193,11 @@ def _write(
         key, value = (raas_kernels.finite(states, hidden[..., None]) for states in (key, value))
     positions = seen[:, None, None] + torch.arange(new, device=device)  # [rows, 1, new]
     writes = [(kv.bias, bias.expand(-1, heads, -1)), (kv.positions, positions.int().expand(-1, heads, -1))]
-    for held, scales, states in ((kv.keys, kv.key_scales, key), (kv.values, kv.value_scales, value)):
+    for buffer, scales, states in ((kv.keys, kv.key_scales, key), (kv.values, kv.value_scales, value)):
         if scales is not None:
-            states, scale = raas_kernels.quantize(states, held.dtype)
+            states, scale = raas_kernels.quantize(states, buffer.dtype)
             writes.append((scales, scale))
-        writes.append((movable(held), movable(states)))
+        writes.append((movable(buffer), movable(states)))
     segments = places.segments if rows is None else None
     if segments is not None:
         for buffer, states in writes:
@@ -254,7 +254,7 @@ def truncate(table: PageTable, seen: np.ndarray, drops_decoded: bool) -> None:
             kv.states.zero_()
     else:
         for length in np.unique(gone):
-            rows = Rows.of(np.flatnonzero(gone == length).tolist(), table.device)
+            rows = Rows.from_list(np.flatnonzero(gone == length).tolist(), table.device)
             _move_positions(table, -int(length), counts.decoded[rows.on_host], rows)
     is_held = pinned & (kv.positions >= 0) & ~emptied
     prefilled = is_held[:, 0].sum(1).cpu().numpy()

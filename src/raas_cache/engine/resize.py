@@ -111,14 +111,14 @@ def gathered(kv: PagedKV, index: torch.Tensor) -> PagedKV:
 def put_page(kv: PagedKV, page: torch.Tensor, contents: PagedKV) -> None:
     """Write one page per row and KV head, which `gathered` returned, to the page `page` `[batch, kv_heads]` int64."""
 
-    def put(held: torch.Tensor | None, before: torch.Tensor | None) -> None:
-        if held is None or before is None:
+    def put(buffer: torch.Tensor | None, before: torch.Tensor | None) -> None:
+        if buffer is None or before is None:
             return
-        by_page = movable(held).view(*held.shape[:2], kv.num_pages, -1)  # [batch, kv_heads, pages, entries * ...]
+        by_page = movable(buffer).view(*buffer.shape[:2], kv.num_pages, -1)  # [batch, kv_heads, pages, entries * ...]
         index = page[..., None, None].expand(-1, -1, 1, by_page.shape[-1])
         by_page.scatter_(2, index, movable(before).reshape(*before.shape[:2], 1, -1))
 
-    for held, before in (
+    for buffer, before in (
         (kv.keys, contents.keys),
         (kv.values, contents.values),
         (kv.bias, contents.bias),
@@ -126,7 +126,7 @@ def put_page(kv: PagedKV, page: torch.Tensor, contents: PagedKV) -> None:
         (kv.key_scales, contents.key_scales),
         (kv.value_scales, contents.value_scales),
     ):
-        put(held, before)
+        put(buffer, before)
 
 
 def fix_addresses(kv: PagedKV) -> None:

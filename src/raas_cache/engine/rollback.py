@@ -63,7 +63,7 @@ class DecodeNote:
             contents = gathered(kv, page[..., None])
         index = page[..., None, None]
         key_min, key_max = (
-            None if held is None else torch.take_along_dim(held, index, 2) for held in (kv.key_min, kv.key_max)
+            None if buffer is None else torch.take_along_dim(buffer, index, 2) for buffer in (kv.key_min, kv.key_max)
         )
         states = None if kv.states is None else kv.states.clone()
         return cls(page, contents, key_min, key_max, kv.priority.clone(), states, kv.open_slot.clone())
@@ -94,15 +94,17 @@ class DecodeNote:
         return 1
 
     def apply_to_rows(self, function: RowFunction) -> None:
-        def moved(held: torch.Tensor | None) -> torch.Tensor | None:
-            return None if held is None else function(held)
+        def moved(buffer: torch.Tensor | None) -> torch.Tensor | None:
+            return None if buffer is None else function(buffer)
 
         self.page, self.priority, self.open_slot = (
-            function(held) for held in (self.page, self.priority, self.open_slot)
+            function(buffer) for buffer in (self.page, self.priority, self.open_slot)
         )
-        self.states, self.key_min, self.key_max = (moved(held) for held in (self.states, self.key_min, self.key_max))
+        self.states, self.key_min, self.key_max = (
+            moved(buffer) for buffer in (self.states, self.key_min, self.key_max)
+        )
         if self.contents is not None:
-            self.contents = map_pages(self.contents, lambda held, entries, empty: function(held))
+            self.contents = map_pages(self.contents, lambda buffer, entries, empty: function(buffer))
 
 
 @dataclass

@@ -21,7 +21,7 @@ class Rows:
     on_device: torch.Tensor
 
     @classmethod
-    def of(cls, indices: list[int], device: torch.device) -> Rows:
+    def from_list(cls, indices: list[int], device: torch.device) -> Rows:
         return cls(np.array(indices, np.int64), torch.tensor(indices, dtype=torch.int64, device=device))
 
 

@@ -28,7 +28,7 @@ def select_pages(table: PageTable, bounds: torch.Tensor, rows: torch.Tensor | No
     """
     kv, settings, wanted = table.kv, table.settings, table.pages_read
     assert kv is not None
-    if wanted >= bounds.shape[-1] and table.pages_read_of is None:
+    if wanted >= bounds.shape[-1] and table.pages_read_by_row is None:
         return None
     evictable = kv.evictable if rows is None else kv.evictable[rows]
     open_slot = kv.open_slot if rows is None else kv.open_slot[rows]
@@ -41,7 +41,7 @@ def select_pages(table: PageTable, bounds: torch.Tensor, rows: torch.Tensor | No
         if settings.prompt == "pin":
             bounds = bounds.masked_fill(~evictable, float("inf"))
     selected = bounds.argsort(dim=-1, descending=True, stable=True)[..., :wanted]
-    if table.pages_read_of is None:
+    if table.pages_read_by_row is None:
         return selected
-    limit = table.pages_read_of if rows is None else table.pages_read_of[rows]
+    limit = table.pages_read_by_row if rows is None else table.pages_read_by_row[rows]
     return selected.masked_fill(torch.arange(wanted, device=bounds.device) >= limit, -1)

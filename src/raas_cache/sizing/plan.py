@@ -169,7 +169,7 @@ class _Model:
         with _on_meta(config):
             model.eval()(torch.zeros(1, 1, dtype=torch.int64), use_cache=True, **{CACHE_ARGUMENT: cache})
         self.places: list[int] = [layer.place for layer in cache.layers]  # type: ignore[union-attr]
-        self.of_a_token = [_first_token(layer) for layer in cache.layers]
+        self.token_states = [_first_token(layer) for layer in cache.layers]
 
     def plan(self, budget: Budget, batch_size: int, prompt_tokens: int, tokens: int, options: SizeOptions) -> Plan:
         for name, value in (("batch_size", batch_size), ("prompt_tokens", prompt_tokens)):
@@ -181,22 +181,22 @@ class _Model:
         for either in (cache, dynamic):
             either.layers = [copy.deepcopy(either.layers[place]) for place in self.places]
         paged, bytes_per_token = [], 0
-        for layer, dynamic_layer, of_a_token in zip(cache.layers, dynamic.layers, self.of_a_token, strict=True):
-            if of_a_token is None:
+        for layer, dynamic_layer, token_states in zip(cache.layers, dynamic.layers, self.token_states, strict=True):
+            if token_states is None:
                 continue
-            _fill(dynamic_layer, of_a_token, batch_size, tokens)
+            _fill(dynamic_layer, token_states, batch_size, tokens)
             if not isinstance(layer, PagedLayer):
-                _fill(layer, of_a_token, batch_size, tokens)
+                _fill(layer, token_states, batch_size, tokens)
                 continue
             layer.table.preallocates = True
-            _fill(layer, of_a_token, batch_size, prompt_tokens)
+            _fill(layer, token_states, batch_size, prompt_tokens)
             forward = layer.engine.pending
             assert isinstance(forward, Prefill)
             forward.store({})
             if forward.competes:  # with prompt="evict"
                 forward.evict(None, queries=0)
             paged.append(layer)
-            bytes_per_token += batch_size * sum(states.nbytes for states in of_a_token)
+            bytes_per_token += batch_size * sum(states.nbytes for states in token_states)
         dynamic_nbytes = kv_nbytes(dynamic)
         windows_nbytes = dynamic_nbytes - tokens * bytes_per_token
         return Plan(
@@ -232,9 +232,9 @@ def _first_token(layer: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
     return None if getattr(layer, "keys", None) is None else (layer.keys[:, :, :1], layer.values[:, :, :1])
 
 
-def _fill(layer: Any, of_a_token: Sequence[torch.Tensor], batch_size: int, tokens: int) -> None:
+def _fill(layer: Any, token_states: Sequence[torch.Tensor], batch_size: int, tokens: int) -> None:
     """Store `batch_size` rows of `tokens` tokens in a cache layer."""
-    layer.update(*(states.new_empty(batch_size, states.shape[1], tokens, states.shape[3]) for states in of_a_token))
+    layer.update(*(states.new_empty(batch_size, states.shape[1], tokens, states.shape[3]) for states in token_states))
 
 
 class _AnyValue(TorchDispatchMode):
@@ -279,7 +279,7 @@ def table(
     For the other arguments and the errors see `plan` and `largest_budget`.
     """
     model = _Model(config, dtype)
-    name = next(str(states[0].dtype) for states in model.of_a_token if states is not None).removeprefix("torch.")
+    name = next(str(states[0].dtype) for states in model.token_states if states is not None).removeprefix("torch.")
     ways: tuple[tuple[str, Literal["int8"] | None], ...] = ((name, None), ("int8", "int8"))
     header = ["batch", "budget", "stored as", "KV", f"dynamic at {tokens:,}", "ratio", "saves from", "decode tokens"]
     lines, is_over_budget = [], False
