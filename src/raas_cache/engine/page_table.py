@@ -172,7 +172,7 @@ class PageTable:
         return least < settings.min_decode_pages
 
     def check_same_use(self, key: torch.Tensor, value: torch.Tensor, rows: Rows | None) -> None:
-        """Raise a ValueError if rows, heads, head sizes, dtypes or device differ from those of the tokens held."""
+        """Raise a ValueError if rows, heads, head sizes, dtypes or device differ from the stored tokens."""
         expected = (self.batch_size if rows is None else len(rows.on_host), *self.signature[1:])
         given_batch, heads, _, head_size = key.shape
         given = (given_batch, heads, head_size, value.shape[-1], key.dtype, value.dtype, key.device)

@@ -24,7 +24,7 @@ class QuestPolicy(Policy):
     """Keep all pages, and read the pages with the highest logit bounds (section 3.3).
 
     The page with the newest token is always read. Forwards of several tokens read all pages, as in the paper. The query
-    heads of a KV head read the same pages: those with the largest bound over the heads.
+    heads of a KV head read the same pages: the pages with the largest bounds over these heads.
 
     Args:
         dense_layers: number of first layers that read all pages, as attention is less sparse there. 2 in section 3.4.

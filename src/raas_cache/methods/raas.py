@@ -30,8 +30,8 @@ class RaaSPolicy(Policy):
     Args:
         alpha: a page with a score of at least `alpha` is a milestone, so its timestamp becomes the current step. In
             (0, 1).
-        top_ratio: instead of `alpha`, the share of the evictable pages that are milestones, those with the highest
-            scores (a variant of the paper, with 0.5). In (0, 1].
+        top_ratio: instead of `alpha`, the share of the evictable pages that are milestones: the pages with the
+            highest scores (a variant of the paper, with 0.5). In (0, 1].
 
     Raises:
         TypeError, ValueError: an argument is not a number or out of range, or both `alpha` and `top_ratio` are given.
