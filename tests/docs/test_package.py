@@ -55,13 +55,7 @@ UPWARD = {
     # A cache gives each layer a trace, and Jupyter displays a cache: types only, and an import when it is displayed.
     ("raas_cache.cache.paged_cache", "raas_cache.tracing.recording"),
     ("raas_cache.cache.paged_layer", "raas_cache.tracing.layer_trace"),
-    ("raas_cache.cache.inspection", "raas_cache.viz.html"),
-    # Within a room, types only: the part of an object names the whole, or an argument names its maker.
-    ("raas_cache.cache.inspection", "raas_cache.cache.paged_cache"),
-    ("raas_cache.engine.step", "raas_cache.engine.forward"),
-    ("raas_cache.engine.step", "raas_cache.engine.layer_engine"),
-    ("raas_cache.engine.layer_engine", "raas_cache.engine.forward"),
-    ("raas_cache.engine.rollback", "raas_cache.engine.forward"),
+    ("raas_cache.cache.paged_cache", "raas_cache.viz.html"),
 }
 
 

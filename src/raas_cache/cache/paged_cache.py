@@ -1,7 +1,7 @@
 """`PagedCache`: the `Cache` API of transformers over paged layers, and nothing else.
 
 The order is: settings, `update`, rows, the layers of a model, offloading, masks, compilation, questions about a cache,
-and the rest of the API (reset, rows, crop). Names and arguments of the `Cache` API are those of transformers. Check a
+and the rest of the API (reset, rows, crop). transformers decides the names and arguments of the `Cache` API. Check a
 new option in `settings.py`, and implement it in the layer or in the engine.
 """
 
@@ -153,7 +153,7 @@ class PagedCache(Cache):
 
         Raises:
             RuntimeError: no attention function read the result of the last update, or the last forward was interrupted.
-            ValueError: batch size, dtypes or device differ from those of the tokens held, or the model would misuse or
+            ValueError: batch size, dtypes or device differ from the stored tokens, or the model would misuse or
                 drop the cache (see `check_caller`).
         """
         self._check_last_forward(layer_idx)

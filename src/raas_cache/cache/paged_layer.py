@@ -98,7 +98,7 @@ class PagedLayer(CacheLayerMixin):
 
     @property
     def is_compileable(self) -> bool:  # type: ignore[override]  # transformers only reads it
-        """Whether the shapes and addresses of a decode step are those of the previous step."""
+        """Whether all decode steps have the same shapes and addresses."""
         engine = self.engine
         return not (engine.settings.grows or engine.records_past or engine.reads_prefill or engine.tracer is not None)
 
@@ -130,7 +130,7 @@ class PagedLayer(CacheLayerMixin):
 
         Raises:
             RuntimeError: an exception stopped this layer while it stored tokens.
-            ValueError: rows, heads, head sizes, dtypes or device differ from those of the tokens held.
+            ValueError: rows, heads, head sizes, dtypes or device differ from the stored tokens.
         """
         return self.begin(key_states, value_states)[1:]
 
@@ -211,7 +211,7 @@ class PagedLayer(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last `-tokens_to_remove` tokens: the layer is then as if it had never seen them.
 
-        This drops all rollback notes, so earlier tokens cannot be taken back. The errors are those of `check_crop`.
+        This drops all rollback notes, so earlier tokens cannot be taken back. It raises the errors of `check_crop`.
         """
         self.check_crop(tokens_to_remove)
         engine, table = self.engine, self.table

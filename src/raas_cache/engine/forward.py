@@ -339,7 +339,7 @@ def begin(decode: Decode, key: torch.Tensor, value: torch.Tensor) -> tuple[Forwa
 
     Raises:
         RuntimeError: an exception stopped this layer while it stored tokens.
-        ValueError: rows, heads, head sizes, dtypes or device differ from those of the tokens held.
+        ValueError: rows, heads, head sizes, dtypes or device differ from the stored tokens.
     """
     layer = decode.layer
     table = layer.table

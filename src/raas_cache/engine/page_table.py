@@ -174,7 +174,7 @@ class PageTable:
         return least < settings.min_decode_pages
 
     def check_same_use(self, key: torch.Tensor, value: torch.Tensor, rows: Rows | None) -> None:
-        """Raise a ValueError if rows, heads, head sizes, dtypes or device differ from those of the tokens held."""
+        """Raise a ValueError if rows, heads, head sizes, dtypes or device differ from the stored tokens."""
         expected = (self.batch_size if rows is None else len(rows.on_host), *self.signature[1:])
         given_batch, heads, _, head_size = key.shape
         given = (given_batch, heads, head_size, value.shape[-1], key.dtype, value.dtype, key.device)
@@ -240,7 +240,12 @@ class PageTable:
         else:
             kv.evictable, self.limit = device_evictable, limit
         self.pages_read = min(int(wanted.max(initial=0)), kv.num_pages)
-        self.pages_read_by_row = None if is_same else reads
+        if is_same:
+            self.pages_read_by_row = None
+        elif self.pages_read_by_row is not None and self.pages_read_by_row.shape == reads.shape:
+            self.pages_read_by_row.copy_(reads)  # a CUDA graph may read it
+        else:
+            self.pages_read_by_row = reads
         self.is_full_size = bool((evictable_pages >= counts.limit).all())
         self._grant(0)
         fix_addresses(kv)

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 class QuestPolicy(Policy):
     """Keep everything, and read the pages with the highest logit_bound (section 3.3).
 
-    The page with the newest token is always read. Forwards of several tokens read everything, as in the paper. The
-    query heads of a KV head share one selection, by their largest logit_bound.
+    The page with the newest token is always read. Forwards of several tokens read all pages, as in the paper. The query
+    heads of a KV head read the same pages: the pages with the largest bounds over these heads.
 
     Args:
         dense_layers: number of first layers that read everything, because attention is less sparse there (section 3.4

@@ -32,9 +32,10 @@ class RaaSPolicy(Policy):
     """Evict the page with the oldest timestamp (section 3). The priority of a page is its timestamp.
 
     Args:
-        alpha: a page with at least this score is a milestone, and its timestamp becomes the current step. In (0, 1).
-        top_ratio: instead of `alpha`, this share of the held pages, those with the highest scores, get the current step
-            as timestamp (the paper's variant: 0.5). In (0, 1].
+        alpha: a page with a score of at least `alpha` is a milestone, so its timestamp becomes the current step. In
+            (0, 1).
+        top_ratio: instead of `alpha`, the share of the evictable pages that are milestones: the pages with the
+            highest scores (a variant of the paper, with 0.5). In (0, 1].
 
     Raises:
         TypeError, ValueError: an argument is not a number or out of range, or both `alpha` and `top_ratio` are given.
