@@ -315,7 +315,7 @@ def test_peft_prompt_learning(method):
 
 class TestArguments:
     def test_the_class_for_an_instance(self, model):
-        with pytest.raises(AttributeError, match=r"RaaSCache is a class.*pass RaaSCache\(budget=1024\), with paren"):
+        with pytest.raises(AttributeError, match=r"RaaSCache is a class.*pass an instance, RaaSCache\(budget=1024\)"):
             generate(model, prompt(), RaaSCache, 3)
 
     @pytest.mark.parametrize("budget", [np.int64(64), torch.tensor(64), [np.int32(64), 64]], ids=str)

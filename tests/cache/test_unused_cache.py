@@ -53,7 +53,7 @@ def test_continuous_batching_refuses_a_paged_cache(model, name):
 
 
 def test_generate_refuses_a_paged_cache_where_it_would_run_continuous_batching(model):
-    with pytest.raises(ValueError, match="would not use this one"):
+    with pytest.raises(ValueError, match="would ignore this cache"):
         generate(model, prompt(), RaaSCache(32), 4, sample=False, cache_implementation="paged")
 
 
@@ -128,7 +128,7 @@ def test_a_mask_that_ends_before_the_new_tokens_is_refused(model, implementation
     new, mask = prompt(length=5, seed=1)["input_ids"], torch.ones(1, 25, dtype=torch.long)
     with torch.no_grad():
         model(**inputs, past_key_values=cache)
-        with pytest.raises(ValueError, match=rf"\(1, {tokens}\) ends before .* 5 are new, .* needs 25"):
+        with pytest.raises(ValueError, match=rf"\(1, {tokens}\) is too short: .* 5 tokens are new, .* needs 25"):
             model(new, attention_mask=mask[:, :tokens], past_key_values=cache)
         assert cache.get_seq_length() == 20
         logits = model(new, attention_mask=mask, past_key_values=cache).logits
@@ -141,7 +141,7 @@ def test_a_short_mask_is_refused_at_a_decode_step_too(model):
     cache = RaaSCache(512)
     with torch.no_grad():
         model(**prompt(), past_key_values=cache)
-        with pytest.raises(ValueError, match=r"\(1, 1\) ends before"):
+        with pytest.raises(ValueError, match=r"\(1, 1\) is too short"):
             model(prompt(length=1)["input_ids"], attention_mask=torch.ones(1, 1), past_key_values=cache)
 
 

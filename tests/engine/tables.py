@@ -24,7 +24,7 @@ def settings(budget=6 * PAGE, **more):
 
 
 def rows_of(*indices):
-    return Rows.of(list(indices), CPU)
+    return Rows.from_list(list(indices), CPU)
 
 
 class Tokens:
