@@ -222,7 +222,7 @@ def test_another_input_is_refused(tokens):
     table.check_same_use(key[:1], value[:1], rows_of(1))
     for given, rows, says in (
         ((key[:1], value[:1]), None, "holds 3 tokens with batch size 2, but the new keys have batch size 1"),
-        ((key, value), rows_of(0), "batch size 1, and was given keys with batch size 2"),
+        ((key, value), rows_of(0), "batch size 1, but the new keys have batch size 2"),
         ((key[:, :1], value[:, :1]), None, f"KV heads {HEADS}"),
         ((key[..., :2], value), None, f"head size {KEY_SIZE}"),
         ((key, value[..., :2]), None, "head size of values 3"),
