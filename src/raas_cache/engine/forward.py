@@ -29,6 +29,10 @@ INTERRUPTED = (
     "The last forward with this cache was interrupted: an exception or Ctrl-C stopped it after some layers had stored "
     "its tokens. Call cache.reset() and pass the whole sequence again."
 )
+NOT_CAUSAL = (
+    "attention_mask is not causal among the new tokens, but tokens that may be taken back need a causal mask: do not "
+    "pass assistant_model or prompt_lookup_num_tokens, or call cache.deactivate_past_recording() first."
+)
 
 
 class Forward:
@@ -167,11 +171,7 @@ class Prefill(Forward):
     def store(self, seen: Seen) -> None:
         layer, self.among = self.layer, seen.get("among")
         if self.among is not None and layer.records_past:
-            raise ValueError(
-                "attention_mask is not causal among the new tokens, but tokens that may be taken back need a causal "
-                "mask: do not pass assistant_model or prompt_lookup_num_tokens, or call "
-                "cache.deactivate_past_recording() first."
-            )
+            raise ValueError(NOT_CAUSAL)
         self._note(PrefillNote)
         visible, leading, count = seen.get("visible"), seen.get("leading"), len(self.key)
         if visible is not None and len(visible) != count:  # one mask for all rows
@@ -252,11 +252,7 @@ class Draft(Forward):
 
     def store(self, seen: Seen) -> None:
         if seen.get("among") is not None:
-            raise ValueError(
-                "attention_mask is not causal among the new tokens, but tokens that may be taken back need a causal "
-                "mask: do not pass assistant_model or prompt_lookup_num_tokens, or call "
-                "cache.deactivate_past_recording() first."
-            )
+            raise ValueError(NOT_CAUSAL)
         self.visible = seen.get("visible")
         self.is_decoded = False
 
