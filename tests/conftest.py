@@ -29,3 +29,15 @@ def own_engine():
     dispatch = sys.modules.get("raas_kernels.dispatch")
     if dispatch is not None:
         dispatch.engine.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def own_methods():
+    """A method that a test registers is gone after this test."""
+    registry = sys.modules.get("raas_cache.methods.registry")
+    registered = [] if registry is None else [registry.POLICIES, registry.CACHES]
+    before = [dict(names) for names in registered]
+    yield
+    for names, old in zip(registered, before, strict=True):
+        names.clear()
+        names.update(old)

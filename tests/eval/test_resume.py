@@ -18,7 +18,6 @@ from raas_cache.eval import Decoding, Setting, chain_task, inputs, read_rows, ru
 from raas_cache.eval.chains import problems
 from raas_cache.eval.results import Row, RowFile
 from raas_cache.eval.tasks import Task
-from raas_cache.methods.registry import POLICIES
 
 from ..helpers import refused
 
@@ -180,7 +179,6 @@ class TestInputs:
         monkeypatch.delitem(sys.modules, "my_method", raising=False)
         path.write_text(METHOD)
         module = importlib.import_module("my_method")
-        monkeypatch.setitem(POLICIES, "mine", module.Mine)  # which takes it away in the end
         run(model, tokenizer, task, [*DYNAMIC, *mine], out=out)
         assert len(run(model, tokenizer, task, mine, out=out)) == 3
         path.write_text(METHOD + "    edited = True\n")
@@ -190,11 +188,10 @@ class TestInputs:
             run(model, tokenizer, task, mine, out=out)
         assert len(run(model, tokenizer, task, DYNAMIC, out=out)) == 3
 
-    def test_of_a_method_without_a_file(self, monkeypatch):
+    def test_of_a_method_without_a_file(self):
         """Typed in, nobody can say that it is the same the next time."""
         names = {"__name__": "typed_in"}
         exec(METHOD, names)
-        monkeypatch.setitem(POLICIES, "mine", names["Mine"])
         (first,) = inputs.of_methods([Setting("mine", 64), *DYNAMIC, Setting("raas", 64)]).values()
         inputs._of_policy.cache_clear()
         assert inputs.of_methods([Setting("mine", 64)]) != {"mine": first}

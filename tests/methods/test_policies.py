@@ -19,7 +19,6 @@ from raas_cache.eval import chain_task, run
 from raas_cache.eval.chains import problems, share_right, tokens_of
 from raas_cache.eval.settings import Setting
 from raas_cache.methods.raas import RaaSPolicy
-from raas_cache.methods.registry import CACHES, POLICIES
 from raas_cache.sizing.learn_budgets import _deal_out, _interpolated
 
 from ..helpers import generate, prompt, resident_set, tiny_model
@@ -51,16 +50,7 @@ def code_of(page):
     return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
 
 
-@pytest.fixture
-def registry():
-    before = dict(POLICIES), dict(CACHES)
-    yield
-    for registered, names in zip((POLICIES, CACHES), before, strict=True):
-        registered.clear()
-        registered.update(names)
-
-
-def test_the_page_on_new_methods_runs(registry, capsys):
+def test_the_page_on_new_methods_runs(capsys):
     blocks = code_of("new-method.md")
     assert len(blocks) == 3 and len(blocks[0].splitlines()) <= 30
     names = {"model": tiny_model(), "inputs": prompt(2, 30, (7, 0))}
@@ -137,7 +127,7 @@ def test_a_policy_that_is_none():
         register_policy("mine")(dict)
 
 
-def test_a_name_belongs_to_one_policy(registry):
+def test_a_name_belongs_to_one_policy():
     with pytest.raises(ValueError, match="name='raas' belongs to RaaSPolicy already: choose another name"):
         register_policy("raas")(type("Other", (Policy,), {}))
     assert register_policy("raas")(RaaSPolicy) is RaaSPolicy
