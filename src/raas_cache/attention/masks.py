@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..engine.attention_inputs import Seen
-from ..engine.forward import Forward
+from ..engine.forward_base import Forward
 from ..engine.prefill import count_leading
 
 

@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 from ..cache.paged_cache import PagedCache
 from ..cache.paged_layer import PagedLayer
 from ..engine.attention_inputs import Softmax
-from ..engine.forward import Forward
+from ..engine.forward_base import Forward
 from ..methods.registry import from_name
 
 

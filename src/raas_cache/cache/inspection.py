@@ -6,7 +6,9 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from .paged_layer import PagedLayer
+from ..engine.layer_settings import LayerSettings
+from ..engine.policy import Policy
+from .paged_layer import PagedLayer, holding_pages
 
 
 def nbytes(layers: Iterable[object]) -> int:
@@ -36,16 +38,54 @@ def paged_layer(layers: Sequence[object], layer_idx: int) -> PagedLayer:
     return layer
 
 
-def seen_tokens(layers: Sequence[PagedLayer]) -> torch.Tensor:
+def resident_positions(layers: Sequence[object], layer_idx: int) -> torch.Tensor:
+    """See `PagedCache.resident_positions`."""
+    kv = paged_layer(layers, layer_idx).engine.kv
+    return kv.positions.long().masked_fill(kv.bias != 0, -1)
+
+
+def resident_tokens(layers: Sequence[object], layer_idx: int) -> torch.Tensor:
+    """See `PagedCache.resident_tokens`."""
+    return (paged_layer(layers, layer_idx).engine.kv.bias == 0).sum(-1)
+
+
+def evicted_pages(layers: Sequence[object], layer_idx: int) -> torch.Tensor:
+    """See `PagedCache.evicted_pages`."""
+    table = paged_layer(layers, layer_idx).table
+    return torch.from_numpy(table.evicted)[:, None].expand(-1, table.num_heads).to(table.device)
+
+
+def seen_tokens(layers: Sequence[object]) -> torch.Tensor:
     """Tokens that each row has seen, int64 `[batch]`; empty if no layer holds pages."""
-    if not layers:
+    paged = holding_pages(layers)
+    if not paged:
         return torch.zeros(0, dtype=torch.int64)
-    return torch.from_numpy(layers[0].table.counts.seen.copy()).to(layers[0].table.device)
+    return torch.from_numpy(paged[0].table.counts.seen.copy()).to(paged[0].table.device)
 
 
-def summary(layers: Sequence[PagedLayer]) -> str:
-    """The part of the cache's `repr` about tokens held, tokens seen and evicted pages."""
-    held = max((int((layer.engine.kv.bias == 0).sum(-1).max()) for layer in layers), default=0)
-    seen = layers[0].table.length if layers else 0
-    evicted = sum(int(layer.table.evicted.sum()) * layer.table.num_heads for layer in layers)
-    return f"held={held}, seen={seen}, evicted={evicted} pages"
+def evictions(layers: Sequence[object]) -> int:
+    """See `PagedCache.evictions`."""
+    return sum(int(layer.table.evicted.max()) * layer.table.num_heads for layer in holding_pages(layers))
+
+
+def is_over_budget(layers: Sequence[object]) -> bool:
+    """See `PagedCache.is_over_budget`."""
+    return any(layer.table.is_over_budget for layer in holding_pages(layers))
+
+
+def text(name: str, budget: object, policy: Policy | None, layers: Sequence[object]) -> str:
+    """The `repr` of a cache of the class `name`; `policy` is None if the class says which policy it has."""
+    paged = holding_pages(layers)
+    held = max((int((layer.engine.kv.bias == 0).sum(-1).max()) for layer in paged), default=0)
+    seen = paged[0].table.length if paged else 0
+    evicted = sum(int(layer.table.evicted.sum()) * layer.table.num_heads for layer in paged)
+    shown = "" if policy is None else f"{policy}, "
+    return f"{name}({shown}budget={budget}, held={held}, seen={seen}, evicted={evicted} pages, {nbytes(layers)} bytes)"
+
+
+def html(name: str, budget: object, settings: LayerSettings, layers: Sequence[object]) -> str:
+    """What Jupyter shows of a cache of the class `name`."""
+    from ..viz.html import of_cache  # only when a notebook shows the cache
+
+    about = f"{settings.policy}, budget={budget}, page_size={settings.page_size}, prompt={settings.prompt!r}"
+    return of_cache(name, f"{about}, {nbytes(layers):,} bytes", layers, is_over_budget(layers))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,9 @@ import numpy as np
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from ..engine.forward import Decode, Forward, begin
+from ..attention.dispatch import expect
+from ..engine.forward import Decode, begin
+from ..engine.forward_base import Forward
 from ..engine.layer_engine import LayerEngine
 from ..engine.layer_settings import LayerSettings
 from ..engine.page_table import PageTable
@@ -21,7 +24,11 @@ from ..engine.step import rank
 
 
 if TYPE_CHECKING:
+    from transformers.cache_utils import DummyLayer, LinearAttentionCacheLayerMixin
+
     from ..tracing.layer_trace import LayerTrace
+
+    AnyLayer = CacheLayerMixin | LinearAttentionCacheLayerMixin | DummyLayer  # a layer of any cache
 
 
 class PagedLayer(CacheLayerMixin):
@@ -140,6 +147,19 @@ class PagedLayer(CacheLayerMixin):
         self.has_begun()
         return begun
 
+    def on_prefill(self, forward: Forward, has_warned: bool) -> bool:
+        """Prepare the attention call of a forward that is not a plain decode step.
+
+        Returns:
+            `has_warned`, or whether this forward has warned that prefill fills the budget.
+        """
+        self.has_begun()
+        if not has_warned and (forward.is_first or forward.new > 1):
+            has_warned = self.warn_if_prefill_fills_budget(forward.new)
+        if forward.is_first or self.engine.is_latent:
+            expect(forward)
+        return has_warned
+
     def has_begun(self) -> None:
         """Set the attributes that transformers reads: they are known after the first key and value."""
         self.is_initialized, self.device, self.batch_size = True, self.table.device, self.table.batch_size
@@ -255,6 +275,11 @@ class PagedLayer(CacheLayerMixin):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times; the copies are adjacent."""
         self.apply_to_rows(lambda state: state.repeat_interleave(repeats, dim=0))
+
+
+def holding_pages(layers: Iterable[object]) -> list[PagedLayer]:
+    """The paged layers of a cache that have buffers."""
+    return [layer for layer in layers if isinstance(layer, PagedLayer) and layer.table.kv is not None]
 
 
 def _select(index: torch.Tensor, state: torch.Tensor) -> torch.Tensor:

@@ -62,11 +62,14 @@ class PastMask:
                 changes nothing.
             seen: number of tokens before this forward.
             new: number of tokens of this forward.
-            layers: the paged layers that hold tokens.
+            layers: the paged layers that have buffers.
 
         Raises:
             ValueError: the mask has fewer tokens than the sequence, or shows left padding.
         """
+        if not layers:
+            self.learn(mask, new)
+            return
         table, rows = layers[0].table, layers[0].engine.rows
         batch = table.batch_size if rows is None else len(rows.on_host)
         if mask is None or mask.shape[0] not in (1, batch):  # `update` refuses another batch

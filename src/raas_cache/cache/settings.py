@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import torch
@@ -149,3 +150,19 @@ def checked_settings(
         able = ", ".join(map(repr, policy.prompts))
         raise ValueError(f"prompt={prompt!r} is not supported by {type(policy).__name__}: use one of {able}.")
     return checked, LayerSettings(policy, 0, size, least, scoring, granularity, prompt, kv_dtype)
+
+
+def settings_of_layer(settings: LayerSettings, budget: int | tuple[int, ...], layer_idx: int) -> LayerSettings:
+    """The settings of the layer `layer_idx`: `settings`, with the budget and the policy of this layer.
+
+    Raises:
+        ValueError: `budget` has no entry for this layer.
+    """
+    if isinstance(budget, tuple):
+        if layer_idx >= len(budget):
+            raise ValueError(
+                f"budget={budget} has {len(budget)} entries, but the model has a layer {layer_idx}: give one entry "
+                "per layer."
+            )
+        budget = budget[layer_idx]
+    return replace(settings, budget=budget, policy=settings.policy.for_layer(layer_idx))

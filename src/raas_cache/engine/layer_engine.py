@@ -28,7 +28,7 @@ class Tracer(Protocol):
 
 
 class Pending(Protocol):
-    """A forward that waits for its attention call, see `raas_cache.engine.forward`."""
+    """A forward that waits for its attention call, see `raas_cache.engine.forward_base`."""
 
     awaits_attention: bool
     is_at_work: bool

@@ -25,7 +25,7 @@ from ..cache.paged_layer import PagedLayer
 from ..common.measure import kv_nbytes
 from ..common.reporting import markdown
 from ..common.upstream import CACHE_ARGUMENT
-from ..engine.forward import Prefill
+from ..engine.prefill_forward import Prefill
 from ..methods.raas import RaaSCache
 
 
