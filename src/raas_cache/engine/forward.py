@@ -16,6 +16,7 @@ import raas_kernels
 
 from .attention_inputs import Expanded, Seen, Softmax
 from .forward_base import INTERRUPTED, NOT_CAUSAL, Forward
+from .hide import hide_decoded
 from .layer_engine import LayerEngine
 from .prefill_forward import Prefill
 from .resize import uncompiled
@@ -70,7 +71,7 @@ class Decode(Forward):
     def hide(self, seen: Seen) -> None:
         visible = seen.get("visible")
         if visible is not None:
-            self.layer.table.hide_decoded(visible[:, 0], self.layer.rows)
+            hide_decoded(self.layer.table, visible[:, 0], self.layer.rows)
 
 
 class Draft(Forward):

@@ -10,8 +10,9 @@ import torch
 import raas_kernels
 from raas_kernels import PagedKV
 
-from .layer_settings import CODES, LayerSettings
-from .resize import RowFunction, allocating, fix_addresses, map_rows, movable, resized
+from .layer_settings import LayerSettings
+from .layout import Layout
+from .resize import RowFunction, allocating, fix_addresses, map_rows, movable, new_kv, resized
 from .row_counts import RowCounts, Rows
 
 
@@ -83,37 +84,8 @@ class PageTable:
         Raises:
             ValueError: the device cannot compute in the layer's 8-bit dtype.
         """
-        code, device = self.settings.code, key.device
-        if code == CODES["fp8"] and device.type == "cuda":
-            capability = torch.cuda.get_device_capability(device)
-            if capability < (8, 9):
-                raise ValueError(
-                    f"kv_dtype='fp8' needs a GPU of capability 8.9 or newer, not {capability}: use 'int8'."
-                )
-        heads = key.shape[1]
-        accumulate = torch.promote_types(torch.promote_types(key.dtype, value.dtype), torch.float32)
-
-        def empty(*size: int, dtype: torch.dtype) -> torch.Tensor:
-            return torch.empty(batch_size, heads, *size, dtype=dtype, device=device)
-
-        has_bounds, states = self.settings.has_key_bounds, len(self.settings.policy.state)
-        bounds_dtype = key.dtype if code is None else accumulate
-        self.kv = PagedKV(
-            keys=empty(0, key.shape[-1], dtype=code or key.dtype),
-            values=empty(0, value.shape[-1], dtype=code or value.dtype),
-            bias=empty(0, dtype=accumulate),
-            positions=empty(0, dtype=torch.int32),
-            priority=empty(0, dtype=torch.float64),
-            evictable=torch.empty(batch_size, 0, dtype=torch.bool, device=device),
-            open_slot=empty(dtype=torch.int64).zero_(),
-            clock=empty(2, dtype=torch.int64).fill_(-1),
-            page_size=self.page_size,
-            key_scales=None if code is None else empty(0, dtype=torch.float32),
-            value_scales=None if code is None else empty(0, dtype=torch.float32),
-            key_min=empty(0, key.shape[-1], dtype=bounds_dtype) if has_bounds else None,
-            key_max=empty(0, key.shape[-1], dtype=bounds_dtype) if has_bounds else None,
-            states=empty(0, states, dtype=torch.float64) if states else None,
-        )
+        heads, device = key.shape[1], key.device
+        self.kv = new_kv(self.settings, key, value, batch_size)
         self.dtypes, self.device = (key.dtype, value.dtype), device
         self.batch_size, self.num_heads = batch_size, heads
         self.signature = batch_size, heads, key.shape[-1], value.shape[-1], key.dtype, value.dtype, device
@@ -203,50 +175,41 @@ class PageTable:
         return min(limit, max(needed + needed // 2, FIRST_TOKENS // self.page_size, 1))
 
     @allocating
-    def set_pages(self, pages: int) -> None:
-        """Change the number of pages of each row to `pages`."""
+    def resize(self, pages: int) -> None:
+        """Change the number of pages of each row to `pages`. Call `lay_out` before the next decode step."""
         assert self.kv is not None
         if pages != self.kv.num_pages:
             self.kv = resized(self.kv, pages)
             self.counts.set_pages(pages)
+
+    def set_pages(self, pages: int) -> None:
+        """Change the number of pages of each row to `pages`, and lay them out."""
+        self.resize(pages)
         self.lay_out()
 
     @allocating
     def lay_out(self) -> None:
         """Write to the device which pages each row may recycle, and how many pages a step reads."""
-        kv, counts, settings = self.kv, self.counts, self.settings
+        kv, counts = self.kv, self.counts
         assert kv is not None
-        pinned_pages, free = counts.pinned_pages, ~counts.pinned
-        evictable = free & (free.cumsum(1) <= counts.limit[:, None])
-        evictable_pages = evictable.sum(1)
-        budget = settings.budget // self.page_size
-        if settings.policy.reads == "all":
-            wanted = evictable_pages + np.array(
-                [settings.prefill_pages_read(int(pages)) for pages in pinned_pages], np.int64
-            )
-        elif settings.prompt == "select":
-            wanted = np.full_like(pinned_pages, max(budget, 1))
-        else:
-            wanted = pinned_pages + (budget - pinned_pages).clip(settings.min_decode_pages)
-        wanted[counts.limit == 0] = wanted.max(initial=0)  # a free row, whose steps mean nothing
-        is_same = bool((wanted == wanted[:1]).all())
-        device_evictable, limit, reads = (
+        layout = Layout.of(counts, self.settings)
+        evictable, limit, reads = (
             torch.from_numpy(array).to(self.device)
-            for array in (evictable, counts.limit[:, None, None].copy(), wanted[:, None, None].copy())
+            for array in (layout.evictable, counts.limit[:, None, None].copy(), layout.reads[:, None, None].copy())
         )
-        if kv.evictable.shape == device_evictable.shape and len(self.limit) == self.batch_size:
-            kv.evictable.copy_(device_evictable)  # a CUDA graph may read it
+        if kv.evictable.shape == evictable.shape and len(self.limit) == self.batch_size:
+            kv.evictable.copy_(evictable)  # a CUDA graph may read it
             self.limit.copy_(limit)
         else:
-            kv.evictable, self.limit = device_evictable, limit
-        self.pages_read = min(int(wanted.max(initial=0)), kv.num_pages)
-        if is_same:
+            kv.evictable, self.limit = evictable, limit
+        self.pages_read = min(int(layout.reads.max(initial=0)), kv.num_pages)
+        if (layout.reads == layout.reads[:1]).all():
             self.pages_read_by_row = None
         elif self.pages_read_by_row is not None and self.pages_read_by_row.shape == reads.shape:
             self.pages_read_by_row.copy_(reads)  # a CUDA graph may read it
         else:
             self.pages_read_by_row = reads
-        self.is_full_size = bool((evictable_pages >= counts.limit).all())
+        self.is_full_size = layout.is_full_size
         self._grant(0)
         fix_addresses(kv)
 
@@ -300,35 +263,6 @@ class PageTable:
         self.is_decoding = bool(counts.decoded.any())
         self._grant(0)
 
-    def hide_newest(self, visible: torch.Tensor, rows: Rows | None) -> None:
-        """Hide the newest stored tokens of `rows` where `visible` `[rows, new]` is False."""
-        kv = self.kv
-        assert kv is not None
-        index = slice(None) if rows is None else rows.on_device
-        new, positions = visible.shape[1], kv.positions[index]  # [rows, kv_heads, slots]
-        nth = positions - (kv.clock[index][..., :1] + 1 - new)
-        shown = visible[:, None].expand(-1, self.num_heads, -1).gather(-1, nth.clamp(min=0, max=new - 1).long())
-        hidden = torch.zeros_like(kv.bias, dtype=torch.bool)
-        hidden[index] = (nth >= 0) & (nth < new) & ~shown
-        kv.bias.masked_fill_(hidden, float("-inf"))
-        self._make_finite(hidden)
-        self.summarise()
-
-    def hide_decoded(self, visible: torch.Tensor, rows: Rows | None) -> None:
-        """Hide the newest decode token of `rows` where `visible` `[rows]` is False."""
-        kv = self.kv
-        assert kv is not None
-        slot = (kv.open_slot + kv.clock[..., 1] % self.page_size)[..., None]
-        lane = torch.arange(kv.bias.shape[2], device=self.device)
-        is_hidden = ~visible.expand(self.batch_size if rows is None else len(rows.on_host))
-        if rows is not None:
-            is_hidden = torch.zeros(self.batch_size, dtype=torch.bool, device=self.device).index_copy(
-                0, rows.on_device, is_hidden
-            )
-        hidden = (lane == slot) & is_hidden[:, None, None]  # [batch, kv_heads, slots]
-        kv.bias.copy_(torch.where(hidden, float("-inf"), kv.bias))
-        self._make_finite(hidden)
-
     # Contents.
 
     def states(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -358,18 +292,6 @@ class PageTable:
             low, high = raas_kernels.page_extremes(self.states()[0], kv.bias, self.page_size)
             kv.key_min.copy_(low)
             kv.key_max.copy_(high)
-
-    def _make_finite(self, hidden: torch.Tensor) -> None:
-        """Clear the NaNs and infinities of `hidden` slots `[batch, kv_heads, slots]`, see `raas_kernels.finite`."""
-        kv = self.kv
-        assert kv is not None
-        for buffer, scales in ((kv.keys, kv.key_scales), (kv.values, kv.value_scales)):
-            if scales is None:
-                buffer.copy_(raas_kernels.finite(buffer, hidden[..., None]))
-            else:  # if a token is not finite, its scale is not finite
-                bad = hidden & ~scales.isfinite()
-                movable(buffer).copy_(torch.where(bad[..., None], 0, movable(buffer)))
-                scales.copy_(torch.where(bad, 0, scales))
 
     # Rows.
 

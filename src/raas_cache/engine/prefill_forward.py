@@ -8,6 +8,7 @@ import torch
 
 from .attention_inputs import Expanded, Seen, Softmax
 from .forward_base import NOT_CAUSAL, Forward
+from .hide import hide_newest
 from .layer_engine import LayerEngine
 from .prefill import write_prefill
 from .prefill_eviction import enter_competition, keep_best
@@ -107,4 +108,4 @@ class Prefill(Forward):
         self.among = seen.get("among")
         visible = seen.get("visible")
         if visible is not None:
-            self.layer.table.hide_newest(visible, self.layer.rows)
+            hide_newest(self.layer.table, visible, self.layer.rows)
