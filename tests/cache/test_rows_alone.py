@@ -162,6 +162,20 @@ def test_8_bit_and_minmax(method, mode, more, oracle):
     batch.prefill().decode(14).read(torch.stack(texts([6] * len(LENGTHS), 5))).decode(20, seed=6).check()
 
 
+@pytest.mark.parametrize("sizes", [[20, 10], [24, 2, 4]])
+@pytest.mark.parametrize(("method", "mode"), [("raas", "pin"), ("raas", "select"), ("h2o", "evict")])
+def test_the_first_tokens_of_a_row_are_read_before_they_are_8_bit(method, mode, sizes):
+    """The first chunk is padding only for the three short rows: their own first chunk comes later."""
+    model, settings = tiny_model(layers=1), settings_of(method, mode, kv_dtype="int8")
+    Batch(model, (LENGTHS[0], *LENGTHS[2:]), settings).prefill(sizes).decode().check(evicts=False)
+
+
+def test_the_first_tokens_of_a_row_of_latents_are_read_before_they_are_8_bit():
+    require("deepseek_v3")
+    model, settings = build("deepseek_v3", torch.float64), settings_of("raas", "pin", kv_dtype="int8")
+    Batch(model, (LENGTHS[0], 2, 5), settings, tolerance=1e-4).prefill([28, 2]).decode().check(evicts=False)
+
+
 @pytest.mark.parametrize(("method", "mode"), MODES)
 def test_a_latent(method, mode):
     """DeepSeek-V3 caches a latent, and stores its tokens before their mask is seen. Parts of it compute in float32."""
