@@ -204,7 +204,7 @@ class PagedCache(Cache):
             yield
 
     def release_rows(self, rows: int | Sequence[int]) -> None:
-        """Forget the tokens of the rows `rows`. `admit` can start other sequences there.
+        """Forget the tokens of the rows `rows`. They are free then: `admit` can start other sequences there.
 
         Raises:
             TypeError, ValueError: `rows` are not rows of the cache.
@@ -214,8 +214,7 @@ class PagedCache(Cache):
     def preallocate(self) -> None:
         """Allocate the whole budget in the next forward, instead of pages when they are needed.
 
-        A compiled step or a CUDA graph needs buffers that keep their addresses. `generate` calls this if it compiles
-        the step. Call it before the first forward if you compile the model yourself.
+        A compiled step or a CUDA graph needs it. `generate` does it itself; call it if you compile the model yourself.
         """
         self._modes.preallocates = True
 
@@ -293,7 +292,8 @@ class PagedCache(Cache):
     def seen_tokens(self) -> torch.Tensor:
         """Number of tokens that each row has seen, with evicted tokens and left padding: int64 `[batch]`.
 
-        Of rows without padding that started at different steps, `seen_tokens[:, None]` are the next `position_ids`.
+        0 for a free row. Of rows without padding that started at different steps, `seen_tokens[:, None]` are the next
+        `position_ids`.
         """
         return inspection.seen_tokens(self.layers)
 
