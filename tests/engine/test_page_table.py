@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from raas_cache.engine.hide import hide_decoded, hide_newest
 from raas_cache.engine.page_table import FIRST_TOKENS, UNLIMITED
 from raas_cache.engine.prefill import write_prefill
 from raas_cache.methods.dense import DensePolicy
@@ -199,13 +200,13 @@ def test_hide_the_newest(tokens, rows):
     prefill(table, tokens, 4, touched)
     visible = torch.tensor([[True, False, True, False]] * len(names))
     visible[-1] = True
-    table.hide_newest(visible, touched)
+    hide_newest(table, visible, touched)
     expected = {row: [0, 1, 2, 3, 4, 5] for row in range(3)}
     for row in names:
         expected[row] = [*expected[row], 6, 8] if row != names[-1] else [*expected[row], 6, 7, 8, 9]
     assert {row: [*chain(*pages(table, row))] for row in range(3)} == expected
     decode(table, tokens, rows=touched)
-    table.hide_decoded(torch.tensor([False] + [True] * (len(names) - 1)), touched)
+    hide_decoded(table, torch.tensor([False] + [True] * (len(names) - 1)), touched)
     for row in names[1:]:
         expected[row].append(10)
     assert {row: [*chain(*pages(table, row))] for row in range(3)} == expected
