@@ -7,6 +7,7 @@ with an attention function that looks only at what would be resident, and of tha
 import copy
 import itertools
 import math
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -44,6 +45,8 @@ class OracleCache(DynamicCache):
         recent_ratio=0.5,
         dense_layers=2,
         importance_weight=0.1,
+        recent_tokens=64,
+        seed=0,
         config=None,
     ):
         super().__init__(config=config)
@@ -54,6 +57,7 @@ class OracleCache(DynamicCache):
         self.scoring, self.kv_dtype = scoring, kv_dtype
         self.alpha, self.top_ratio, self.recent_ratio = alpha, top_ratio, recent_ratio
         self.dense_layers, self.importance_weight = dense_layers, importance_weight
+        self.recent_tokens, self.seed = recent_tokens, seed
         # One token after the first forward is a generated one, several are input: unless this says "draft" or "input".
         self.treat_as = None
         self.heads = {}
@@ -113,6 +117,7 @@ class OracleCache(DynamicCache):
             state.open = Page([], pinned=False, priority=token)
             state.pages.append(state.open)
         state.open.tokens.append(token)
+        state.decoded += 1
         if len(state.open.tokens) == self.page_size:
             state.open.priority = token
 
@@ -161,7 +166,7 @@ class OracleCache(DynamicCache):
             padding = self.padding.setdefault((layer, row), set())
             if mask is not None:
                 padding |= {first + i for i in range(new) if not mask[row, 0, -1, mask.shape[-1] - new + i]}
-            heads = [self.heads.setdefault((layer, row, head), Head()) for head in range(kv_heads)]
+            heads = [self.heads.setdefault((layer, row, head), Head(layer, head)) for head in range(kv_heads)]
             for step in steps:
                 now = first + step[-1]
                 # A second reader may come with the last token of several.
@@ -218,6 +223,8 @@ class OracleCache(DynamicCache):
                 for state in heads:
                     while self.prompt == "evict" and len(state.evictable()) > state.limit:
                         state.evict()
+                    if state.open is None:  # input has closed the open page
+                        state.decoded += -state.decoded % self.page_size
         return torch.from_numpy(output)
 
     def place(self, state, tokens, is_generated, padding):
@@ -301,7 +308,12 @@ class OracleCache(DynamicCache):
                 for (page, _), value in zip(scored, mine, strict=True):
                     page.redundancy = value
         for state, scored in zip(heads, pairs, strict=True):
-            self.method.update(self, scored, now, queries, state.limit)
+            self.method.update(self, scored, now, queries, state)
+        if self.granularity == "layer":
+            for alike in zip(*([page for page, _ in scored] for scored in pairs), strict=True):
+                mean = fmean(page.priority for page in alike)
+                for page in alike:
+                    page.priority = mean
 
 
 def attention_weights(logits, sink):

@@ -24,7 +24,9 @@ class Page:
 class Head:
     """What one (layer, row, KV head) holds."""
 
-    def __init__(self):
+    def __init__(self, layer=0, index=0):
+        self.layer, self.index = layer, index
+        self.decoded = 0  # tokens generated so far; a page that a turn closes counts as full
         self.pages = []
         self.seen = []  # the pages that the newest forward looked at: those held before it evicted
         self.open = None  # takes the next generated token, if it is not full
@@ -46,14 +48,14 @@ class Method:
     prompt, granularity = "evict", "head"
     evicts = is_scored = True
 
-    def update(self, cache, scored, now, queries, limit):
+    def update(self, cache, scored, now, queries, state):
         pass
 
 
 class RaaS(Method):
     prompt_window, prompt = 32, "pin"
 
-    def update(self, cache, scored, now, queries, limit):
+    def update(self, cache, scored, now, queries, state):
         if cache.top_ratio is None:
             milestones = [page for page, score in scored if score >= cache.alpha]
         else:
@@ -67,20 +69,33 @@ class StreamingLLM(Method):
     prompt_window, is_scored = 0, False
 
 
+class Window(StreamingLLM):
+    prompt = "pin"
+
+
+class Random(Method):
+    prompt_window, prompt = 1, "pin"
+
+    def update(self, cache, scored, now, queries, state):
+        for page, _ in scored:
+            page.priority = drawn(cache.seed, state, now, page)
+        keep_newest(scored, math.ceil(cache.recent_tokens / cache.page_size))
+
+
 class H2O(Method):
     page_score, group_score = "sum", "mean"
 
-    def update(self, cache, scored, now, queries, limit):
+    def update(self, cache, scored, now, queries, state):
         for page, score in scored:
             page.state += score
             page.priority = page.state
-        keep_newest(scored, int(cache.recent_ratio * limit))
+        keep_newest(scored, int(cache.recent_ratio * state.limit))
 
 
 class TOVA(Method):
     group_score, prompt_window, granularity = "mean", 1, "layer"
 
-    def update(self, cache, scored, now, queries, limit):
+    def update(self, cache, scored, now, queries, state):
         for page, score in scored:
             page.priority = score
 
@@ -88,7 +103,7 @@ class TOVA(Method):
 class RKV(Method):
     page_score, group_score, prompt_window = "sum", "mean", 8
 
-    def update(self, cache, scored, now, queries, limit):
+    def update(self, cache, scored, now, queries, state):
         part, weight = min(queries / 8, 1), cache.importance_weight
         for page, score in scored:
             page.state = (1 - part) * page.state + (part * score / queries if queries else 0)
@@ -106,6 +121,7 @@ class Dense(Method):
 
 METHODS = {
     "raas": RaaS, "streaming_llm": StreamingLLM, "h2o": H2O, "tova": TOVA, "rkv": RKV, "quest": Quest, "dense": Dense,
+    "window": Window, "random": Random,
 }  # fmt: skip
 
 
@@ -113,6 +129,24 @@ def keep_newest(scored, count):
     newest_first = sorted((page for page, _ in scored), key=lambda page: -page.tokens[0])
     for page in newest_first[:count]:
         page.priority = math.inf
+
+
+def hashed(number):
+    """A 32-bit number of a 32-bit number."""
+    for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97), (15, 1)):
+        number = (number ^ number >> shift) * factor % 2**32
+    return number
+
+
+def drawn(seed, state, now, page):
+    """A number in [0, 1): by seed, layer, head, generated tokens so far, and the page's age in tokens."""
+    number = 0
+    for counter in (seed, state.layer):
+        number = hashed(number ^ counter)
+    number = hashed(number)
+    for counter in (state.index, state.decoded - 1, now - page.tokens[0]):
+        number = hashed(number ^ counter % 2**32)
+    return number / 2**32
 
 
 def redundancies(pages, keys, padding):

@@ -13,10 +13,12 @@ from .methods.dense import DenseCache
 from .methods.h2o import H2OCache
 from .methods.quest import QuestCache
 from .methods.raas import RaaSCache
+from .methods.random import RandomCache
 from .methods.registry import from_name, list_methods, register_policy
 from .methods.rkv import RKVCache
 from .methods.streaming_llm import StreamingLLMCache
 from .methods.tova import TOVACache
+from .methods.window import WindowCache
 from .register import register, unregister
 from .sizing.learn_budgets import learn_budgets
 from .sizing.plan import Plan, largest_budget, plan
@@ -35,9 +37,11 @@ __all__ = [
     "QuestCache",
     "RKVCache",
     "RaaSCache",
+    "RandomCache",
     "Recording",
     "StreamingLLMCache",
     "TOVACache",
+    "WindowCache",
     "embedded_model",
     "from_name",
     "largest_budget",

@@ -8,7 +8,7 @@ from ..helpers import VOCAB, resident_set
 from ..methods.against_oracle import EVICTING
 
 
-OWN_OPTIONS = {"raas": {"alpha": 0.1}, "quest": {"dense_layers": 0}}
+OWN_OPTIONS = {"raas": {"alpha": 0.1}, "quest": {"dense_layers": 0}, "random": {"recent_tokens": 8}}
 PAGE = 4
 BUDGET = 6 * PAGE
 

@@ -24,6 +24,7 @@ OPTIONS = [
     {"method": "raas", "prompt": "evict"},
     {"method": "raas", "kv_dtype": "int8"},
     {"method": "h2o", "kv_dtype": "fp8"},
+    {"method": "random", "recent_tokens": 4},
 ]
 
 

@@ -18,6 +18,8 @@ OTHER_METHODS = {
     "rkv": {"prompt": "evict"},
     "tova": {"prompt": "pin"},
     "streaming_llm": {},
+    "window": {},
+    "random": {"recent_tokens": 4},
 }
 
 

@@ -22,6 +22,7 @@ from .against_oracle import (
     DRAFTED,
     EVICTING,
     MODES,
+    RECENT,
     assert_evicts_by_its_own_rule,
     assert_same_residents,
     compare,
@@ -67,7 +68,7 @@ def test_left_padded_batch(method, mode, page_size, granularity, kv_heads):
     sets = {frozenset(oracle.resident_set(1, 1, head)) for head in range(kv_heads)}
     if granularity == "layer":
         assert len(sets) == 1
-    elif method != "streaming_llm":
+    elif method not in RECENT:
         assert len(sets) > 1, "no head chooses for itself"
 
 
@@ -87,6 +88,9 @@ def test_scores_by_page_bounds(method, mode, granularity):
         ("raas", {"alpha": None, "top_ratio": 0.3, "granularity": "layer"}),
         ("h2o", {"recent_ratio": 0}),
         ("h2o", {"recent_ratio": 0.8}),
+        ("random", {"recent_tokens": 0, "seed": 7}),
+        ("random", {"recent_tokens": 21, "granularity": "layer"}),
+        ("rkv", {"importance_weight": 0.5}),
         ("rkv", {"importance_weight": 0.9}),
         ("rkv", {"importance_weight": 0, "page_size": 2}),
         ("tova", {"scoring": "minmax", "granularity": "head"}),

@@ -10,6 +10,8 @@ import torch
 
 from raas_kernels import PagedKV
 
+from . import draw
+
 
 @dataclass(slots=True)
 class Pages:
@@ -78,6 +80,16 @@ class Pages:
         nth = torch.as_tensor(count, device=age.device).clamp(max=age.shape[-1]).expand(*age.shape[:2], 1)
         oldest = ranked.gather(-1, (nth - 1).clamp(min=0))
         return held & (age >= oldest) & (nth > 0)
+
+    def uniform(self, seed: int) -> torch.Tensor:
+        """A random number in [0, 1) for each page, drawn again after each forward, `[batch, kv_heads, pages]` float64.
+
+        A row draws in a batch what it draws alone. The draw does not change the random state of torch.
+
+        Args:
+            seed: in [0, 2**32). Different layers need different seeds: see `Policy.for_layer` and `draw.layer_seed`.
+        """
+        return draw.uniform(seed, self.clock, self.first)
 
 
 class Policy(ABC):

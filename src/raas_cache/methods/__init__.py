@@ -7,9 +7,11 @@ from .dense import DenseCache, DensePolicy
 from .h2o import H2OCache, H2OPolicy
 from .quest import QuestCache, QuestPolicy
 from .raas import RaaSCache, RaaSPolicy
+from .random import RandomCache, RandomPolicy
 from .rkv import RKVCache, RKVPolicy
 from .streaming_llm import StreamingLLMCache, StreamingLLMPolicy
 from .tova import TOVACache, TOVAPolicy
+from .window import WindowCache, WindowPolicy
 
 
 __all__ = [
@@ -23,8 +25,12 @@ __all__ = [
     "RKVPolicy",
     "RaaSCache",
     "RaaSPolicy",
+    "RandomCache",
+    "RandomPolicy",
     "StreamingLLMCache",
     "StreamingLLMPolicy",
     "TOVACache",
     "TOVAPolicy",
+    "WindowCache",
+    "WindowPolicy",
 ]
