@@ -14,7 +14,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.masking_utils import sdpa_mask
 
-from .oracle_methods import METHODS, REDUCE, RKV, Head, Page, redundancies, softmax
+from .oracle_methods import METHODS, REDUCE, Head, Page, redundancies, softmax
 
 
 def as_stored(states, kv_dtype):
@@ -44,7 +44,9 @@ class OracleCache(DynamicCache):
         kv_dtype=None,
         recent_ratio=0.5,
         dense_layers=2,
-        importance_weight=0.1,
+        importance_weight=None,
+        decay=0.8,
+        protected_ratio=0.1,
         recent_tokens=64,
         seed=0,
         config=None,
@@ -56,7 +58,9 @@ class OracleCache(DynamicCache):
         self.budget, self.page_size, self.min_decode_pages = budget, page_size, min_decode_pages
         self.scoring, self.kv_dtype = scoring, kv_dtype
         self.alpha, self.top_ratio, self.recent_ratio = alpha, top_ratio, recent_ratio
-        self.dense_layers, self.importance_weight = dense_layers, importance_weight
+        self.dense_layers, self.decay, self.protected_ratio = dense_layers, decay, protected_ratio
+        default = {"rkv": 0.1, "gkv": 0.5}.get(method)
+        self.importance_weight = default if importance_weight is None else importance_weight
         self.recent_tokens, self.seed = recent_tokens, seed
         # One token after the first forward is a generated one, several are input: unless this says "draft" or "input".
         self.treat_as = None
@@ -155,7 +159,9 @@ class OracleCache(DynamicCache):
         is_new, self.placed[layer] = self.placed.get(layer) != total, total
         # The first forward attends to keys as they are, scores by keys as they are stored.
         stored = self.layers[layer].keys if self.kv_dtype and not latent else keys
-        cached = self.layers[layer].keys.detach().double().cpu().numpy()
+        stored_states = [
+            states.detach().double().cpu().numpy() for states in (self.layers[layer].keys, self.layers[layer].values)
+        ]
         query, keys, values, stored = (x.detach().double().cpu().numpy() for x in (query, keys, values, stored))
         sinks = None if sinks is None else sinks.detach().double().cpu().numpy()
         cap = (lambda x: softcap * np.tanh(x / softcap)) if softcap else (lambda x: x)
@@ -219,7 +225,9 @@ class OracleCache(DynamicCache):
                     for head in range(kv_heads):
                         totals[head] = [over_queries(pair) for pair in zip(totals[head], scores[head], strict=True)]
                 if is_scored:
-                    self.rate(heads, totals, cached[row], padding, now, len(scored_queries))
+                    self.rate(
+                        heads, totals, *(cached[row] for cached in stored_states), padding, now, len(scored_queries)
+                    )
                 for state in heads:
                     while self.prompt == "evict" and len(state.evictable()) > state.limit:
                         state.evict()
@@ -292,21 +300,20 @@ class OracleCache(DynamicCache):
         evictable = max(self.budget // self.page_size - len(pinned), self.min_decode_pages)
         return [*pinned, state.open, *best(others, evictable - 1)]
 
-    def rate(self, heads, totals, keys, padding, now, queries):
+    def rate(self, heads, totals, keys, values, padding, now, queries):
         """The policy's turn, with the pages' scores."""
         pairs = [
             [(page, score) for page, score in zip(state.seen, mine, strict=True) if page in state.evictable()]
             for state, mine in zip(heads, totals, strict=True)
         ]
-        if isinstance(self.method, RKV):
-            likeness = [
-                redundancies([page for page, _ in scored], keys[head], padding) for head, scored in enumerate(pairs)
-            ]
-            if self.granularity == "layer":
-                likeness = [self.reduced(likeness)] * len(heads)
-            for scored, mine in zip(pairs, likeness, strict=True):
-                for (page, _), value in zip(scored, mine, strict=True):
+        for head, scored in enumerate(pairs):
+            held = [page for page, _ in scored]
+            if self.method.compares_keys:
+                for page, value in zip(held, redundancies(held, keys[head], padding), strict=True):
                     page.redundancy = value
+            for page in held:
+                ranges = [np.ptp(values[head][token]) for token in page.tokens if token not in padding]
+                page.value_range = max(ranges, default=0)
         for state, scored in zip(heads, pairs, strict=True):
             self.method.update(self, scored, now, queries, state)
         if self.granularity == "layer":

@@ -19,6 +19,9 @@ class Page:
         self.priority = priority
         self.state = 0.0  # what the policy remembers of the page: H2O's sum, R-KV's importance
         self.redundancy = 0.0
+        self.value_range = 0.0
+        self.stamp, self.interval = None, 0  # LazyEviction's
+        self.importance = 0.0  # G-KV's decayed maximum
 
 
 class Head:
@@ -47,6 +50,7 @@ class Method:
     page_score, group_score, prompt_window = "max", "max", None
     prompt, granularity = "evict", "head"
     evicts = is_scored = True
+    compares_keys = False
 
     def update(self, cache, scored, now, queries, state):
         pass
@@ -82,6 +86,34 @@ class Random(Method):
         keep_newest(scored, math.ceil(cache.recent_tokens / cache.page_size))
 
 
+class LazyEviction(Method):
+    prompt_window = 32
+
+    def update(self, cache, scored, now, queries, state):
+        for page, score in scored:
+            page.stamp = page.tokens[0] if page.stamp is None else page.stamp
+            if score >= cache.alpha or now < page.tokens[0] + cache.page_size:
+                page.interval = max(page.interval, now - page.stamp)
+                page.stamp = now
+            page.priority = -(now - page.stamp) / max(page.interval, 1)
+        keep_newest(scored, math.ceil(cache.recent_tokens / cache.page_size))
+
+
+class VaSE(Method):
+    page_score, group_score, prompt_window = "sum", "mean", 8
+
+    def update(self, cache, scored, now, queries, state):
+        part = min(queries / 8, 1)
+        for page, score in scored:
+            page.state = (1 - part) * page.state + (part * score / queries if queries else 0)
+            number = drawn(cache.seed, state, now, page)
+            page.priority = page.state / -math.log(number) if number else 0
+        protected = int(cache.protected_ratio * state.limit)
+        for page, _ in sorted(scored, key=lambda pair: (-pair[0].value_range, -pair[0].tokens[0]))[:protected]:
+            page.priority = math.inf
+        keep_newest(scored, math.ceil(8 / cache.page_size))
+
+
 class H2O(Method):
     page_score, group_score = "sum", "mean"
 
@@ -102,6 +134,7 @@ class TOVA(Method):
 
 class RKV(Method):
     page_score, group_score, prompt_window = "sum", "mean", 8
+    compares_keys = True
 
     def update(self, cache, scored, now, queries, state):
         part, weight = min(queries / 8, 1), cache.importance_weight
@@ -109,6 +142,22 @@ class RKV(Method):
             page.state = (1 - part) * page.state + (part * score / queries if queries else 0)
             page.priority = weight * page.state - (1 - weight) * page.redundancy
         keep_newest(scored, math.ceil(8 / cache.page_size))
+
+
+class GKV(Method):
+    page_score, prompt_window = "sum", 16
+    compares_keys = True
+
+    def update(self, cache, scored, now, queries, state):
+        part, weight = min(queries / 16, 1), cache.importance_weight
+        for page, score in scored:
+            page.state = (1 - part) * page.state + (part * score / queries if queries else 0)
+        most = max(page.state for page, _ in scored) or 1
+        most_redundant = max(page.redundancy for page, _ in scored)
+        for page, _ in scored:
+            page.importance = max(cache.decay ** (queries / 128) * page.importance, page.state / most)
+            page.priority = weight * page.importance - (1 - weight) * page.redundancy / most_redundant
+        keep_newest(scored, math.ceil(16 / cache.page_size))
 
 
 class Quest(Method):
@@ -121,7 +170,7 @@ class Dense(Method):
 
 METHODS = {
     "raas": RaaS, "streaming_llm": StreamingLLM, "h2o": H2O, "tova": TOVA, "rkv": RKV, "quest": Quest, "dense": Dense,
-    "window": Window, "random": Random,
+    "window": Window, "random": Random, "lazy_eviction": LazyEviction, "gkv": GKV, "vase": VaSE,
 }  # fmt: skip
 
 

@@ -5,13 +5,16 @@ import itertools
 import torch
 
 from raas_cache import (
+    GKVCache,
     H2OCache,
+    LazyEvictionCache,
     QuestCache,
     RaaSCache,
     RandomCache,
     RKVCache,
     StreamingLLMCache,
     TOVACache,
+    VaSECache,
     WindowCache,
     from_name,
 )
@@ -24,12 +27,17 @@ from ..oracle import OracleCache
 CLASSES = {
     "raas": RaaSCache, "streaming_llm": StreamingLLMCache, "h2o": H2OCache, "tova": TOVACache, "rkv": RKVCache,
     "quest": QuestCache, "window": WindowCache, "random": RandomCache,
+    "lazy_eviction": LazyEvictionCache, "gkv": GKVCache, "vase": VaSECache,
 }  # fmt: skip
-EVICTING = ["raas", "streaming_llm", "h2o", "tova", "rkv", "window", "random"]
+EVICTING = ["raas", "streaming_llm", "h2o", "tova", "rkv", "window", "random", "lazy_eviction", "gkv", "vase"]
 RECENT = ["streaming_llm", "window"]  # evict the oldest page
 MODES = [*itertools.product(EVICTING, ["pin", "select", "evict"]), ("quest", "pin"), ("quest", "select")]
 MODES.append(("dense", "pin"))
 DRAFTED = [mode for mode in MODES if mode[1] != "evict"]
+OWN_OPTIONS = {
+    "raas": {"alpha": 0.1}, "quest": {"dense_layers": 0}, "random": {"recent_tokens": 8},
+    "lazy_eviction": {"alpha": 0.1, "recent_tokens": 8}, "vase": {"protected_ratio": 0.3},
+}  # fmt: skip
 SMALL = {"budget": 48, "page_size": 4, "min_decode_pages": 5}
 
 
@@ -40,7 +48,9 @@ def generate(*args, **kw):
 
 def options(method, mode=None, **more):
     """Of `SMALL`, with what makes a method choose on so small a model."""
-    own = {"raas": {"alpha": 0.1}, "quest": {"dense_layers": 0}, "random": {"recent_tokens": 8}}.get(method, {})
+    own = OWN_OPTIONS.get(method, {})
+    if method == "gkv":  # which keeps the newest 16 tokens
+        own = {"budget": SMALL["budget"] + 8}
     return {**SMALL, **own, **({"prompt": mode} if mode else {}), **more}
 
 

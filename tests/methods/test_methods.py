@@ -90,6 +90,12 @@ def test_scores_by_page_bounds(method, mode, granularity):
         ("h2o", {"recent_ratio": 0.8}),
         ("random", {"recent_tokens": 0, "seed": 7}),
         ("random", {"recent_tokens": 21, "granularity": "layer"}),
+        ("lazy_eviction", {"alpha": 0.05, "recent_tokens": 0}),
+        ("lazy_eviction", {"alpha": 0.3, "granularity": "layer"}),
+        ("gkv", {"importance_weight": 0.9, "decay": 0.01}),
+        ("gkv", {"importance_weight": 1, "decay": 1, "page_size": 2}),
+        ("vase", {"protected_ratio": 0, "seed": 5}),
+        ("vase", {"protected_ratio": 0.8, "granularity": "layer"}),
         ("rkv", {"importance_weight": 0.5}),
         ("rkv", {"importance_weight": 0.9}),
         ("rkv", {"importance_weight": 0, "page_size": 2}),
@@ -193,7 +199,7 @@ def test_chunks_and_further_turns(method, mode):
 @pytest.mark.parametrize("method", EVICTING)
 def test_a_turn_longer_than_the_budget_is_evicted(method, scoring):
     chunks, mask = conversation(6, *[1] * 9, 70, *[1] * 25)
-    settings = options(method, "evict", scoring=scoring)
+    settings = options(method, "evict", scoring=scoring, budget=48)
     cache, oracle = from_name(method, **settings), OracleCache(method=method, **settings)
     forward_both(tiny_model(), cache, oracle, chunks, mask)
     assert oracle.evicted(0, 0, 0) >= 17

@@ -1,6 +1,5 @@
 """The draws of `random`: even, new at each eviction, and a function of the seed and of the row's own tokens."""
 
-
 import pytest
 import torch
 

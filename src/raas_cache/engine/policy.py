@@ -29,6 +29,8 @@ class Pages:
         queries: number of queries that the scores come from; 1 in a decode step.
         mean_keys: returns the mean of the visible keys of each page, `[batch, kv_heads, pages, head_dim]`, 0 for a page
             without visible keys.
+        value_range: returns the largest value range of the visible tokens of each page, `[batch, kv_heads, pages]`. The
+            value range of a token is the largest minus the smallest component of its value.
         state: the policy's own numbers by name, each `[batch, kv_heads, pages]` float64, to be updated in place. They
             are 0 for a new page, and stay with their page when rows are reordered or tokens are taken back.
     """
@@ -38,6 +40,7 @@ class Pages:
     limit: torch.Tensor
     queries: int
     mean_keys: Callable[[], torch.Tensor]
+    value_range: Callable[[], torch.Tensor]
     state: dict[str, torch.Tensor]
 
     @property
@@ -80,6 +83,21 @@ class Pages:
         nth = torch.as_tensor(count, device=age.device).clamp(max=age.shape[-1]).expand(*age.shape[:2], 1)
         oldest = ranked.gather(-1, (nth - 1).clamp(min=0))
         return held & (age >= oldest) & (nth > 0)
+
+    def largest(self, values: torch.Tensor, count: int | torch.Tensor) -> torch.Tensor:
+        """The `count` pages of `held` with the largest `values`, `[batch, kv_heads, pages]` bool.
+
+        Of two pages with equal values, the page that was opened last comes first.
+
+        Args:
+            values: `[batch, kv_heads, pages]`.
+            count: a number, or `[batch, 1, 1]` int64 with one number per row.
+        """
+        held = self.held
+        by_age = self.first.argsort(-1, descending=True)
+        ranked = values.double().masked_fill(~held, float("-inf")).gather(-1, by_age)
+        order = by_age.gather(-1, ranked.argsort(dim=-1, descending=True, stable=True))
+        return held & (order.argsort(-1) < count)
 
     def uniform(self, seed: int) -> torch.Tensor:
         """A random number in [0, 1) for each page, drawn again after each forward, `[batch, kv_heads, pages]` float64.
