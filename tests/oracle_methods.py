@@ -7,6 +7,7 @@ import math
 from statistics import fmean
 
 import numpy as np
+import torch
 
 
 REDUCE = {"max": max, "sum": sum, "mean": fmean}
@@ -109,7 +110,8 @@ class VaSE(Method):
             number = drawn(cache.seed, state, now, page)
             page.priority = page.state / -math.log(number) if number else 0
         protected = int(cache.protected_ratio * state.limit)
-        for page, _ in sorted(scored, key=lambda pair: (-pair[0].value_range, -pair[0].tokens[0]))[:protected]:
+        by_range = sorted(scored, key=lambda pair: (-as_bfloat16(pair[0].value_range), -pair[0].tokens[0]))
+        for page, _ in by_range[:protected]:
             page.priority = math.inf
         keep_newest(scored, math.ceil(8 / cache.page_size))
 
@@ -172,6 +174,10 @@ METHODS = {
     "raas": RaaS, "streaming_llm": StreamingLLM, "h2o": H2O, "tova": TOVA, "rkv": RKV, "quest": Quest, "dense": Dense,
     "window": Window, "random": Random, "lazy_eviction": LazyEviction, "gkv": GKV, "vase": VaSE,
 }  # fmt: skip
+
+
+def as_bfloat16(number):
+    return torch.tensor(number, dtype=torch.float64).bfloat16().item()
 
 
 def keep_newest(scored, count):

@@ -40,19 +40,19 @@ OWN_OPTIONS = {
             "decay": st.sampled_from([0, 0.01, 0.8, 1]),
             "importance_weight": st.sampled_from([0, 0.5, 1]),
         }
-    ),  # fmt: skip
+    ),
     "lazy_eviction": st.fixed_dictionaries(
         {
             "alpha": st.sampled_from([1e-6, 0.03, 0.1, 0.3, 0.6]),
             "recent_tokens": st.sampled_from([0, 3, 8, 20]),
         }
-    ),  # fmt: skip
+    ),
     "vase": st.fixed_dictionaries(
         {
             "protected_ratio": st.sampled_from([0, 0.1, 0.5, 1]),
             "seed": st.sampled_from([0, 7]),
         }
-    ),  # fmt: skip
+    ),
     "quest": st.fixed_dictionaries({"dense_layers": st.integers(0, LAYERS)}),
 }
 

@@ -65,7 +65,9 @@ class VaSEPolicy(Policy):
         share = min(pages.queries / OBSERVED, 1.0)
         attention = pages.state["attention"].lerp_(pages.scores.double() / pages.queries, share)
         drawn = attention / -pages.uniform(self.seed).log()  # [batch, kv_heads, pages]
-        protected = pages.largest(pages.value_range(), (self.protected_ratio * pages.limit.double()).long())
+        # In bfloat16, the same token at two places has the same value range, also if rounding differs there.
+        ranges = pages.value_range().bfloat16()
+        protected = pages.largest(ranges, (self.protected_ratio * pages.limit.double()).long())
         kept = protected | pages.newest(math.ceil(OBSERVED / pages.page_size))
         pages.priority.copy_(drawn.masked_fill(kept, float("inf")).masked_fill(~pages.held, float("-inf")))
 
