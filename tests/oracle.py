@@ -14,7 +14,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.masking_utils import sdpa_mask
 
-from .oracle_methods import METHODS, REDUCE, Head, Page, redundancies, softmax
+from .oracle_methods import METHODS, REDUCE, Head, Page, distance_scores, redundancies, softmax
 
 
 def as_stored(states, kv_dtype):
@@ -225,9 +225,11 @@ class OracleCache(DynamicCache):
                     for head in range(kv_heads):
                         totals[head] = [over_queries(pair) for pair in zip(totals[head], scores[head], strict=True)]
                 if is_scored:
-                    self.rate(
-                        heads, totals, *(cached[row] for cached in stored_states), padding, now, len(scored_queries)
-                    )
+                    if is_generated and self.method.uses_queries:
+                        mine = query[row, :, step[-1] - skipped].reshape(kv_heads, group, -1)
+                        self.rate_distances(heads, mine, stored[row], padding, now)
+                    keys_and_values = [cached[row] for cached in stored_states]
+                    self.rate(heads, totals, *keys_and_values, padding, now, len(scored_queries))
                 for state in heads:
                     while self.prompt == "evict" and len(state.evictable()) > state.limit:
                         state.evict()
@@ -299,6 +301,15 @@ class OracleCache(DynamicCache):
             return [state.open, *best(pinned + others, max(self.budget // self.page_size, 1) - 1)]
         evictable = max(self.budget // self.page_size - len(pinned), self.min_decode_pages)
         return [*pinned, state.open, *best(others, evictable - 1)]
+
+    def rate_distances(self, heads, queries, keys, padding, now):
+        """TriAttention's scores, after a generated token's queries, a list for each KV head."""
+        for head, state in enumerate(heads):
+            state.queries += [(now, query) for query in queries[head]]
+            pages = state.evictable()
+            scores = distance_scores(pages, state.queries, keys[head], padding, now)
+            for page, score in zip(pages, scores, strict=True):
+                page.mean_score = score
 
     def rate(self, heads, totals, keys, values, padding, now, queries):
         """The policy's turn, with the pages' scores."""

@@ -23,6 +23,7 @@ class Page:
         self.value_range = 0.0
         self.stamp, self.interval = None, 0  # LazyEviction's
         self.importance = 0.0  # G-KV's decayed maximum
+        self.mean_score = 0.0  # TriAttention's
 
 
 class Head:
@@ -36,6 +37,7 @@ class Head:
         self.open = None  # takes the next generated token, if it is not full
         self.limit = None  # of evictable pages
         self.evicted = 0
+        self.queries = []  # TriAttention's: (position, query) of the generated tokens
 
     def evictable(self):
         return [page for page in self.pages if not page.pinned]
@@ -51,7 +53,7 @@ class Method:
     page_score, group_score, prompt_window = "max", "max", None
     prompt, granularity = "evict", "head"
     evicts = is_scored = True
-    compares_keys = False
+    compares_keys = uses_queries = False
 
     def update(self, cache, scored, now, queries, state):
         pass
@@ -162,6 +164,17 @@ class GKV(Method):
         keep_newest(scored, math.ceil(16 / cache.page_size))
 
 
+class TriAttention(Method):
+    """Only for RoPE that pairs component i with component i + d / 2, and theta 10,000."""
+
+    prompt, uses_queries = "pin", True
+
+    def update(self, cache, scored, now, queries, state):
+        for page, _ in scored:
+            page.priority = page.mean_score
+        keep_newest(scored, 1)
+
+
 class Quest(Method):
     prompt, evicts, is_scored = "select", False, False
 
@@ -173,6 +186,7 @@ class Dense(Method):
 METHODS = {
     "raas": RaaS, "streaming_llm": StreamingLLM, "h2o": H2O, "tova": TOVA, "rkv": RKV, "quest": Quest, "dense": Dense,
     "window": Window, "random": Random, "lazy_eviction": LazyEviction, "gkv": GKV, "vase": VaSE,
+    "triattention": TriAttention,
 }  # fmt: skip
 
 
@@ -218,6 +232,36 @@ def redundancies(pages, keys, padding):
         if alike:
             similar[i, max(alike, key=lambda j: pages[j].tokens[0])] = 0
     return softmax([similar[:, j].sum() / len(pages) for j in range(len(pages))])
+
+
+def pair_numbers(states, theta=10_000):
+    """Pairs of components of `states` `[..., d]` as complex numbers, and the angle of each pair for one position."""
+    half = states.shape[-1] // 2
+    return states[..., :half] + 1j * states[..., half:], theta ** (-np.arange(half) / half)
+
+
+def distance_scores(pages, queries, keys, padding, now):
+    """TriAttention's mean score of each page: `queries` are pairs (position, query), RoPE applied to all."""
+    unrotated = []
+    for position, query in queries:
+        numbers, frequency = pair_numbers(query)
+        unrotated.append(numbers * np.exp(-1j * frequency * position))
+    centre, length = np.mean(unrotated, 0), np.abs(unrotated).mean(0)
+    scores = []
+    for page in pages:
+        of_tokens = []
+        for token in page.tokens:
+            if token in padding:
+                continue
+            numbers, frequency = pair_numbers(keys[token])
+            key = numbers * np.exp(-1j * frequency * token)
+            amplitude, phase = np.abs(centre) * np.abs(key), np.angle(centre * key.conj())
+            norm = ((length - np.abs(centre)) * np.abs(key)).sum()
+            of_tokens += [
+                (amplitude * np.cos(frequency * (now + 2**power - token) + phase)).sum() + norm for power in range(17)
+            ]
+        scores.append(np.mean(of_tokens) if of_tokens else 0.0)
+    return scores
 
 
 def softmax(values):

@@ -20,6 +20,7 @@ from .methods.registry import from_name, list_methods, register_policy
 from .methods.rkv import RKVCache
 from .methods.streaming_llm import StreamingLLMCache
 from .methods.tova import TOVACache
+from .methods.triattention import TriAttentionCache
 from .methods.vase import VaSECache
 from .methods.window import WindowCache
 from .register import register, unregister
@@ -46,6 +47,7 @@ __all__ = [
     "Recording",
     "StreamingLLMCache",
     "TOVACache",
+    "TriAttentionCache",
     "VaSECache",
     "WindowCache",
     "embedded_model",

@@ -1,7 +1,5 @@
 """One method and its oracle run side by side: the same tokens, the same pages held."""
 
-import itertools
-
 import torch
 
 from raas_cache import (
@@ -14,10 +12,12 @@ from raas_cache import (
     RKVCache,
     StreamingLLMCache,
     TOVACache,
+    TriAttentionCache,
     VaSECache,
     WindowCache,
     from_name,
 )
+from raas_cache.methods.registry import POLICIES
 
 from ..helpers import generate as generate_any
 from ..helpers import resident_set
@@ -28,11 +28,26 @@ CLASSES = {
     "raas": RaaSCache, "streaming_llm": StreamingLLMCache, "h2o": H2OCache, "tova": TOVACache, "rkv": RKVCache,
     "quest": QuestCache, "window": WindowCache, "random": RandomCache,
     "lazy_eviction": LazyEvictionCache, "gkv": GKVCache, "vase": VaSECache,
+    "triattention": TriAttentionCache,
 }  # fmt: skip
-EVICTING = ["raas", "streaming_llm", "h2o", "tova", "rkv", "window", "random", "lazy_eviction", "gkv", "vase"]
+EVICTING = [
+    "raas",
+    "streaming_llm",
+    "h2o",
+    "tova",
+    "rkv",
+    "window",
+    "random",
+    "lazy_eviction",
+    "gkv",
+    "vase",
+    "triattention",
+]
 RECENT = ["streaming_llm", "window"]  # evict the oldest page
-MODES = [*itertools.product(EVICTING, ["pin", "select", "evict"]), ("quest", "pin"), ("quest", "select")]
-MODES.append(("dense", "pin"))
+EVICTING_MODES = [(method, mode) for method in EVICTING for mode in POLICIES[method].prompts]
+MODES = [*EVICTING_MODES, ("quest", "pin"), ("quest", "select"), ("dense", "pin")]
+EVICTING_PROMPTS = [method for method, mode in MODES if mode == "evict"]
+LATENT_MODES = [mode for mode in MODES if mode[0] != "triattention"]
 DRAFTED = [mode for mode in MODES if mode[1] != "evict"]
 OWN_OPTIONS = {
     "raas": {"alpha": 0.1}, "quest": {"dense_layers": 0}, "random": {"recent_tokens": 8},

@@ -21,6 +21,8 @@ from .against_oracle import (
     CLASSES,
     DRAFTED,
     EVICTING,
+    EVICTING_MODES,
+    EVICTING_PROMPTS,
     MODES,
     RECENT,
     assert_evicts_by_its_own_rule,
@@ -52,9 +54,9 @@ def test_defaults(method):
 @pytest.mark.parametrize(
     ("method", "mode", "page_size", "granularity", "kv_heads"),
     [
-        (*case, *shape)
-        for case, shape in zip(
-            itertools.product(EVICTING, ["pin", "select", "evict"], [1, 4, 8]),
+        (*case, page_size, *shape)
+        for (case, page_size), shape in zip(
+            itertools.product(EVICTING_MODES, [1, 4, 8]),
             itertools.cycle([("head", 2), ("layer", 2), ("head", 4), ("layer", 1)]),
             strict=False,
         )
@@ -110,7 +112,7 @@ def test_options(method, more):
 
 
 @pytest.mark.parametrize("page_size", [1, 4])
-@pytest.mark.parametrize("method", EVICTING)
+@pytest.mark.parametrize("method", EVICTING_PROMPTS)
 def test_a_prompt_longer_than_the_budget_is_evicted(method, page_size):
     """One row is almost only padding, which is not held: its sink is its first token's page."""
     settings = options(method, "evict", budget=24, min_decode_pages=3, page_size=page_size)
@@ -196,7 +198,7 @@ def test_chunks_and_further_turns(method, mode):
 
 
 @pytest.mark.parametrize("scoring", ["exact", "minmax"])
-@pytest.mark.parametrize("method", EVICTING)
+@pytest.mark.parametrize("method", EVICTING_PROMPTS)
 def test_a_turn_longer_than_the_budget_is_evicted(method, scoring):
     chunks, mask = conversation(6, *[1] * 9, 70, *[1] * 25)
     settings = options(method, "evict", scoring=scoring, budget=48)
@@ -207,7 +209,14 @@ def test_a_turn_longer_than_the_budget_is_evicted(method, scoring):
 
 @pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
 @pytest.mark.parametrize(
-    ("method", "mode"), [*itertools.product(["raas"], ["pin", "select", "evict"]), ("h2o", "evict"), ("quest", None)]
+    ("method", "mode"),
+    [
+        *itertools.product(["raas"], ["pin", "select", "evict"]),
+        ("h2o", "evict"),
+        ("quest", None),
+        ("vase", "evict"),
+        ("triattention", "pin"),
+    ],
 )
 def test_quantised(method, mode, kv_dtype):
     """Through a prompt, decoding and a turn; one layer, for a second would quantise what rounding in the first gave."""
@@ -310,6 +319,8 @@ def test_a_latent_a_cap_sinks_and_shared_kv(name, method, mode):
 @pytest.mark.parametrize(
     ("method", "mode", "more"),
     [
+        ("triattention", "pin", {"kv_dtype": "int8"}),
+        ("vase", "pin", {"kv_dtype": "int8"}),
         ("raas", "select", {"kv_dtype": "int8"}),
         ("raas", "evict", {"kv_dtype": "fp8", "scoring": "minmax"}),
         ("raas", "pin", {"alpha": None, "top_ratio": 0.3}),

@@ -33,6 +33,7 @@ from .model_probe import (
     generate_compiles,
     is_asked_by_generate,
     length_to_tell,
+    rotation_of_caller,
 )
 from .paged_layer import PagedLayer
 from .past_mask import PastMask, tagged
@@ -200,6 +201,9 @@ class PagedCache(Cache):
 
     def _on_prefill(self, layer: PagedLayer, layer_idx: int, forward: Forward) -> None:
         layer.has_begun()
+        engine = layer.engine
+        if engine.policy.uses_rotation and engine.rotation is None:
+            engine.rotation = rotation_of_caller(layer_idx, engine.kv.keys.shape[-1], engine.table.device)
         if not self._warned and (forward.is_first or forward.new > 1):
             self._warned = layer.warn_if_prefill_fills_budget(forward.new)
         if not self._knows_layers:

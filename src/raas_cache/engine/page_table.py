@@ -96,7 +96,8 @@ class PageTable:
         def empty(*size: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.empty(batch_size, heads, *size, dtype=dtype, device=device)
 
-        has_bounds, states = self.settings.has_key_bounds, len(self.settings.policy.state)
+        policy, has_bounds = self.settings.policy, self.settings.has_key_bounds
+        states, vectors = len(policy.state), len(policy.row_state)
         bounds_dtype = key.dtype if code is None else accumulate
         self.kv = PagedKV(
             keys=empty(0, key.shape[-1], dtype=code or key.dtype),
@@ -113,6 +114,7 @@ class PageTable:
             key_min=empty(0, key.shape[-1], dtype=bounds_dtype) if has_bounds else None,
             key_max=empty(0, key.shape[-1], dtype=bounds_dtype) if has_bounds else None,
             states=empty(0, states, dtype=torch.float64) if states else None,
+            row_states=empty(vectors, key.shape[-1], dtype=torch.float64).zero_() if vectors else None,
         )
         self.dtypes, self.device = (key.dtype, value.dtype), device
         self.batch_size, self.num_heads = batch_size, heads

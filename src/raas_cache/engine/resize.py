@@ -82,7 +82,13 @@ def map_rows(kv: PagedKV, function: RowFunction) -> PagedKV:
         return new
 
     whole = map_pages(kv, lambda buffer, entries, empty: moved(buffer))
-    return replace(whole, evictable=moved(kv.evictable), open_slot=moved(kv.open_slot), clock=moved(kv.clock))
+    return replace(
+        whole,
+        evictable=moved(kv.evictable),
+        open_slot=moved(kv.open_slot),
+        clock=moved(kv.clock),
+        row_states=None if kv.row_states is None else moved(kv.row_states),
+    )
 
 
 def resized(kv: PagedKV, pages: int) -> PagedKV:

@@ -8,14 +8,21 @@ import torch
 
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from .page_table import PageTable
 
 
-def mean_keys(table: PageTable) -> torch.Tensor:
-    """Mean of the visible keys of each page, `[batch, kv_heads, pages, head_dim]`; 0 if no key is visible."""
+def mean_keys(table: PageTable, of: Callable[[torch.Tensor], torch.Tensor] | None = None) -> torch.Tensor:
+    """Mean of the visible keys of each page, `[batch, kv_heads, pages, head_dim]`; 0 if no key is visible.
+
+    Args:
+        of: a function of a key, `[..., head_dim]` to `[..., n]`, whose mean is taken instead.
+    """
     kv = table.kv
     assert kv is not None
-    keys: torch.Tensor = table.states()[0].unflatten(2, (-1, table.page_size))
+    states = table.states()[0]
+    keys: torch.Tensor = (states if of is None else of(states)).unflatten(2, (-1, table.page_size))
     visible: torch.Tensor = (kv.bias == 0).unflatten(2, (-1, table.page_size))[..., None]
     return keys.masked_fill(~visible, 0).sum(3) / visible.sum(3).clamp(min=1)
 

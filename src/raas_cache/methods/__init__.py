@@ -13,6 +13,7 @@ from .random import RandomCache, RandomPolicy
 from .rkv import RKVCache, RKVPolicy
 from .streaming_llm import StreamingLLMCache, StreamingLLMPolicy
 from .tova import TOVACache, TOVAPolicy
+from .triattention import TriAttentionCache, TriAttentionPolicy
 from .vase import VaSECache, VaSEPolicy
 from .window import WindowCache, WindowPolicy
 
@@ -38,6 +39,8 @@ __all__ = [
     "StreamingLLMPolicy",
     "TOVACache",
     "TOVAPolicy",
+    "TriAttentionCache",
+    "TriAttentionPolicy",
     "VaSECache",
     "VaSEPolicy",
     "WindowCache",
