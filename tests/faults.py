@@ -18,7 +18,8 @@ AT_PROMPT, AT_OPENING, AT_TURN = 0, 13, 15
 METHODS = [
     ("raas", "pin"), ("raas", "select"), ("raas", "evict"), ("streaming_llm", "evict"), ("h2o", "evict"),
     ("tova", "evict"), ("rkv", "evict"), ("random", "evict"),
-    ("gkv", "evict"), ("lazy_eviction", "evict"), ("vase", "evict"), ("quest", "select"), ("dense", "pin"),
+    ("gkv", "evict"), ("lazy_eviction", "evict"), ("vase", "evict"), ("triattention", "pin"), ("quest", "select"),
+    ("dense", "pin"),
 ]  # fmt: skip
 OPTIONS = {"raas": {"alpha": 0.3}, "quest": {"dense_layers": 0}, "random": {"recent_tokens": 4}}
 

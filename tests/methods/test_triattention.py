@@ -117,3 +117,23 @@ def test_normalised_queries_and_keys():
     generate(tiny_model(cls=Qwen3Config), prompt(1, 21), cache, 60, sample=False)
     centre = cache.layers[0].engine.kv.row_states[:, :, 0]
     assert cache.evictions > 0 and centre.norm(dim=-1).max() <= math.sqrt(8) * 1.01
+
+
+def test_a_new_row_forgets_the_mean_of_the_row_before():
+    """Also if that row's queries were not finite."""
+    model, cache = tiny_model(layers=1), TriAttentionCache(64, page_size=4)
+    tokens = prompt(1, 30)["input_ids"]
+
+    @torch.no_grad()
+    def row_states():
+        with cache.admit(0, batch_size=1):
+            model(tokens[:, :9], past_key_values=cache)
+        for token in tokens[:, 9:].split(1, dim=1):
+            model(token, position_ids=cache.seen_tokens[:, None], past_key_values=cache)
+        return cache.layers[0].engine.kv.row_states
+
+    first = row_states().clone()
+    row_states().fill_(math.nan)
+    cache.release_rows(0)
+    centre, length = row_states().unbind(2)  # a length belongs to a pair: half of the vector is not used
+    assert torch.equal(centre, first[:, :, 0]) and torch.equal(length[..., :4], first[:, :, 1, :4])

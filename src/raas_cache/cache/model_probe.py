@@ -77,6 +77,8 @@ def rotation_of_caller(layer_idx: int, head_dim: int, device: torch.device) -> R
         with torch.no_grad():
             images = rotate(unit, unit, *rotary(unit, position, *arguments))[0]
         return Rotation.from_matrix(images[0, 0].mT)
+    except torch.OutOfMemoryError:
+        raise
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(_about_rotation(model, "has a rotary embedding of an unknown form")) from error
 

@@ -35,7 +35,7 @@ class Pages:
         state: the policy's own numbers by name, each `[batch, kv_heads, pages]` float64, to be updated in place. They
             are 0 for a new page, and stay with their page when rows are reordered or tokens are taken back.
         row_state: the policy's own vectors by name, each `[batch, kv_heads, head_dim]` float64, to be updated in place.
-            They stay with their row, and are restored when tokens are taken back. A new row may have any values.
+            They stay with their row, and are restored when tokens are taken back. For a new row they have any values.
         newest_query: `[batch, heads, 1, head_dim]`, the query of a decode step, RoPE applied; None after a prefill.
         rotation: the rotary embedding of the layer, for a policy with `uses_rotation`; otherwise None.
     """

@@ -52,9 +52,9 @@ class TriAttentionPolicy(Policy):
         # 1. Centre and lengths: running means over the decode tokens so far.
         share = 1 / (pages.clock[..., 1:].double() + 1)  # [batch, kv_heads, 1]
         queries = rotation.rotated(query, -now[..., None])  # [batch, kv_heads, group, head_dim], without RoPE
-        centre = pages.row_state["centre"].lerp_(queries.mean(2), share)
-        pairs = len(rotation.frequency)
-        length = pages.row_state["length"][..., :pairs].lerp_(rotation.sizes(queries).mean(2), share)
+        centre, length = pages.row_state["centre"], pages.row_state["length"][..., : len(rotation.frequency)]
+        for mean, new in ((centre, queries.mean(2)), (length, rotation.sizes(queries).mean(2))):
+            mean.copy_(torch.where(share < 1, mean.lerp(new, share), new))  # nothing remains of an earlier chain
         # 2. The mean score of each page over its keys and the distances, [batch, kv_heads, pages].
         distances = 2 ** torch.arange(FARTHEST + 1, device=now.device)
         ahead = rotation.averaged(rotation.rotated(centre, now), distances)  # [batch, kv_heads, head_dim]
