@@ -9,6 +9,7 @@ import torch
 from raas_cache.engine.hide import hide_decoded, hide_newest
 from raas_cache.engine.page_table import FIRST_TOKENS, UNLIMITED
 from raas_cache.engine.prefill import write_prefill
+from raas_cache.engine.summaries import mean_keys, value_range
 from raas_cache.methods.dense import DensePolicy
 from raas_cache.methods.h2o import H2OPolicy
 
@@ -235,12 +236,16 @@ def test_another_input_is_refused(tokens):
             table.check_same_use(*given, rows)
 
 
-def test_mean_keys_and_states(tokens):
+def test_summaries_and_states(tokens):
     table = make_table(1, tokens)
     key, value = tokens(1, 6)
     write_prefill(table, key, value, torch.tensor([[True] * 5 + [False]]), [0])
-    means = table.mean_keys()
+    means = mean_keys(table)
     torch.testing.assert_close(means[:, :, 0], key[:, :, :4].mean(2))
     torch.testing.assert_close(means[:, :, 1], key[:, :, 4])
     assert (means[:, :, 2:] == 0).all()
+    ranges, expected = value_range(table), value.amax(-1) - value.amin(-1)
+    torch.testing.assert_close(ranges[:, :, 0], expected[:, :, :4].amax(2))
+    torch.testing.assert_close(ranges[:, :, 1], expected[:, :, 4])
+    assert (ranges[:, :, 2:] == 0).all()
     assert torch.equal(table.states()[0][:, :, :6], key) and torch.equal(table.states()[1][:, :, :6], value)

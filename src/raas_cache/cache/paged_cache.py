@@ -136,7 +136,7 @@ class PagedCache(Cache):
         else:
             forward, keys, values = begin(layer.decode, key_states, value_states)
         if forward is not layer.decode:
-            self._warned = layer.on_prefill(forward, self._warned)  # type: ignore[arg-type]  # it has just begun
+            self._warned = layer.on_prefill(forward, layer_idx, self._warned)  # type: ignore[arg-type]  # it began
             if isinstance(layers, LayersToCome):
                 layer.engine.on_module = partial(self._plan.learn, self, layer_idx)
         return keys, values

@@ -276,14 +276,6 @@ class PageTable:
             raas_kernels.dequantize(kv.values, kv.value_scales, self.dtypes[1]),
         )
 
-    def mean_keys(self) -> torch.Tensor:
-        """Mean of the visible keys of each page, `[batch, kv_heads, pages, head_dim]`; 0 if no key is visible."""
-        kv = self.kv
-        assert kv is not None
-        keys: torch.Tensor = self.states()[0].unflatten(2, (-1, self.page_size))
-        visible: torch.Tensor = (kv.bias == 0).unflatten(2, (-1, self.page_size))[..., None]
-        return keys.masked_fill(~visible, 0).sum(3) / visible.sum(3).clamp(min=1)
-
     def summarise(self) -> None:
         """Compute `key_min` and `key_max` of all pages again."""
         kv = self.kv
