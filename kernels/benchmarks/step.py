@@ -26,7 +26,7 @@ import raas_kernels
 from raas_cache import RaaSCache
 
 
-ALPHA = 1e-4  # the default of RaaSCache
+ALPHA = 0.2  # the default of RaaSCache
 SHAPES = {"1.5B": (2, 6), "8B": (8, 4)}  # KV heads and query heads of each, as models of these sizes have
 BUDGET = 1024
 RAAS = "in a RaaSCache"

@@ -181,6 +181,14 @@ def test_the_first_tokens_of_a_row_of_latents_are_read_before_they_are_8_bit():
     Batch(model, (LENGTHS[0], 2, 5), settings, tolerance=1e-4).prefill([28, 2]).decode().check(evicts=False)
 
 
+@pytest.mark.parametrize(("method", "mode"), [("raas", "pin"), ("raas", "select"), ("h2o", "evict")])
+def test_padding_in_a_later_chunk_of_latents_is_not_stored(method, mode):
+    """The mask of a latent comes after its tokens: the padding of the second chunk must be known before."""
+    require("deepseek_v3")
+    model, settings = build("deepseek_v3", torch.float64), settings_of(method, mode)
+    Batch(model, (LENGTHS[0], 2, 5), settings, tolerance=1e-4).prefill([24, 6]).decode().check(evicts=False)
+
+
 @pytest.mark.parametrize(("method", "mode"), LATENT_MODES)
 def test_a_latent(method, mode):
     """DeepSeek-V3 caches a latent, and stores its tokens before their mask is seen. Parts of it compute in float32."""

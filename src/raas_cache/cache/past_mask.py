@@ -82,6 +82,10 @@ class PastMask:
             if new > 1 or mask.device.type == "cpu":
                 padding = table.counts.padding
                 check_padding(mask, padding if rows is None else padding[rows.on_host])
+            if new > 1:
+                for layer in layers:
+                    if layer.engine.is_latent:  # its tokens are stored before its attention call brings the mask
+                        layer.engine.announced = mask[:, seen : seen + new].expand(batch, -1).to(layer.table.device)
             if mask.device.type == "cpu":
                 layers = self._stale(mask, seen, new, layers)
         if rows is not None and seen == 0:  # these rows are empty

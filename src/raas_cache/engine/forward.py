@@ -123,7 +123,9 @@ class Latent(Forward):
         self.layer.pending = self
         self.forward, self.is_at_work = forward, True
         forward.awaits_attention = False
-        forward.store({})
+        visible, self.layer.announced = self.layer.announced, None
+        is_known = visible is not None and tuple(visible.shape) == (len(forward.key), forward.new)
+        forward.store({"visible": visible} if visible is not None and is_known else {})
         keys, values = forward.states()
         if isinstance(forward, Draft):
             keys, values = torch.cat([keys, self.key], 2), torch.cat([values, self.value], 2)

@@ -51,6 +51,8 @@ class LayerEngine:
         known_mask: a token that stands for the attention mask that `bias` agrees with; None if it is not known.
         is_latent: whether the model caches a latent and expands it afterwards (MLA). Attention then gets the expanded
             keys and values, and all heads share one page table.
+        announced: which new tokens of the next forward are visible, `[rows, new]` bool, for a latent, whose tokens are
+            stored before its attention call brings the mask; None if it is not known.
         records_past: whether forwards note what they overwrite, so that their tokens can be taken back.
         expects_turn: whether the next forward of several tokens is prefill although `records_past` is set.
         reads_prefill: whether single tokens are prefill, too (`PagedCache.prefilling`).
@@ -81,6 +83,7 @@ class LayerEngine:
         self.rotation: Rotation | None = None
         self.set_rows(None)
         self.batch_size: int | None = None
+        self.announced: torch.Tensor | None = None
         self.is_latent = self.records_past = self.expects_turn = self.reads_prefill = False
 
     @property
