@@ -68,6 +68,9 @@ class PagedCache(Cache):
             cache of transformers. Without `config`, the first attention call provides it; a model that starts with
             linear attention needs it.
         offloading (`bool`): keep the keys and values of a layer in CPU memory while other layers run. Needs a CUDA GPU.
+        shares (`list`, *optional*): for each layer of the model, the factor on the decode pages that the budget leaves
+            beside the prompt: one number, or a list with one number per KV head. With a mean of 1, all layers together
+            hold as much as without shares. `learn_shares` finds them.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type or is out of range, the method does not support it, or

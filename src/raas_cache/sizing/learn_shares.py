@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
+
+from raas_kernels.ops.attend.reference import softmax
 
 from ..attention.eager import raas_attention_forward
 from ..cache.settings import checked_page_size, whole_number
@@ -196,30 +198,35 @@ def _curve(
     query = call.query[0].float().unflatten(0, (kv_heads, -1))  # [kv_heads, group, T, Dk]
     output = call.output.detach()[0].float().transpose(0, 1).unflatten(0, (kv_heads, -1))  # [kv_heads, group, T, Dv]
     gradient = gradient.float().transpose(0, 1).unflatten(0, (kv_heads, -1))
-    sinks = None if call.sinks is None else call.sinks.float().view(kv_heads, -1, 1)  # [kv_heads, group, 1]
+    # An attention sink takes a part of the weight; 0 without one.
+    sinks = None if call.sinks is None else call.sinks.float().view(kv_heads, -1, 1, 1)  # [kv_heads, group, 1, 1]
     token = torch.arange(length, device=key.device)
-    # Pages of the chain are counted from the end of the prompt, as in the cache.
-    page = (token - prompt).div(page_size, rounding_mode="floor")
-    is_prompt = token < prompt
+    tries = torch.tensor(list(windows), device=key.device)
     costs = torch.zeros(kv_heads, len(windows), dtype=torch.float64)
     for start in range(prompt, length, BLOCK):
-        block = slice(start, min(start + BLOCK, length))
-        causal = token <= token[block, None]  # [block, T]
-        age = page[block, None] - page  # [block, T]
+        block = token[start : start + BLOCK]
+        # The pages that a window leaves out: chain pages up to `last_gone`, counted from 0; none if it is negative.
+        last_gone = ((block - prompt) // page_size)[:, None] - tries  # [block, windows]
         for head in range(kv_heads):  # one head at a time bounds the memory
-            logits = query[head, :, block] @ key[head].T * call.scale  # [group, block, T]
+            # 1. Weights [group, block, T], and what each token adds to output . gradient.
+            logits = query[head, :, block] @ key[head].T * call.scale
             if call.softcap is not None:
                 logits = call.softcap * torch.tanh(logits / call.softcap)
-            logits = logits.masked_fill_(~causal, float("-inf"))
-            if sinks is not None:
-                sink = sinks[head][..., None].expand(-1, logits.shape[1], 1)
-                weights = torch.cat([logits, sink], -1).softmax(-1)[..., :-1]
-            else:
-                weights = logits.softmax(-1)
-            whole = weights.sum(-1, keepdim=True)  # below 1 if a sink takes a part
-            for i, pages in enumerate(windows):
-                kept = weights * ((age < pages) | is_prompt)
-                seen = kept @ value[head] / (kept.sum(-1, keepdim=True) + 1 - whole)
-                change = ((seen - output[head, :, block]) * gradient[head, :, block]).sum(-1).sum(0)  # [block]
-                costs[head, i] += change.double().square().sum().cpu()
+            logits = logits.masked_fill_(token > block[:, None], float("-inf"))
+            weights = softmax(logits, None if sinks is None else sinks[head])
+            effects = weights * (gradient[head, :, block] @ value[head].T)
+            # 2. The sums over the pages that each window leaves out, [group, block, windows].
+            gone, gone_effect = (_until(states, prompt, page_size, last_gone) for states in (weights, effects))
+            # 3. The change of output . gradient. The weights of the other tokens grow by the factor 1 / (1 - gone).
+            whole = (output[head, :, block] * gradient[head, :, block]).sum(-1, keepdim=True)  # [group, block, 1]
+            change = ((whole - gone_effect) / (1 - gone).clamp(min=1e-6) - whole).sum(0)  # [block, windows]
+            costs[head] += change.double().square().sum(0).cpu()
     return costs.sum(0, keepdim=True) if call.is_latent else costs
+
+
+def _until(states: torch.Tensor, prompt: int, page_size: int, last: torch.Tensor) -> torch.Tensor:
+    """Sums of `states` `[group, block, T]` over the chain's pages up to page `last` `[block, windows]`, inclusive."""
+    chain = states[..., prompt:]
+    pages = pad(chain, (0, -chain.shape[-1] % page_size)).unflatten(-1, (-1, page_size)).sum(-1).cumsum(-1)
+    index = last.clamp(min=0).expand(len(states), -1, -1)
+    return pages.gather(-1, index).masked_fill(last < 0, 0)
