@@ -7,13 +7,14 @@ with an attention function that looks only at what would be resident, and of tha
 import copy
 import itertools
 import math
+from statistics import fmean
 
 import numpy as np
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.masking_utils import sdpa_mask
 
-from .oracle_methods import METHODS, REDUCE, RKV, Head, Page, redundancies, softmax
+from .oracle_methods import METHODS, REDUCE, Head, Page, distance_scores, redundancies, softmax
 
 
 def as_stored(states, kv_dtype):
@@ -43,7 +44,11 @@ class OracleCache(DynamicCache):
         kv_dtype=None,
         recent_ratio=0.5,
         dense_layers=2,
-        importance_weight=0.1,
+        importance_weight=None,
+        decay=0.8,
+        protected_ratio=0.1,
+        recent_tokens=64,
+        seed=0,
         config=None,
     ):
         super().__init__(config=config)
@@ -53,7 +58,10 @@ class OracleCache(DynamicCache):
         self.budget, self.page_size, self.min_decode_pages = budget, page_size, min_decode_pages
         self.scoring, self.kv_dtype = scoring, kv_dtype
         self.alpha, self.top_ratio, self.recent_ratio = alpha, top_ratio, recent_ratio
-        self.dense_layers, self.importance_weight = dense_layers, importance_weight
+        self.dense_layers, self.decay, self.protected_ratio = dense_layers, decay, protected_ratio
+        default = {"rkv": 0.1, "gkv": 0.5}.get(method)
+        self.importance_weight = default if importance_weight is None else importance_weight
+        self.recent_tokens, self.seed = recent_tokens, seed
         # One token after the first forward is a generated one, several are input: unless this says "draft" or "input".
         self.treat_as = None
         self.heads = {}
@@ -113,6 +121,7 @@ class OracleCache(DynamicCache):
             state.open = Page([], pinned=False, priority=token)
             state.pages.append(state.open)
         state.open.tokens.append(token)
+        state.decoded += 1
         if len(state.open.tokens) == self.page_size:
             state.open.priority = token
 
@@ -150,7 +159,9 @@ class OracleCache(DynamicCache):
         is_new, self.placed[layer] = self.placed.get(layer) != total, total
         # The first forward attends to keys as they are, scores by keys as they are stored.
         stored = self.layers[layer].keys if self.kv_dtype and not latent else keys
-        cached = self.layers[layer].keys.detach().double().cpu().numpy()
+        stored_states = [
+            states.detach().double().cpu().numpy() for states in (self.layers[layer].keys, self.layers[layer].values)
+        ]
         query, keys, values, stored = (x.detach().double().cpu().numpy() for x in (query, keys, values, stored))
         sinks = None if sinks is None else sinks.detach().double().cpu().numpy()
         cap = (lambda x: softcap * np.tanh(x / softcap)) if softcap else (lambda x: x)
@@ -161,7 +172,7 @@ class OracleCache(DynamicCache):
             padding = self.padding.setdefault((layer, row), set())
             if mask is not None:
                 padding |= {first + i for i in range(new) if not mask[row, 0, -1, mask.shape[-1] - new + i]}
-            heads = [self.heads.setdefault((layer, row, head), Head()) for head in range(kv_heads)]
+            heads = [self.heads.setdefault((layer, row, head), Head(layer, head)) for head in range(kv_heads)]
             for step in steps:
                 now = first + step[-1]
                 # A second reader may come with the last token of several.
@@ -214,10 +225,16 @@ class OracleCache(DynamicCache):
                     for head in range(kv_heads):
                         totals[head] = [over_queries(pair) for pair in zip(totals[head], scores[head], strict=True)]
                 if is_scored:
-                    self.rate(heads, totals, cached[row], padding, now, len(scored_queries))
+                    if is_generated and self.method.uses_queries:
+                        mine = query[row, :, step[-1] - skipped].reshape(kv_heads, group, -1)
+                        self.rate_distances(heads, mine, stored[row], padding, now)
+                    keys_and_values = [cached[row] for cached in stored_states]
+                    self.rate(heads, totals, *keys_and_values, padding, now, len(scored_queries))
                 for state in heads:
                     while self.prompt == "evict" and len(state.evictable()) > state.limit:
                         state.evict()
+                    if state.open is None:  # input has closed the open page
+                        state.decoded += -state.decoded % self.page_size
         return torch.from_numpy(output)
 
     def place(self, state, tokens, is_generated, padding):
@@ -285,23 +302,36 @@ class OracleCache(DynamicCache):
         evictable = max(self.budget // self.page_size - len(pinned), self.min_decode_pages)
         return [*pinned, state.open, *best(others, evictable - 1)]
 
-    def rate(self, heads, totals, keys, padding, now, queries):
+    def rate_distances(self, heads, queries, keys, padding, now):
+        """TriAttention's scores, after a generated token's queries, a list for each KV head."""
+        for head, state in enumerate(heads):
+            state.queries += [(now, query) for query in queries[head]]
+            pages = state.evictable()
+            scores = distance_scores(pages, state.queries, keys[head], padding, now)
+            for page, score in zip(pages, scores, strict=True):
+                page.mean_score = score
+
+    def rate(self, heads, totals, keys, values, padding, now, queries):
         """The policy's turn, with the pages' scores."""
         pairs = [
             [(page, score) for page, score in zip(state.seen, mine, strict=True) if page in state.evictable()]
             for state, mine in zip(heads, totals, strict=True)
         ]
-        if isinstance(self.method, RKV):
-            likeness = [
-                redundancies([page for page, _ in scored], keys[head], padding) for head, scored in enumerate(pairs)
-            ]
-            if self.granularity == "layer":
-                likeness = [self.reduced(likeness)] * len(heads)
-            for scored, mine in zip(pairs, likeness, strict=True):
-                for (page, _), value in zip(scored, mine, strict=True):
+        for head, scored in enumerate(pairs):
+            held = [page for page, _ in scored]
+            if self.method.compares_keys:
+                for page, value in zip(held, redundancies(held, keys[head], padding), strict=True):
                     page.redundancy = value
+            for page in held:
+                ranges = [np.ptp(values[head][token]) for token in page.tokens if token not in padding]
+                page.value_range = max(ranges, default=0)
         for state, scored in zip(heads, pairs, strict=True):
-            self.method.update(self, scored, now, queries, state.limit)
+            self.method.update(self, scored, now, queries, state)
+        if self.granularity == "layer":
+            for alike in zip(*([page for page, _ in scored] for scored in pairs), strict=True):
+                mean = fmean(page.priority for page in alike)
+                for page in alike:
+                    page.priority = mean
 
 
 def attention_weights(logits, sink):

@@ -47,6 +47,7 @@ class PagedKV:
             has none; float32 for an 8-bit cache. None where nothing reads them.
         states: `[B, H, P, K]` float64, the policy's own numbers for each page. `append` zeroes them for the page that
             it opens.
+        row_states: `[B, H, V, Dk]` float64, V vectors of the policy for each row and KV head. No operator uses them.
     """
 
     keys: Tensor
@@ -63,6 +64,7 @@ class PagedKV:
     key_min: Tensor | None = None
     key_max: Tensor | None = None
     states: Tensor | None = None
+    row_states: Tensor | None = None
 
     @classmethod
     def filled(cls, keys: Tensor, values: Tensor, page_size: int) -> PagedKV:

@@ -24,6 +24,9 @@ OPTIONS = [
     {"method": "raas", "prompt": "evict"},
     {"method": "raas", "kv_dtype": "int8"},
     {"method": "h2o", "kv_dtype": "fp8"},
+    {"method": "random", "recent_tokens": 4},
+    {"method": "lazy_eviction", "recent_tokens": 4},
+    {"method": "vase", "kv_dtype": "fp8"},
 ]
 
 

@@ -81,11 +81,11 @@ def _by_head(
 
 
 def seen_tokens(layers: Sequence[object]) -> torch.Tensor:
-    """Tokens that each row has seen, int64 `[batch]`; empty if no layer holds pages."""
+    """See `PagedCache.seen_tokens`; empty if no layer holds pages."""
     paged = holding_pages(layers)
     if not paged:
         return torch.zeros(0, dtype=torch.int64)
-    return torch.from_numpy(paged[0].table.counts.seen.copy()).to(paged[0].table.device)
+    return torch.from_numpy(paged[0].table.counts.lengths).to(paged[0].table.device)
 
 
 def evictions(layers: Sequence[object]) -> int:

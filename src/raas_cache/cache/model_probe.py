@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from ..attention.dispatch import OWN_CACHE_FOR_ENCODER
 from ..engine.forward_base import INTERRUPTED
+from ..engine.rotation import Rotation
 
 
 AnyModule = TypeVar("AnyModule", bound=torch.nn.Module)
@@ -52,6 +53,42 @@ def calling_module(kind: type[AnyModule]) -> AnyModule | None:
             return caller
         frame = frame.f_back
     return None
+
+
+def rotation_of_caller(layer_idx: int, head_dim: int, device: torch.device) -> Rotation:
+    """The rotary embedding of layer `layer_idx` of the model that calls the cache.
+
+    A cache receives keys that are rotated already, and neither the model nor its rotary embedding (transformers 5.17 to
+    5.24). This asks the model to rotate the unit vectors by one position.
+
+    Raises:
+        ValueError: the model has no rotary embedding, or its form is not known.
+    """
+    model = calling_module(PreTrainedModel)
+    rotary = getattr(model, "rotary_emb", None)
+    rotate = getattr(sys.modules[type(model).__module__], "apply_rotary_pos_emb", None)
+    if model is None or rotary is None or rotate is None:
+        raise ValueError(_about_rotation(model, "has no rotary embedding that the cache can find"))
+    unit = torch.eye(head_dim, dtype=torch.float64, device=device)[None, None]  # [1, 1, tokens, head_dim]
+    position = torch.ones(1, head_dim, dtype=torch.long, device=device)
+    types = getattr(model.config, "layer_types", None)
+    has_types = "layer_type" in inspect.signature(type(rotary).forward).parameters
+    arguments = (types[layer_idx],) if types is not None and has_types else ()
+    try:
+        with torch.no_grad():
+            images = rotate(unit, unit, *rotary(unit, position, *arguments))[0]
+        return Rotation.from_matrix(images[0, 0].mT)
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(_about_rotation(model, "has a rotary embedding of an unknown form")) from error
+
+
+def _about_rotation(model: PreTrainedModel | None, what: str) -> str:
+    return (
+        f"{'the caller' if model is None else type(model).__name__} {what}, and triattention computes scores from the "
+        "rotation of keys: use another method, such as RaaSCache."
+    )
 
 
 def is_asked_by_generate() -> bool:

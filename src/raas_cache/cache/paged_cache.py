@@ -150,7 +150,7 @@ class PagedCache(Cache):
         else:
             forward, keys, values = layer.decode.begin(key_states, value_states)
         if forward is not layer.decode:
-            self._warned = layer.on_prefill(forward, self._warned)  # type: ignore[arg-type]  # it has just begun
+            self._warned = layer.on_prefill(forward, layer_idx, self._warned)  # type: ignore[arg-type]  # it began
             if isinstance(layers, LayersToCome):
                 layer.engine.on_module = partial(self._plan.learn, self, layer_idx)
         return keys, values
@@ -218,7 +218,7 @@ class PagedCache(Cache):
             yield
 
     def release_rows(self, rows: int | Sequence[int]) -> None:
-        """Forget the tokens of the rows `rows`. `admit` can start other sequences there.
+        """Forget the tokens of the rows `rows`. They are free then: `admit` can start other sequences there.
 
         Raises:
             TypeError, ValueError: `rows` are not rows of the cache.
@@ -228,8 +228,7 @@ class PagedCache(Cache):
     def preallocate(self) -> None:
         """Allocate the whole budget in the next forward, instead of pages when they are needed.
 
-        A compiled step or a CUDA graph needs buffers that keep their addresses. `generate` calls this if it compiles
-        the step. Call it before the first forward if you compile the model yourself.
+        A compiled step or a CUDA graph needs it. `generate` does it itself; call it if you compile the model yourself.
         """
         self._modes.preallocates = True
 
@@ -307,7 +306,8 @@ class PagedCache(Cache):
     def seen_tokens(self) -> torch.Tensor:
         """Number of tokens that each row has seen, with evicted tokens and left padding: int64 `[batch]`.
 
-        Of rows without padding that started at different steps, `seen_tokens[:, None]` are the next `position_ids`.
+        0 for a free row. Of rows without padding that started at different steps, `seen_tokens[:, None]` are the next
+        `position_ids`.
         """
         return inspection.seen_tokens(self.layers)
 

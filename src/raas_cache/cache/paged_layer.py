@@ -21,6 +21,7 @@ from ..engine.page_table import PageTable
 from ..engine.prefill import truncate
 from ..engine.resize import RowFunction, movable
 from ..engine.step import rank
+from .model_probe import rotation_of_caller
 
 
 if TYPE_CHECKING:
@@ -149,13 +150,16 @@ class PagedLayer(CacheLayerMixin):
         self.has_begun()
         return begun
 
-    def on_prefill(self, forward: Forward, has_warned: bool) -> bool:
-        """Prepare the attention call of a forward that is not a plain decode step.
+    def on_prefill(self, forward: Forward, layer_idx: int, has_warned: bool) -> bool:
+        """Prepare the attention call of a forward of layer `layer_idx` that is not a plain decode step.
 
         Returns:
             `has_warned`, or whether this forward has warned that prefill fills the budget.
         """
         self.has_begun()
+        engine = self.engine
+        if engine.policy.uses_rotation and engine.rotation is None:
+            engine.rotation = rotation_of_caller(layer_idx, engine.kv.keys.shape[-1], engine.table.device)
         if not has_warned and (forward.is_first or forward.new > 1):
             has_warned = self.warn_if_prefill_fills_budget(forward.new)
         if forward.is_first or self.engine.is_latent:

@@ -14,6 +14,7 @@ import torch
 
 import raas_kernels
 
+from ..engine.hide import check_same_length
 from .model_probe import MEND
 
 
@@ -65,7 +66,8 @@ class PastMask:
             layers: the paged layers that have buffers.
 
         Raises:
-            ValueError: the mask has fewer tokens than the sequence, or shows left padding.
+            ValueError: the mask has fewer tokens than the sequence, shows left padding, or hides tokens of rows that
+                started at different steps.
         """
         if not layers:
             self.learn(mask, new)
@@ -76,6 +78,7 @@ class PastMask:
             return
         if isinstance(seen, int):
             check_mask_length(mask, seen, new)
+            check_same_length(mask[:, : seen + new], table, rows)
             if new > 1 or mask.device.type == "cpu":
                 padding = table.counts.padding
                 check_padding(mask, padding if rows is None else padding[rows.on_host])

@@ -128,10 +128,7 @@ class Latent(Forward):
         self.forward, self.is_at_work = forward, True
         forward.awaits_attention = False
         forward.store({})
-        keys, values = self.layer.table.states()
-        rows = self.layer.row_index
-        if rows is not None:
-            keys, values = keys[rows], values[rows]
+        keys, values = forward.states()
         if isinstance(forward, Draft):
             keys, values = torch.cat([keys, self.key], 2), torch.cat([values, self.value], 2)
         self.returned = keys, values  # the model expands them, [rows, kv_heads, slots, head_dim]

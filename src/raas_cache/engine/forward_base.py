@@ -83,6 +83,12 @@ class Forward(ABC):
     def hide(self, seen: Seen) -> None:
         """Hide tokens that are stored already: the mask of a latent comes after its tokens."""
 
+    def states(self) -> Expanded:
+        """Keys and values of all slots of the rows of this forward, `[rows, kv_heads, slots, head_dim]`."""
+        keys, values = self.layer.table.states()
+        rows = self.layer.row_index
+        return (keys, values) if rows is None else (keys[rows], values[rows])
+
     def _note(self, note: type[DecodeNote] | type[PrefillNote]) -> None:
         """Add a rollback note of what the new tokens will overwrite, if the past is recorded."""
         layer = self.layer

@@ -1,4 +1,4 @@
-"""Hide tokens that are stored already: the mask of a latent (MLA) comes after its tokens."""
+"""Hide tokens that are stored already: by a mask of earlier tokens, or of a latent (MLA), which comes after them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,31 @@ from raas_kernels import PagedKV
 from .page_table import PageTable
 from .resize import movable
 from .row_counts import Rows
+
+
+def check_same_length(visible: torch.Tensor, table: PageTable, rows: Rows | None) -> None:
+    """Refuse a mask that hides tokens of rows that started at different steps.
+
+    Args:
+        visible: `[rows, tokens]` bool, or `[1, tokens]` for all rows. Column i is the token i of the sequence, which is
+            another token in each row if the rows have seen different numbers of tokens.
+        rows: the rows that the forward touches; None for all. What the mask says of a free row does not matter.
+
+    Raises:
+        ValueError: the rows have seen different numbers of tokens, and the mask hides a token.
+    """
+    counts, index = table.counts, slice(None) if rows is None else rows.on_host
+    is_held, seen = ~counts.are_free[index], counts.lengths[index]
+    held = seen[is_held]
+    if (held == held[:1]).all():
+        return
+    told = visible if len(visible) == 1 else visible[torch.from_numpy(is_held).to(visible.device)]
+    if not bool(told.all()):
+        raise ValueError(
+            f"attention_mask hides tokens, but its rows have seen {', '.join(map(str, seen))} tokens, so its columns "
+            "stand for different tokens in each row. Pass no attention_mask for rows that started at different steps, "
+            "or run each row by itself, with its own mask, inside cache.on_rows."
+        )
 
 
 def hide_newest(table: PageTable, visible: torch.Tensor, rows: Rows | None) -> None:

@@ -14,6 +14,7 @@ from raas_kernels import PagedKV
 from .layer_settings import LayerSettings
 from .page_table import PageTable
 from .rollback import Rollback
+from .rotation import Rotation
 
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class LayerEngine:
         expects_turn: whether the next forward of several tokens is prefill although `records_past` is set.
         reads_prefill: whether single tokens are prefill, too (`PagedCache.prefilling`).
         tracer: receives what the policy receives; None if the layer is not traced.
+        rotation: the rotary embedding of the layer, for a policy with `uses_rotation`; None if it is not known.
     """
 
     def __init__(self, settings: LayerSettings):
@@ -76,6 +78,7 @@ class LayerEngine:
         self.admits = False
         self.on_module: Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], bool] | None = None
         self.known_mask: object = None
+        self.rotation: Rotation | None = None
         self.set_rows(None)
         self.batch_size: int | None = None
         self.is_latent = self.records_past = self.expects_turn = self.reads_prefill = False
@@ -91,7 +94,16 @@ class LayerEngine:
         self.rows, self.row_index = rows, None if rows is None else rows.on_device
 
     def expect_latent(self) -> None:
-        """Make the layer one that caches a latent, which the model expands before attention."""
+        """Make the layer one that caches a latent, which the model expands before attention.
+
+        Raises:
+            ValueError: the policy compares queries with the cached keys, which a latent does not allow.
+        """
+        if self.policy.uses_rotation:
+            raise ValueError(
+                f"{type(self.policy).__name__} compares queries with the keys in the cache, but this model caches a "
+                "latent instead of keys (MLA): use another method, such as RaaSCache."
+            )
         self.is_latent = self.adjusts_scores = True
         # key_min and key_max of a latent do not bound the expanded keys; each step computes new bounds.
         self.kv.key_min = self.kv.key_max = None
@@ -123,6 +135,7 @@ class LayerEngine:
             key_min=None,
             key_max=None,
             states=None if kv.states is None else kv.states[rows],
+            row_states=None if kv.row_states is None else kv.row_states[rows],
         )
 
     def show(self, visible: torch.Tensor) -> None:

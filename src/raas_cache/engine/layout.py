@@ -41,5 +41,5 @@ class Layout:
             reads = np.full_like(pinned_pages, max(budget, 1))
         else:
             reads = pinned_pages + (budget - pinned_pages).clip(settings.min_decode_pages)
-        reads[counts.limit == 0] = reads.max(initial=0)  # a free row, whose steps mean nothing
+        reads[counts.are_free] = reads.max(initial=0)
         return cls(evictable, reads, bool((evictable_pages >= counts.limit).all()))

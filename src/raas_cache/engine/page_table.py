@@ -116,11 +116,11 @@ class PageTable:
     @property
     def length(self) -> int:
         """Number of tokens seen, in the row that has seen the most."""
-        return int(self.counts.seen.max(initial=0))
+        return int(self.counts.lengths.max(initial=0))
 
     def length_of(self, rows: Rows | None) -> int:
         """Number of tokens seen, in the row of `rows` that has seen the most."""
-        return self.length if rows is None else int(self.counts.seen[rows.on_host].max(initial=0))
+        return self.length if rows is None else int(self.counts.lengths[rows.on_host].max(initial=0))
 
     @property
     def opened(self) -> np.ndarray:
@@ -132,8 +132,8 @@ class PageTable:
     @property
     def evicted(self) -> np.ndarray:
         """Number of pages that each row has evicted so far, in each of its KV heads, `[batch]`; 0 for a free row."""
-        limit = self.counts.limit
-        evicted: np.ndarray = np.where(limit > 0, (self.opened - limit).clip(0), 0)
+        counts = self.counts
+        evicted: np.ndarray = np.where(counts.are_free, 0, (self.opened - counts.limit).clip(0))
         return evicted
 
     @property
@@ -276,14 +276,6 @@ class PageTable:
             raas_kernels.dequantize(kv.keys, kv.key_scales, self.dtypes[0]),
             raas_kernels.dequantize(kv.values, kv.value_scales, self.dtypes[1]),
         )
-
-    def mean_keys(self) -> torch.Tensor:
-        """Mean of the visible keys of each page, `[batch, kv_heads, pages, head_dim]`; 0 if no key is visible."""
-        kv = self.kv
-        assert kv is not None
-        keys: torch.Tensor = self.states()[0].unflatten(2, (-1, self.page_size))
-        visible: torch.Tensor = (kv.bias == 0).unflatten(2, (-1, self.page_size))[..., None]
-        return keys.masked_fill(~visible, 0).sum(3) / visible.sum(3).clamp(min=1)
 
     def summarise(self) -> None:
         """Compute `key_min` and `key_max` of all pages again."""

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+import raas_kernels
+
 from .attention_inputs import Expanded, Seen, Softmax
 from .forward_base import NOT_CAUSAL, Forward
 from .hide import hide_newest
@@ -29,6 +31,7 @@ class Prefill(Forward):
         self.is_first = is_first
         self.among: torch.Tensor | None = None
         self.places: Places | None = None
+        self.exact: Expanded | None = None  # the tokens before they become 8-bit codes, for rows that begin here
         self.competes = False  # whether its pages must still be reduced to the budget (prompt="evict")
 
     @uncompiled
@@ -41,6 +44,11 @@ class Prefill(Forward):
         if visible is not None and len(visible) != count:  # one mask for all rows
             visible, leading = visible.expand(count, -1), leading and leading * count
         self.places = write_prefill(layer.table, self.key, self.value, visible, leading, layer.rows)
+        if layer.kv.key_scales is not None and not self.is_first and self.places.begins.any():
+            self.exact = self.key, self.value
+            if visible is not None:
+                hidden = ~visible[:, None, :, None]
+                self.exact = raas_kernels.finite(self.key, hidden), raas_kernels.finite(self.value, hidden)
         self.competes, layer.admits = layer.settings.prompt == "evict", False
         self.key = self.value = None  # type: ignore[assignment]
 
@@ -55,9 +63,22 @@ class Prefill(Forward):
             layer.rollback.note_read(query, softmax)
         window = layer.policy.prompt_window if self.competes else None
         output, scores = layer.attend_prefill(query, softmax, expanded, self.among, window)
+        if self.exact is not None and expanded is None:
+            output, _ = layer.attend_prefill(query, softmax, self.states(), self.among)
         queries = query.shape[2] if window is None else min(window, query.shape[2])
         self._rank(scores, queries)
         return output
+
+    def states(self) -> Expanded:
+        """As `Forward.states`. A row that begins here reads its tokens as in a first forward: not as 8-bit codes."""
+        states = super().states()
+        if self.exact is None or self.places is None:
+            return states
+        begins = torch.from_numpy(self.places.begins).to(self.layer.table.device)[:, None, None, None]
+        keys, values = (
+            torch.where(begins, self._by_slot(exact), stored) for exact, stored in zip(self.exact, states, strict=True)
+        )
+        return keys, values
 
     def _compete(self, query: torch.Tensor, softmax: Softmax, expanded: Expanded | None) -> None:
         """After a first forward: score the pages with the last queries, then reduce them to the budget."""

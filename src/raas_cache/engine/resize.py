@@ -64,7 +64,7 @@ def new_kv(settings: LayerSettings, key: torch.Tensor, value: torch.Tensor, batc
     def empty(*size: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(batch_size, heads, *size, dtype=dtype, device=device)
 
-    has_bounds, states = settings.has_key_bounds, len(settings.policy.state)
+    has_bounds, states, vectors = settings.has_key_bounds, len(settings.policy.state), len(settings.policy.row_state)
     bounds_dtype = key.dtype if code is None else accumulate
     return PagedKV(
         keys=empty(0, key.shape[-1], dtype=code or key.dtype),
@@ -81,6 +81,7 @@ def new_kv(settings: LayerSettings, key: torch.Tensor, value: torch.Tensor, batc
         key_min=empty(0, key.shape[-1], dtype=bounds_dtype) if has_bounds else None,
         key_max=empty(0, key.shape[-1], dtype=bounds_dtype) if has_bounds else None,
         states=empty(0, states, dtype=torch.float64) if states else None,
+        row_states=empty(vectors, key.shape[-1], dtype=torch.float64).zero_() if vectors else None,
     )
 
 
@@ -125,7 +126,13 @@ def map_rows(kv: PagedKV, function: RowFunction) -> PagedKV:
         return new
 
     whole = map_pages(kv, lambda buffer, entries, empty: moved(buffer))
-    return replace(whole, evictable=moved(kv.evictable), open_slot=moved(kv.open_slot), clock=moved(kv.clock))
+    return replace(
+        whole,
+        evictable=moved(kv.evictable),
+        open_slot=moved(kv.open_slot),
+        clock=moved(kv.clock),
+        row_states=None if kv.row_states is None else moved(kv.row_states),
+    )
 
 
 def resized(kv: PagedKV, pages: int) -> PagedKV:

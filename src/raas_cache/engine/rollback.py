@@ -39,6 +39,7 @@ class DecodeNote:
         priority: `[batch, kv_heads, pages]`, before the step.
         states: `[batch, kv_heads, pages, n]`, before the step; None if the policy has none.
         open_slot: `[batch, kv_heads]`, before the step.
+        row_states: `[batch, kv_heads, vectors, head_dim]`, before the step; None if the policy has none.
     """
 
     page: torch.Tensor
@@ -48,6 +49,7 @@ class DecodeNote:
     priority: torch.Tensor
     states: torch.Tensor | None
     open_slot: torch.Tensor
+    row_states: torch.Tensor | None
     length: ClassVar[int] = 1
 
     @classmethod
@@ -65,8 +67,8 @@ class DecodeNote:
         key_min, key_max = (
             None if buffer is None else torch.take_along_dim(buffer, index, 2) for buffer in (kv.key_min, kv.key_max)
         )
-        states = None if kv.states is None else kv.states.clone()
-        return cls(page, contents, key_min, key_max, kv.priority.clone(), states, kv.open_slot.clone())
+        states, row_states = (None if buffer is None else buffer.clone() for buffer in (kv.states, kv.row_states))
+        return cls(page, contents, key_min, key_max, kv.priority.clone(), states, kv.open_slot.clone(), row_states)
 
     def undo(self, table: PageTable, kept: int, attend: Callable[..., None]) -> int:
         """Put `table` back as it was before the step (`kept` is 0); returns the tokens taken back: 1."""
@@ -91,6 +93,8 @@ class DecodeNote:
         _put_back(kv.priority, self.priority, float("-inf"))
         _put_back(kv.states, self.states, 0)
         kv.open_slot.copy_(self.open_slot)
+        if kv.row_states is not None and self.row_states is not None:
+            kv.row_states.copy_(self.row_states)
         return 1
 
     def apply_to_rows(self, function: RowFunction) -> None:
@@ -100,8 +104,8 @@ class DecodeNote:
         self.page, self.priority, self.open_slot = (
             function(buffer) for buffer in (self.page, self.priority, self.open_slot)
         )
-        self.states, self.key_min, self.key_max = (
-            moved(buffer) for buffer in (self.states, self.key_min, self.key_max)
+        self.states, self.row_states, self.key_min, self.key_max = (
+            moved(buffer) for buffer in (self.states, self.row_states, self.key_min, self.key_max)
         )
         if self.contents is not None:
             self.contents = map_pages(self.contents, lambda buffer, entries, empty: function(buffer))
