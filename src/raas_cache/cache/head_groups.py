@@ -33,7 +33,7 @@ class GroupedForward(Forward):
     """
 
     def __init__(self, layer: GroupedEngine, forwards: Sequence[Forward], heads: Sequence[Sequence[int]]):
-        self.layer, self.forwards, self.heads = layer, forwards, heads  # type: ignore[assignment]  # see GroupedEngine
+        self.layer, self.forwards, self.heads = layer, forwards, heads  # type: ignore[assignment]
         self.new = forwards[0].new
 
     @property
@@ -41,7 +41,7 @@ class GroupedForward(Forward):
         return self.forwards[0].is_first
 
     @property
-    def awaits_attention(self) -> bool:  # type: ignore[override]
+    def awaits_attention(self) -> bool:
         return self.forwards[0].awaits_attention
 
     @awaits_attention.setter
@@ -70,7 +70,8 @@ class GroupedForward(Forward):
         if outputs[0] is None:
             return None
         # 3. Put the outputs back in the order of the heads, [rows, heads, new, value_dim].
-        by_group = torch.cat([output.unflatten(1, (-1, queries.shape[2])) for output in outputs if output is not None], 1)
+        split = (output.unflatten(1, (-1, queries.shape[2])) for output in outputs if output is not None)
+        by_group = torch.cat(list(split), 1)  # [rows, kv_heads, group, new, value_dim]
         order = [head for heads in self.heads for head in heads]
         return take_heads(by_group, sorted(range(kv_heads), key=order.__getitem__)).flatten(1, 2)
 

@@ -65,9 +65,7 @@ def _hidden(part: PagedLayer) -> torch.Tensor:
     return part.engine.kv.bias != 0
 
 
-def _by_head(
-    layers: Sequence[object], layer_idx: int, function: Callable[[PagedLayer], torch.Tensor]
-) -> torch.Tensor:
+def _by_head(layers: Sequence[object], layer_idx: int, function: Callable[[PagedLayer], torch.Tensor]) -> torch.Tensor:
     """`function` of a paged layer, `[batch, kv_heads, ...]`. Groups of KV heads are joined, and filled up with -1."""
     layer = paged_layer(layers, layer_idx)
     if not isinstance(layer, HeadGroupsLayer):

@@ -153,9 +153,7 @@ def checked_settings(
     return checked, LayerSettings(policy, 0, size, least, scoring, granularity, prompt, kv_dtype)
 
 
-def checked_shares(
-    shares: object, settings: LayerSettings, offloading: bool
-) -> tuple[tuple[float, ...], ...] | None:
+def checked_shares(shares: object, settings: LayerSettings, offloading: bool) -> tuple[tuple[float, ...], ...] | None:
     """For each layer, the shares of its KV heads, or one share for all of them. See `PagedCache`.
 
     Raises:
@@ -171,7 +169,9 @@ def checked_shares(
         for share in listed:
             is_number = isinstance(share, (int, float)) and not isinstance(share, bool)
             if not is_number or not math.isfinite(share) or share <= 0:
-                raise ValueError(f"shares[{index}]={entry!r} must be a positive number, or a list with one per KV head.")
+                raise ValueError(
+                    f"shares[{index}]={entry!r} must be a positive number, or a list with one per KV head."
+                )
         checked.append(tuple(float(share) for share in listed))
     by_head = any(len(set(entry)) > 1 for entry in checked)
     if settings.grows:

@@ -42,9 +42,7 @@ def deal_out(windows: Sequence[int], curves: Mapping[Head, Sequence[float]], pag
     return dealt
 
 
-def merged(
-    windows: Sequence[int], curves: Sequence[Sequence[float]], pages: Sequence[int], sizes: int
-) -> list[int]:
+def merged(windows: Sequence[int], curves: Sequence[Sequence[float]], pages: Sequence[int], sizes: int) -> list[int]:
     """Change the pages of a layer's heads so that there are at most `sizes` different numbers, with at most their sum.
 
     Args:

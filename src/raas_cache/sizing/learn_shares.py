@@ -26,7 +26,11 @@ BLOCK = 256  # queries whose attention weights are in memory at once
 
 @dataclass
 class Observed:
-    """One attention call: query `[1, heads, T, Dk]`, key and value `[1, kv_heads, T, D]`, output `[1, T, heads, Dv]`."""
+    """The attention call of one layer for a text of T tokens.
+
+    Shapes: query `[1, heads, T, Dk]`, key `[1, kv_heads, T, Dk]`, value `[1, kv_heads, T, Dv]`, output
+    `[1, T, heads, Dv]`.
+    """
 
     query: torch.Tensor
     key: torch.Tensor
@@ -66,8 +70,8 @@ def learn_shares(
             share. Each further size costs one more attention call per layer in a decode step.
 
     Returns:
-        For each layer of the model, one share per KV head. The mean over the layers with full attention is at most 1. The
-        list of another layer, or of a layer that caches a latent (MLA), has one entry.
+        For each layer of the model, one share per KV head. The mean over the layers with full attention is at most 1.
+        The list of another layer, or of a layer that caches a latent (MLA), has one entry.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type or is out of range; or the text is not longer than the
@@ -103,7 +107,9 @@ def learn_shares(
         for layer, cost in _costs_of(model, row[None], prompt, size, windows).items():
             costs[layer] = cost if layer not in costs else costs[layer] + cost
     if not costs:
-        raise ValueError(f"model={type(model).__name__} has no layer with full attention, so there is nothing to share.")
+        raise ValueError(
+            f"model={type(model).__name__} has no layer with full attention, so there is nothing to share."
+        )
 
     # 3. Deal out the pages, and let the heads of a layer share few sizes.
     curves = {(layer, head): cost[head].tolist() for layer, cost in costs.items() for head in range(len(cost))}
@@ -185,9 +191,7 @@ def _observing(model: PreTrainedModel, observed: dict[int, Observed]) -> Iterato
         del AttentionMaskInterface._global_mapping[OBSERVED]
 
 
-def _curve(
-    call: Observed, gradient: torch.Tensor, prompt: int, page_size: int, windows: Sequence[int]
-) -> torch.Tensor:
+def _curve(call: Observed, gradient: torch.Tensor, prompt: int, page_size: int, windows: Sequence[int]) -> torch.Tensor:
     """The cost of each window size of each KV head, `[kv_heads, windows]` float64 on the CPU; one head for a latent.
 
     Args:
@@ -229,4 +233,5 @@ def _until(states: torch.Tensor, prompt: int, page_size: int, last: torch.Tensor
     chain = states[..., prompt:]
     pages = pad(chain, (0, -chain.shape[-1] % page_size)).unflatten(-1, (-1, page_size)).sum(-1).cumsum(-1)
     index = last.clamp(min=0).expand(len(states), -1, -1)
-    return pages.gather(-1, index).masked_fill(last < 0, 0)
+    sums: torch.Tensor = pages.gather(-1, index).masked_fill(last < 0, 0)
+    return sums
