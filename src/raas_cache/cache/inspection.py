@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
 from ..engine.layer_settings import LayerSettings
 from ..engine.policy import Policy
+from .head_groups import HeadGroupsLayer
 from .paged_layer import PagedLayer, holding_pages
 
 
@@ -15,10 +16,11 @@ def nbytes(layers: Iterable[object]) -> int:
     """Bytes of the buffers of keys and values of `layers`, with the scales of 8-bit codes."""
     buffers = []
     for layer in layers:
-        # Linear-attention layers have no keys, layers not yet filled have None.
-        buffers += [getattr(layer, "keys", None), getattr(layer, "values", None)]
-        if isinstance(layer, PagedLayer) and layer.table.kv is not None:
-            buffers += [layer.table.kv.key_scales, layer.table.kv.value_scales]
+        for part in layer.parts if isinstance(layer, PagedLayer) else [layer]:
+            # Linear-attention layers have no keys, layers not yet filled have None.
+            buffers += [getattr(part, "keys", None), getattr(part, "values", None)]
+            if isinstance(part, PagedLayer) and part.table.kv is not None:
+                buffers += [part.table.kv.key_scales, part.table.kv.value_scales]
     return sum(buffer.nbytes for buffer in buffers if buffer is not None)
 
 
@@ -40,19 +42,40 @@ def paged_layer(layers: Sequence[object], layer_idx: int) -> PagedLayer:
 
 def resident_positions(layers: Sequence[object], layer_idx: int) -> torch.Tensor:
     """See `PagedCache.resident_positions`."""
-    kv = paged_layer(layers, layer_idx).engine.kv
-    return kv.positions.long().masked_fill(kv.bias != 0, -1)
+    return _by_head(layers, layer_idx, lambda part: part.engine.kv.positions.long().masked_fill(_hidden(part), -1))
 
 
 def resident_tokens(layers: Sequence[object], layer_idx: int) -> torch.Tensor:
     """See `PagedCache.resident_tokens`."""
-    return (paged_layer(layers, layer_idx).engine.kv.bias == 0).sum(-1)
+    return _by_head(layers, layer_idx, lambda part: (~_hidden(part)).sum(-1))
 
 
 def evicted_pages(layers: Sequence[object], layer_idx: int) -> torch.Tensor:
     """See `PagedCache.evicted_pages`."""
-    table = paged_layer(layers, layer_idx).table
-    return torch.from_numpy(table.evicted)[:, None].expand(-1, table.num_heads).to(table.device)
+
+    def evicted(part: PagedLayer) -> torch.Tensor:
+        table = part.table
+        return torch.from_numpy(table.evicted)[:, None].expand(-1, table.num_heads).to(table.device)
+
+    return _by_head(layers, layer_idx, evicted)
+
+
+def _hidden(part: PagedLayer) -> torch.Tensor:
+    """Which slots hold no visible token, `[batch, kv_heads, slots]` bool."""
+    return part.engine.kv.bias != 0
+
+
+def _by_head(layers: Sequence[object], layer_idx: int, function: Callable[[PagedLayer], torch.Tensor]) -> torch.Tensor:
+    """`function` of a paged layer, `[batch, kv_heads, ...]`. Groups of KV heads are joined, and filled up with -1."""
+    layer = paged_layer(layers, layer_idx)
+    if not isinstance(layer, HeadGroupsLayer):
+        return function(layer)
+    results = [function(part) for part in layer.parts]
+    if results[0].ndim == 3:
+        longest = max(result.shape[2] for result in results)
+        results = [torch.nn.functional.pad(result, (0, longest - result.shape[2]), value=-1) for result in results]
+    heads = [head for group in layer.head_groups for head in group]
+    return torch.cat(results, 1)[:, sorted(range(len(heads)), key=heads.__getitem__)]
 
 
 def seen_tokens(layers: Sequence[object]) -> torch.Tensor:

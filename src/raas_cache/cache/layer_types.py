@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache, DynamicCache, LinearAttentionLayer
 
 from ..engine.forward import ForwardGuard
 from ..engine.layer_settings import LayerSettings
+from .head_groups import new_layer
 from .paged_layer import PagedLayer
 from .settings import settings_of_layer
 
@@ -89,19 +90,25 @@ class LayerPlan:
     """Decides the layers of a cache: by the config that the user gave, or by that of the first attention call.
 
     Args:
-        settings, budget: settings of all layers, and the budget of each, see `settings_of_layer`.
+        settings, budget, shares: settings of all layers, and the budget and shares of each, see `settings_of_layer`.
         config: the config that the user gave to the cache, or None.
         modes: the modes of the cache, which new layers learn.
     """
 
     def __init__(
-        self, settings: LayerSettings, budget: int | tuple[int, ...], config: PreTrainedConfig | None, modes: Modes
+        self,
+        settings: LayerSettings,
+        budget: int | tuple[int, ...],
+        shares: tuple[tuple[float, ...], ...] | None,
+        config: PreTrainedConfig | None,
+        modes: Modes,
     ):
-        self._settings, self._budget, self._config, self._modes = settings, budget, config, modes
+        self._settings, self._budget, self._shares = settings, budget, shares
+        self._config, self._modes = config, modes
 
     def settings_of(self, layer_idx: int) -> LayerSettings:
         """The settings of the paged layer `layer_idx`."""
-        return settings_of_layer(self._settings, self._budget, layer_idx)
+        return settings_of_layer(self._settings, self._budget, self._shares, layer_idx)
 
     def first(self) -> list[AnyLayer]:
         """The layers of a new cache."""
@@ -186,9 +193,15 @@ def plan_layers(config: PreTrainedConfig, settings_of: Callable[[int], LayerSett
     for index, layer in enumerate(layers):
         kind = type(layer).__name__
         if kind == "DynamicLayer":
-            layers[index] = PagedLayer(settings_of(index))
+            layers[index] = new_layer(settings_of(index))
         elif kind == "LinearAttentionAndFullAttentionLayer" and isinstance(layer, LinearAttentionLayer):
-            layers[index] = LinearAttentionAndPagedLayer(layer.number_of_states, settings_of(index))
+            settings = settings_of(index)
+            if len(set(settings.shares)) > 1:
+                raise ValueError(
+                    f"shares differ between the KV heads of layer {index}, which also has linear attention: give this "
+                    "layer one share."
+                )
+            layers[index] = LinearAttentionAndPagedLayer(layer.number_of_states, settings)
         elif kind not in KEPT_LAYERS:
             raise ValueError(
                 f"config: layer {index} of {config.model_type!r} needs a {kind}, which this cache does not support: "

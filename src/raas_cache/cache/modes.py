@@ -50,12 +50,13 @@ class Modes:
 
     def tell(self, layer: PagedLayer, layer_idx: int, device: torch.device) -> None:
         """Tell a layer the modes, before it receives tokens on `device`."""
-        engine = layer.engine
-        engine.reads_prefill, engine.table.preallocates = self.reads_prefill, self.preallocates
+        for part in layer.parts:
+            part.engine.reads_prefill, part.table.preallocates = self.reads_prefill, self.preallocates
         if self.recording is not None and layer.trace is None:
             layer.trace = self.recording.trace_of(layer_idx)
         if self.rows is not None:
-            self.rows.prepare(engine, device)
+            for part in layer.parts:
+                self.rows.prepare(part.engine, device)
 
     def tell_new(self, layers: Iterable[AnyLayer]) -> None:
         """Make new layers note what they overwrite, if the other layers do."""

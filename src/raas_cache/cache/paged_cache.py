@@ -10,17 +10,26 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
-from ..engine.forward import ForwardGuard, begin
+from ..engine.forward import ForwardGuard
 from ..engine.layer_settings import LayerSettings
 from ..engine.policy import Policy
 from . import inspection, model_probe
 from .compiled_step import CompiledStep
+from .head_groups import new_layer
 from .layer_types import LayerPlan, LayersToCome, crop_layers
 from .modes import Modes
 from .paged_layer import PagedLayer, holding_pages
 from .past_mask import tagged
 from .rows import release_rows
-from .settings import Budget, check_offloading, checked_config, checked_settings, property_of_an_instance
+from .settings import (
+    Budget,
+    Shares,
+    check_offloading,
+    checked_config,
+    checked_settings,
+    checked_shares,
+    property_of_an_instance,
+)
 
 
 if TYPE_CHECKING:
@@ -59,6 +68,9 @@ class PagedCache(Cache):
             cache of transformers. Without `config`, the first attention call provides it; a model that starts with
             linear attention needs it.
         offloading (`bool`): keep the keys and values of a layer in CPU memory while other layers run. Needs a CUDA GPU.
+        shares (`list`, *optional*): for each layer of the model, the factor on the decode pages that the budget leaves
+            beside the prompt: one number, or a list with one number per KV head. With a mean of 1, all layers together
+            hold as much as without shares. `learn_shares` finds them.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type or is out of range, the method does not support it, or
@@ -82,13 +94,15 @@ class PagedCache(Cache):
         kv_dtype: Literal["int8", "fp8"] | None = None,
         config: PreTrainedConfig | None = None,
         offloading: bool = False,
+        shares: Shares | None = None,
     ):
         self.budget, self.settings = checked_settings(
             budget, policy, page_size, scoring, granularity, min_decode_pages, prompt, kv_dtype
         )
         self._modes = Modes()
-        self._plan = LayerPlan(self.settings, self.budget, checked_config(config), self._modes)
         check_offloading(offloading)
+        checked = checked_shares(shares, self.settings, offloading)
+        self._plan = LayerPlan(self.settings, self.budget, checked, checked_config(config), self._modes)
         super().__init__(layers=self._plan.first(), offloading=offloading)
         self._forget()
 
@@ -121,7 +135,7 @@ class PagedCache(Cache):
         if layer_idx == 0 and (new > 1 or not layers or not layers[0].is_initialized):  # type: ignore[union-attr]
             model_probe.check_caller(self, new)
         while len(layers) <= layer_idx:
-            layers.append(PagedLayer(self._plan.settings_of(len(layers))))
+            layers.append(new_layer(self._plan.settings_of(len(layers))))
             modes.tell_new(layers[-1:])
         layer = layers[layer_idx]
         if not isinstance(layer, PagedLayer):
@@ -134,7 +148,7 @@ class PagedCache(Cache):
             keys, values = super().update(key_states, value_states, layer_idx)
             forward = layer.engine.pending
         else:
-            forward, keys, values = begin(layer.decode, key_states, value_states)
+            forward, keys, values = layer.decode.begin(key_states, value_states)
         if forward is not layer.decode:
             self._warned = layer.on_prefill(forward, layer_idx, self._warned)  # type: ignore[arg-type]  # it began
             if isinstance(layers, LayersToCome):

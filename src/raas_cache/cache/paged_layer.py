@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from ..attention.dispatch import expect
-from ..engine.forward import Decode, begin
+from ..engine.forward import Decode
 from ..engine.forward_base import Forward
 from ..engine.layer_engine import LayerEngine
 from ..engine.layer_settings import LayerSettings
@@ -37,6 +37,7 @@ class PagedLayer(CacheLayerMixin):
 
     Attributes:
         engine: the layer's pages, policy and rollback.
+        parts: the paged layers that this layer consists of: itself, or one for each group of KV heads.
         decode: the forward of all decode steps.
         trace: the trace of the layer, see `raas_cache.record`; None if the layer is not recorded.
     """
@@ -49,6 +50,7 @@ class PagedLayer(CacheLayerMixin):
     def __init__(self, settings: LayerSettings):
         self.engine = LayerEngine(settings)
         self.decode = Decode(self.engine)
+        self.parts: Sequence[PagedLayer] = (self,)
         super().__init__()
         self._trace: LayerTrace | None = None
 
@@ -144,7 +146,7 @@ class PagedLayer(CacheLayerMixin):
 
     def begin(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[Forward, torch.Tensor, torch.Tensor]:
         """As `update`, but also returns the forward, as first result."""
-        begun = begin(self.decode, key_states, value_states)
+        begun = self.decode.begin(key_states, value_states)
         self.has_begun()
         return begun
 
@@ -155,9 +157,9 @@ class PagedLayer(CacheLayerMixin):
             `has_warned`, or whether this forward has warned that prefill fills the budget.
         """
         self.has_begun()
-        engine = self.engine
-        if engine.policy.uses_rotation and engine.rotation is None:
-            engine.rotation = rotation_of_caller(layer_idx, engine.kv.keys.shape[-1], engine.table.device)
+        for engine in (part.engine for part in self.parts):
+            if engine.policy.uses_rotation and engine.rotation is None:
+                engine.rotation = rotation_of_caller(layer_idx, engine.kv.keys.shape[-1], engine.table.device)
         if not has_warned and (forward.is_first or forward.new > 1):
             has_warned = self.warn_if_prefill_fills_budget(forward.new)
         if forward.is_first or self.engine.is_latent:
@@ -282,8 +284,9 @@ class PagedLayer(CacheLayerMixin):
 
 
 def holding_pages(layers: Iterable[object]) -> list[PagedLayer]:
-    """The paged layers of a cache that have buffers."""
-    return [layer for layer in layers if isinstance(layer, PagedLayer) and layer.table.kv is not None]
+    """The paged layers of a cache that have buffers; of a layer with groups of KV heads, its parts."""
+    paged = (layer for layer in layers if isinstance(layer, PagedLayer))
+    return [part for layer in paged for part in layer.parts if part.table.kv is not None]
 
 
 def _select(index: torch.Tensor, state: torch.Tensor) -> torch.Tensor:

@@ -56,6 +56,10 @@ class Decode(Forward):
         layer.pending = None
         return output
 
+    def begin(self, key: torch.Tensor, value: torch.Tensor) -> tuple[Forward, torch.Tensor, torch.Tensor]:
+        """See `begin`."""
+        return begin(self, key, value)
+
     def store(self, seen: Seen) -> None:
         layer = self.layer
         self._note(DecodeNote)

@@ -166,7 +166,8 @@ class PageTable:
         """Number of evictable pages that a row with `pinned_pages` pinned pages may have."""
         if self.settings.grows:
             return UNLIMITED
-        return max(self.settings.room_beside(pinned_pages), self.settings.min_decode_pages)
+        room = max(self.settings.room_beside(pinned_pages), self.settings.min_decode_pages)
+        return max(1, round(room * self.settings.shares[0]))
 
     def pages_to_allocate(self, needed: int, limit: int) -> int:
         """Number of evictable pages to allocate if `needed` are needed now: 1.5 times as many, at most `limit`."""
