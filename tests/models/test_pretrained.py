@@ -39,7 +39,16 @@ def no_network(monkeypatch):
         ("gemma3-270m", "The capital of France is the city of", " Paris"),
     ],
 )
-def test_a_quantized_model_becomes_a_plain_model(home, tmp_path, name, text, continuation):
+def test_a_quantized_model_becomes_a_plain_model(home, tmp_path, monkeypatch, name, text, continuation):
+    # What transformers reads from the GGUF file, kept for the comparison: reading it again takes a minute.
+    from_pretrained, read = AutoModelForCausalLM.from_pretrained, {}
+
+    def keep(*args, gguf_file=None, **options):
+        model = from_pretrained(*args, **options, **({"gguf_file": gguf_file} if gguf_file else {}))
+        read.setdefault("gguf" if gguf_file else "plain", model)
+        return model
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", keep)
     model, tokenizer = raas_cache.pretrained(name)
     (folder,) = (home / "raas-cache").glob(f"{name}-*")
     assert not hasattr(model.config, "quantization_config") and model.dtype == torch.float32 and not model.training
@@ -49,22 +58,19 @@ def test_a_quantized_model_becomes_a_plain_model(home, tmp_path, name, text, con
     assert tokenizer.decode(output[0, -1]) == continuation
 
     # 1. The logits are those of the model that transformers reads from the GGUF file.
-    package = module._PACKAGES[name]
-    path = package.gguf(tmp_path)
-    quantized = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    quantized = read.pop("gguf").eval()
+    assert hasattr(quantized.config, "quantization_config")
     ids = tokenizer(PROBE, return_tensors="pt")["input_ids"]
     with torch.no_grad():
         logits = model(ids).logits
         assert torch.equal(logits, quantized(ids).logits)
     assert tokenizer.decode(ids[0], skip_special_tokens=True) == PROBE
-    del quantized
 
     # 2. It can be saved and loaded like any other model.
     model.save_pretrained(tmp_path / "saved")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32).eval()
     with torch.no_grad():
         assert torch.equal(again(ids).logits, logits)
-    del again
 
     # 3. The second call reads the folder, and not the GGUF file.
     with pytest.MonkeyPatch.context() as patch:

@@ -1,5 +1,6 @@
-"""The command line. `raas-cache demo` shows the embedded model with a bounded cache, `eval` measures accuracy, `plan`
-computes the memory of a budget, `bench` times decode steps, and `plot` draws the results."""
+"""The command line. `raas-cache demo` shows a model with a bounded cache, `eval` measures accuracy, `fidelity` measures
+what a cache changes on a given text, `plan` computes the memory of a budget, `bench` times decode steps, and `plot`
+draws the results."""
 
 import sys
 from contextlib import ExitStack
@@ -18,6 +19,7 @@ from ..common import arguments
 from ..common.reporting import require_matplotlib
 from ..eval import plots
 from ..eval.command import evaluate
+from ..fidelity.command import fidelity
 from ..sizing import plan as planning
 from .demo import demo
 
@@ -30,6 +32,7 @@ MOST_STEPS = 1_000_000
 app: typer.Typer = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None)
 app.command()(demo)
 app.command("eval")(evaluate)
+app.command()(fidelity)
 
 
 @app.callback()
