@@ -10,7 +10,7 @@ import numpy as np
 
 from ..common.reporting import markdown
 from ..eval.results import StoredRow
-from ..eval.settings import DYNAMIC, Setting, SettingKey, common_options
+from ..eval.settings import DYNAMIC, Setting, SettingKey, common_options, parse_methods
 from ..methods.registry import CACHES, POLICIES
 from .reading import DISTANCES, PARTS
 from .statistics import Difference, difference
@@ -75,6 +75,8 @@ class Fidelity:
         self._groups: dict[SettingKey, list[FidelityRow]] = {}
         for row in self.rows:
             self._groups.setdefault(row.setting.key, []).append(row)
+        for group in self._groups.values():
+            group.sort(key=lambda row: row.index)  # differences are paired by text
         self._problems = [row.problem_hash for row in self._groups[DYNAMIC, None]]
         self._common = common_options(self.settings)
 
@@ -98,11 +100,11 @@ class Fidelity:
         """A table in GitHub's Markdown with one line per setting.
 
         Args:
-            against: label of a method among the settings, such as `"streaming_llm:prompt=pin"`. Each setting is also
-                compared with this method at the same budget.
+            against: a method among the settings with its options, such as `"streaming_llm:prompt=pin"`. Each setting is
+                also compared with this method at the same budget.
 
         Raises:
-            ValueError: no setting has this label.
+            ValueError: no setting has this method.
         """
         rivals = {} if against is None else self._rivals(against)
         header = ["method", "budget", "KV bytes", "loss", "loss - dynamic (95 %)", "KL", "same top token"]
@@ -119,18 +121,23 @@ class Fidelity:
                 found = self.difference(setting, rival) if rival and rival.key != setting.key else None
                 cells += [str(found), f"p = {found.p:.3f}"] if found else ["-", "-"]
             exceeded = sum(row.over_budget for row in rows)
-            budget = _budget(setting) + f" (exceeded in {exceeded} texts)" * bool(exceeded)
+            budget = self._budget(setting) + f" (exceeded in {exceeded} texts)" * bool(exceeded)
             lines.append([setting.label_but(self._common), budget, *cells])
         return markdown(header, lines) + self._footer()
 
     def by_position(self) -> str:
         """A table of the loss less that of `dynamic`, in each quarter of the chain."""
-        parts = [f"tokens {part * 100 // PARTS} to {(part + 1) * 100 // PARTS} %" for part in range(PARTS)]
+        parts = [f"{part * 100 // PARTS} to {(part + 1) * 100 // PARTS} % of the chain" for part in range(PARTS)]
         return self._split(parts, lambda part: lambda sums: sums[..., part, :, :].sum(-2))
 
     def by_distance(self) -> str:
-        """A table of the loss less that of `dynamic`, by the tokens since the last use of the same token."""
-        return self._split(list(DISTANCES), lambda group: lambda sums: sums[..., group, :].sum(-2))
+        """A table of the loss less that of `dynamic`, by the tokens since the last use of the same token.
+
+        The header has the share of the tokens of the chain in each group.
+        """
+        cells = self._sums(Setting(DYNAMIC))[..., 0].sum((0, 1))  # [len(DISTANCES)]
+        names = [f"{name} ({count:.1%})" for name, count in zip(DISTANCES, cells / cells.sum(), strict=True)]
+        return self._split(names, lambda group: lambda sums: sums[..., group, :].sum(-2))
 
     def recommend(self) -> str:
         """For each budget, the constructor of the bounded cache with the lowest loss, and what is not worse than it."""
@@ -141,12 +148,14 @@ class Fidelity:
             losses = {one.key: self._sums(one).sum((0, 1, 2)) for one in candidates}
             best = min(candidates, key=lambda one: losses[one.key][1] / losses[one.key][0])
             others = [one for one in candidates if one.key != best.key]
-            level = [one.label for one in others if not self.difference(one, best).is_significant]
+            level = [one.label_but(self._common) for one in others if not self.difference(one, best).is_significant]
             reason = f"{self.difference(best, Setting(DYNAMIC))} nats per token more than dynamic"
             verdict = (
                 f"not significantly better than {', '.join(level)}" if level else "significantly better than all others"
             )
-            said.append(f"{_budget(best)} tokens: {constructor(best)}\n    {reason}" + f"; {verdict}" * bool(others))
+            said.append(
+                f"{self._budget(best)} tokens: {constructor(best)}\n    {reason}" + f"; {verdict}" * bool(others)
+            )
         return "\n".join(said)
 
     def _sums(self, setting: Setting) -> np.ndarray[Any, Any]:
@@ -154,8 +163,14 @@ class Fidelity:
         return np.stack([row.sums for row in self._groups[setting.key]])
 
     def _rivals(self, against: str) -> dict[Any, Setting]:
-        """Budget -> the setting with this label."""
-        found = {one.budget: one for one in self.settings if against in (one.label, one.label_but(self._common))}
+        """Budget -> the setting of this method. Options that most settings share need not be given."""
+        (name, options), *_ = parse_methods(against)
+        common = set(self._common) | {f"{option}={value}" for option, value in options.items()}
+        found = {
+            one.budget: one
+            for one in self.settings
+            if one.method == name and one.label_but(common) == name and options.items() <= one.options.items()
+        }
         if not found:
             known = ", ".join(dict.fromkeys(one.label_but(self._common) for one in self.settings))
             raise ValueError(f"against={against!r} is not among the methods: use one of {known}.")
@@ -163,9 +178,8 @@ class Fidelity:
 
     def _split(self, names: list[str], choose: Callable[[int], Cells]) -> str:
         counts = [choose(place)(self._sums(Setting(DYNAMIC))).sum(0)[0] for place in range(len(names))]
-        shares = [f"{name} ({count / sum(counts):.0%})" for name, count in zip(names, counts, strict=True)]
         lines = [
-            [setting.label_but(self._common), _budget(setting)]
+            [setting.label_but(self._common), self._budget(setting)]
             + [
                 str(self.difference(setting, Setting(DYNAMIC), choose(place))) if counts[place] else "-"
                 for place in range(len(names))
@@ -173,14 +187,16 @@ class Fidelity:
             for setting in self.settings
             if setting.method != DYNAMIC
         ]
-        return markdown(["method", "budget", *shares], lines) + self._footer()
+        return markdown(["method", "budget", *names], lines) + self._footer()
+
+    def _budget(self, setting: Setting) -> str:
+        """Tokens of the budget, and their share of the tokens of the chain."""
+        if not isinstance(setting.budget, int):
+            return "all" if setting.budget is None else " / ".join(map(str, setting.budget))
+        return f"{setting.budget:,} ({setting.budget / self.rows[0].tokens:.1%})"
 
     def _footer(self) -> str:
         return f"\n\nUnless said otherwise: {', '.join(self._common)}." * bool(self._common)
-
-
-def _budget(setting: Setting) -> str:
-    return "all" if setting.budget is None else f"{setting.budget:,}"
 
 
 def constructor(setting: Setting) -> str:

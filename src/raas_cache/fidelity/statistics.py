@@ -33,7 +33,8 @@ class Difference:
         return self.low > 0 or self.high < 0
 
     def __str__(self) -> str:
-        return f"{self.mean:+.4f} ({self.low:+.4f} to {self.high:+.4f})"
+        mean, low, high = (round(value, 4) + 0.0 for value in (self.mean, self.low, self.high))  # no -0.0000
+        return f"{mean:+.4f} ({low:+.4f} to {high:+.4f})"
 
 
 def difference(values: Sequence[float], problems: Sequence[Hashable]) -> Difference:
