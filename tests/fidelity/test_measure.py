@@ -111,11 +111,9 @@ def test_splits_add_up(found, split):
     for cell, lost, count in zip(shown, sums[:, 1], counts, strict=True):
         assert (cell == "-") == (count == 0)
         if split == "by_position":  # each text has the same number of tokens in a part
-            assert cell.startswith(f"{lost / count:+.4f}")
-    total = sum(row.sums[..., 1].sum() for row in found.rows[3:6]) - sum(
-        row.sums[..., 1].sum() for row in found.rows[:3]
-    )
-    assert sums[:, 1].sum() == pytest.approx(total)
+            assert float(cell.partition(" (")[0]) == pytest.approx(lost / count, abs=6e-5)
+    dense, ours = (sum(row.sums[..., 1].sum() for row in found.rows[place : place + 3]) for place in (0, 3))
+    assert sums[:, 1].sum() == pytest.approx(ours - dense)
 
 
 def test_recommendation(found):
@@ -158,9 +156,8 @@ def test_resumed_rows_do_not_run_again(model, tokenizer, texts, found, tmp_path,
         assert ours.cells == pytest.approx(theirs.cells, abs=1e-4)
     monkeypatch.setattr(measuring, "read_batch", never)
     assert measure(model, tokenizer, texts, [RAAS, WINDOW], **options).rows == again.rows
-    assert [row.method for row in measure(model, tokenizer, texts, [RAAS], **options).rows] == ["dynamic"] * 3 + [
-        "raas"
-    ] * 3
+    less = measure(model, tokenizer, texts, [RAAS], **options)
+    assert [row.method for row in less.rows] == ["dynamic"] * 3 + ["raas"] * 3
 
 
 def test_another_input_is_refused(model, tokenizer, texts, tmp_path):
@@ -184,7 +181,7 @@ def test_another_input_is_refused(model, tokenizer, texts, tmp_path):
     [
         ({"tokens": 0}, "tokens=0 must be at least 1"),
         ({"tokens": 50, "batch_size": 0}, "batch_size=0 must be at least 1"),
-        ({"tokens": 500}, "tokens=500 is more than the longest of 4 chains has: give at most 149"),
+        ({"tokens": 500}, "tokens=500 is more than the longest of 4 chains has: give at most 148"),
     ],
 )
 def test_numbers_out_of_range(model, tokenizer, texts, options, message):
@@ -216,14 +213,12 @@ class TestCommand:
         assert f"3 texts from {data}, 60 tokens each, chain_reasoner, torch.float32" in result.output
         assert "1 of 4 texts have shorter chains and are left out" in result.output
         whole = result.output.partition("Loss - dynamic by position")[0]
-        assert [row["budget"] for row in lines(whole)] == ["all", "90 (150.0%)", "512 (853.3%)"] + [
-            "90 (150.0%)",
-            "512 (853.3%)",
-        ]
+        bounded = ["90 (150.0%)", "512 (853.3%)"]
+        assert [row["budget"] for row in lines(whole)] == ["all", *bounded, *bounded]
         assert "90 (150.0%) tokens: " in result.output and "| 0 to 25 % of the chain |" in result.output
         assert "first use (" in result.output
         assert len((tmp_path / "rows-0.jsonl").read_text().splitlines()) == 15
-        assert self.run(data, *options, "--rows", 2).output.startswith("2 texts from")
+        assert f"2 texts from {data}" in self.run(data, *options, "--rows", 2).output
 
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -234,7 +229,7 @@ class TestCommand:
             (["--methods", "rass"], "name='rass' is not a method: did you mean 'raas'?"),
             (["--methods", "raas:alpha"], "write 'alpha' as alpha=VALUE"),
             (["--tokens", "600"], "--tokens: tokens=600 is more than the longest of 4 chains has"),
-            (["--against", "h2o", "--rows", "1"], "--against: against='h2o' is not among the methods: use one of"),
+            (["--against", "h2o"], "--against: against='h2o' is not among the methods: use one of"),
             (["--data", "missing.jsonl"], "--data: data='missing.jsonl' does not exist"),
             (["--dtype", "int8"], "'int8' must be float32, bfloat16 or float16"),
             (["--model", "no/such/folder"], "'no/such/folder' cannot be loaded"),

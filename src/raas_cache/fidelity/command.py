@@ -18,6 +18,7 @@ from ..eval.runner import processes
 from ..eval.settings import parse_methods, settings
 from ..models.pretrained import PRETRAINED
 from .measure import measure
+from .results import rivals_of
 from .texts import TRACES, load_texts
 
 
@@ -59,6 +60,9 @@ def fidelity(
     """Measure how much each cache changes what a model predicts, on chains of thought that it reads token by token."""
     with arguments.refusing("--methods", budget="--budgets"):
         wanted = settings(parse_methods(methods, page_size=page_size), _budgets(budgets, tokens))
+    with arguments.refusing("--against"):
+        if against is not None:
+            rivals_of(wanted, against)
     with arguments.refusing("--data"):
         texts = load_texts(data, rows)
     with arguments.refusing():
@@ -78,12 +82,10 @@ def fidelity(
                 about={"model": model, "data": Path(data).name},
             )
     if state.is_main_process:
-        with arguments.refusing(against="--against"):
-            table = found.table(against)
         print(f"{len(texts) - found.too_short} texts from {data}, {tokens:,} tokens each, {model}, {network.dtype}")
         if found.too_short:
             print(f"{found.too_short} of {len(texts)} texts have shorter chains and are left out.")
-        print(f"\n{table}\n\nLoss - dynamic by position in the chain:\n\n{found.by_position()}")
+        print(f"\n{found.table(against)}\n\nLoss - dynamic by position in the chain:\n\n{found.by_position()}")
         print(f"\nLoss - dynamic by tokens since the last use of the same token:\n\n{found.by_distance()}")
         if recommend:
             print(f"\n{found.recommend()}")

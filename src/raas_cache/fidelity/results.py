@@ -106,7 +106,7 @@ class Fidelity:
         Raises:
             ValueError: no setting has this method.
         """
-        rivals = {} if against is None else self._rivals(against)
+        rivals = {} if against is None else rivals_of(self.settings, against)
         header = ["method", "budget", "KV bytes", "loss", "loss - dynamic (95 %)", "KL", "same top token"]
         header += [f"loss - {against} (95 %)", "sign test"] if rivals else []
         lines = []
@@ -162,20 +162,6 @@ class Fidelity:
         """`[texts, PARTS, len(DISTANCES), 4]`."""
         return np.stack([row.sums for row in self._groups[setting.key]])
 
-    def _rivals(self, against: str) -> dict[Any, Setting]:
-        """Budget -> the setting of this method. Options that most settings share need not be given."""
-        (name, options), *_ = parse_methods(against)
-        common = set(self._common) | {f"{option}={value}" for option, value in options.items()}
-        found = {
-            one.budget: one
-            for one in self.settings
-            if one.method == name and one.label_but(common) == name and options.items() <= one.options.items()
-        }
-        if not found:
-            known = ", ".join(dict.fromkeys(one.label_but(self._common) for one in self.settings))
-            raise ValueError(f"against={against!r} is not among the methods: use one of {known}.")
-        return found
-
     def _split(self, names: list[str], choose: Callable[[int], Cells]) -> str:
         counts = [choose(place)(self._sums(Setting(DYNAMIC))).sum(0)[0] for place in range(len(names))]
         lines = [
@@ -197,6 +183,26 @@ class Fidelity:
 
     def _footer(self) -> str:
         return f"\n\nUnless said otherwise: {', '.join(self._common)}." * bool(self._common)
+
+
+def rivals_of(settings: Sequence[Setting], against: str) -> dict[Any, Setting]:
+    """Budget -> the setting of the method `against`. Options that most settings share need not be given.
+
+    Raises:
+        ValueError: no setting has this method.
+    """
+    (name, options), *_ = parse_methods(against)
+    common = common_options(settings)
+    given = {f"{option}={value}" for option, value in options.items()}
+    found = {
+        one.budget: one
+        for one in settings
+        if one.method == name and one.label_but({*common, *given}) == name and options.items() <= one.options.items()
+    }
+    if not found:
+        known = ", ".join(dict.fromkeys(one.label_but(common) for one in settings))
+        raise ValueError(f"against={against!r} is not among the methods: use one of {known}.")
+    return found
 
 
 def constructor(setting: Setting) -> str:
