@@ -15,6 +15,7 @@ import pytest
 
 import raas_cache
 import raas_cache.eval
+import raas_cache.fidelity
 import raas_kernels
 from raas_cache.eval.settings import common_options
 
@@ -165,7 +166,10 @@ def test_messages_in_the_code_are_in_troubleshooting():
     assert missing == {}, "give each a heading in docs/troubleshooting.md, its constant part in backticks"
 
 
-@pytest.mark.parametrize("package", [raas_cache, raas_cache.eval, raas_kernels], ids=lambda package: package.__name__)
+PUBLIC = [raas_cache, raas_cache.eval, raas_cache.fidelity, raas_kernels]
+
+
+@pytest.mark.parametrize("package", PUBLIC, ids=lambda package: package.__name__)
 def test_reference_has_every_public_name(package):
     page = (ROOT / "docs" / "api.md").read_text()
     listed = set(re.findall(r"^(?:::: |    +heading: )([\w.]+)$", page, re.MULTILINE))

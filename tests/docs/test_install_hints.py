@@ -31,7 +31,8 @@ def asked_for():
     for path in [ROOT / "README.md", ROOT / "CHANGELOG.md", *files]:
         text = ELSEWHERE.sub("", path.read_text())
         for words in re.findall(r"pip install ((?:[-\w.\[\]{}\",\\>=]+[ \t]?)+)", text):
-            yield path.relative_to(ROOT).as_posix(), re.sub(r"[\\\"]|,\s*$", "", words).split()
+            words = words.split('",')[0]  # in code, another argument may follow the text
+            yield path.relative_to(ROOT).as_posix(), words.replace("\\", "").replace('"', "").split()
 
 
 def of_extras():
