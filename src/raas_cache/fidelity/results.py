@@ -119,7 +119,9 @@ class Fidelity:
             if rivals:
                 rival = rivals.get(setting.budget)
                 found = self.difference(setting, rival) if rival and rival.key != setting.key else None
-                cells += [str(found), f"p = {found.p:.3f}"] if found else ["-", "-"]
+                cells += (
+                    [str(found), f"p = {found.p:.3f}" if found.p >= 0.001 else "p < 0.001"] if found else ["-", "-"]
+                )
             exceeded = sum(row.over_budget for row in rows)
             budget = self._budget(setting) + f" (exceeded in {exceeded} texts)" * bool(exceeded)
             lines.append([setting.label_but(self._common), budget, *cells])
