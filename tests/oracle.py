@@ -16,8 +16,18 @@ from transformers.masking_utils import sdpa_mask
 from .oracle_methods import METHODS, REDUCE, RKV, Head, Page, redundancies, softmax
 
 
+def between(states, low, high):
+    """What 4-bit codes leave of `states`: the nearest of 16 numbers from `low` to `high`."""
+    step = (high - low) / 15
+    codes = np.clip(np.floor((states - low) / np.where(step > 0, step, 1) + 0.5), 0, 15)
+    return low + np.where(step > 0, codes, 0) * step
+
+
 def as_stored(states, kv_dtype):
     """What quantisation leaves of keys or values `[batch, heads, tokens, d]`."""
+    if kv_dtype == "int4":
+        exact = states.detach().double().cpu().numpy()
+        return torch.from_numpy(between(exact, exact.min(-1, keepdims=True), exact.max(-1, keepdims=True))).to(states)
     exact = states.detach().float().cpu().numpy()
     largest = np.abs(exact).max(-1, keepdims=True)
     scale = np.where(largest == 0, np.float32(1), largest / np.float32({"int8": 127, "fp8": 448}[kv_dtype]))
@@ -59,13 +69,16 @@ class OracleCache(DynamicCache):
         self.heads = {}
         self.padding = {}
         self.placed = {}
+        self.to_code = []  # pages that the newest tokens have filled or, as input, begun
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         is_sliding = layer_idx < len(self.layers) and self.layers[layer_idx].is_sliding
         given = key_states, value_states
         is_first = not self.get_seq_length(layer_idx)
         if self.kv_dtype and not is_sliding:
-            key_states, value_states = (as_stored(states, self.kv_dtype) for states in given)
+            value_states = as_stored(value_states, self.kv_dtype)
+            if self.kv_dtype != "int4":  # the keys of a page are coded together, see `code`
+                key_states = as_stored(key_states, self.kv_dtype)
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if not self.layers[layer_idx].is_sliding:
             if self.kv_dtype and is_first:
@@ -115,6 +128,7 @@ class OracleCache(DynamicCache):
         state.open.tokens.append(token)
         if len(state.open.tokens) == self.page_size:
             state.open.priority = token
+            self.to_code.append(state.open)
 
     def pin(self, state, tokens):
         """Input tokens: pinned pages, filled one after the other."""
@@ -124,6 +138,7 @@ class OracleCache(DynamicCache):
                 pinned.append(Page([], pinned=True))
                 state.pages.append(pinned[-1])
             pinned[-1].tokens.append(token)
+            self.to_code.append(pinned[-1])
 
     def fill(self, state, tokens):
         """Input tokens that may be evicted: pages of their own, and the first of all stays.
@@ -133,10 +148,11 @@ class OracleCache(DynamicCache):
         is_first = not state.pages
         if state.open is not None:
             state.open.priority = state.open.tokens[-1]
-            state.open = None
+            state.closing, state.open = state.open, None
         for start in range(0, len(tokens), self.page_size):
             held = tokens[start : start + self.page_size]
             state.pages.append(Page(held, pinned=False, priority=held[-1]))
+            self.to_code.append(state.pages[-1])
         if is_first:
             state.limit = self.limit(1)
             for page in state.pages[:1]:
@@ -151,7 +167,11 @@ class OracleCache(DynamicCache):
         # The first forward attends to keys as they are, scores by keys as they are stored.
         stored = self.layers[layer].keys if self.kv_dtype and not latent else keys
         cached = self.layers[layer].keys.detach().double().cpu().numpy()
+        is_packed, is_first = self.kv_dtype == "int4", not first
         query, keys, values, stored = (x.detach().double().cpu().numpy() for x in (query, keys, values, stored))
+        if is_packed:
+            exact, stored = cached, cached.copy()
+            keys, cached = keys if is_first else stored, stored
         sinks = None if sinks is None else sinks.detach().double().cpu().numpy()
         cap = (lambda x: softcap * np.tanh(x / softcap)) if softcap else (lambda x: x)
         output = np.zeros((batch, query_heads, query.shape[2], values.shape[-1]))
@@ -170,6 +190,9 @@ class OracleCache(DynamicCache):
                 if is_new:
                     for state in heads:
                         self.place(state, [first + i for i in step], is_generated, padding)
+                if is_packed:
+                    for head, state in enumerate(heads):
+                        self.code(state, exact[row, head], stored[row, head], padding)
                 is_scored = self.method.is_scored and any(not page.pinned for page in heads[0].seen)
                 # Input that may be evicted is cut down once, after its first reader.
                 is_scored = is_scored and (is_new or is_generated or self.prompt != "evict")
@@ -215,10 +238,31 @@ class OracleCache(DynamicCache):
                         totals[head] = [over_queries(pair) for pair in zip(totals[head], scores[head], strict=True)]
                 if is_scored:
                     self.rate(heads, totals, cached[row], padding, now, len(scored_queries))
-                for state in heads:
+                for head, state in enumerate(heads):
+                    if is_packed and state.closing is not None:
+                        state.closing.coded = self.codes_of(state.closing, exact[row, head], padding)
+                        state.closing = None
                     while self.prompt == "evict" and len(state.evictable()) > state.limit:
                         state.evict()
         return torch.from_numpy(output)
+
+    def code(self, state, exact, stored, padding):
+        """Code the pages that the newest tokens filled or begun, and write what the codes leave into `stored`."""
+        for page in state.pages:
+            if page in self.to_code:
+                page.coded = self.codes_of(page, exact, padding)
+            for token, key in page.coded.items():
+                stored[token] = key
+        self.to_code = [page for page in self.to_code if page not in state.pages]
+
+    def codes_of(self, page, exact, padding):
+        """Each channel of a page's keys between the smallest and the largest that is visible.
+
+        A page that gets more tokens is coded again, from what the codes have left of the earlier ones.
+        """
+        keys = np.array([page.coded.get(token, exact[token]) for token in page.tokens])
+        visible = [i for i, token in enumerate(page.tokens) if token not in padding] or list(range(len(keys)))
+        return dict(zip(page.tokens, between(keys, keys[visible].min(0), keys[visible].max(0)), strict=True))
 
     def place(self, state, tokens, is_generated, padding):
         if not is_generated and not state.pages:  # left padding is not held: a row is as it is alone

@@ -195,7 +195,7 @@ def test_a_turn_longer_than_the_budget_is_evicted(method, scoring):
     assert oracle.evicted(0, 0, 0) >= 17
 
 
-@pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8", "int4"])
 @pytest.mark.parametrize(
     ("method", "mode"), [*itertools.product(["raas"], ["pin", "select", "evict"]), ("h2o", "evict"), ("quest", None)]
 )

@@ -91,7 +91,16 @@ class LayerEngine:
         self.rows, self.row_index = rows, None if rows is None else rows.on_device
 
     def expect_latent(self) -> None:
-        """Make the layer one that caches a latent, which the model expands before attention."""
+        """Make the layer one that caches a latent, which the model expands before attention.
+
+        Raises:
+            ValueError: the cache stores 4-bit codes. The mask of a latent comes after its tokens, so a page would be
+                coded before it is known which of its tokens are hidden.
+        """
+        if self.settings.is_packed:
+            raise ValueError(
+                "kv_dtype='int4' does not support models that cache a latent (MLA): use 'int8' or the default."
+            )
         self.is_latent = self.adjusts_scores = True
         # key_min and key_max of a latent do not bound the expanded keys; each step computes new bounds.
         self.kv.key_min = self.kv.key_max = None
@@ -123,6 +132,9 @@ class LayerEngine:
             key_min=None,
             key_max=None,
             states=None if kv.states is None else kv.states[rows],
+            open_keys=None,
+            value_min=None,
+            value_max=None,
         )
 
     def show(self, visible: torch.Tensor) -> None:

@@ -11,6 +11,7 @@ import raas_kernels
 from raas_kernels import PagedKV
 
 from .layer_settings import CODES, LayerSettings
+from .packed_pages import check_head_sizes, packed_buffers
 from .resize import RowFunction, allocating, fix_addresses, map_rows, movable, resized
 from .row_counts import RowCounts, Rows
 
@@ -81,7 +82,7 @@ class PageTable:
             batch_size: number of rows to allocate.
 
         Raises:
-            ValueError: the device cannot compute in the layer's 8-bit dtype.
+            ValueError: the device cannot compute in the layer's 8-bit dtype, or 4-bit codes cannot store a head size.
         """
         code, device = self.settings.code, key.device
         if code == CODES["fp8"] and device.type == "cuda":
@@ -90,17 +91,21 @@ class PageTable:
                 raise ValueError(
                     f"kv_dtype='fp8' needs a GPU of capability 8.9 or newer, not {capability}: use 'int8'."
                 )
-        heads = key.shape[1]
+        is_packed = self.settings.is_packed
+        if is_packed:
+            check_head_sizes(key.shape[-1], value.shape[-1])
+        heads, in_a_byte = key.shape[1], 2 if is_packed else 1
         accumulate = torch.promote_types(torch.promote_types(key.dtype, value.dtype), torch.float32)
 
         def empty(*size: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.empty(batch_size, heads, *size, dtype=dtype, device=device)
 
-        has_bounds, states = self.settings.has_key_bounds, len(self.settings.policy.state)
-        bounds_dtype = key.dtype if code is None else accumulate
+        has_bounds, has_scales = self.settings.has_key_bounds or is_packed, code is not None and not is_packed
+        states = len(self.settings.policy.state)
+        bounds_dtype = accumulate if has_scales else key.dtype
         self.kv = PagedKV(
-            keys=empty(0, key.shape[-1], dtype=code or key.dtype),
-            values=empty(0, value.shape[-1], dtype=code or value.dtype),
+            keys=empty(0, key.shape[-1] // in_a_byte, dtype=code or key.dtype),
+            values=empty(0, value.shape[-1] // in_a_byte, dtype=code or value.dtype),
             bias=empty(0, dtype=accumulate),
             positions=empty(0, dtype=torch.int32),
             priority=empty(0, dtype=torch.float64),
@@ -108,11 +113,12 @@ class PageTable:
             open_slot=empty(dtype=torch.int64).zero_(),
             clock=empty(2, dtype=torch.int64).fill_(-1),
             page_size=self.page_size,
-            key_scales=None if code is None else empty(0, dtype=torch.float32),
-            value_scales=None if code is None else empty(0, dtype=torch.float32),
+            key_scales=empty(0, dtype=torch.float32) if has_scales else None,
+            value_scales=empty(0, dtype=torch.float32) if has_scales else None,
             key_min=empty(0, key.shape[-1], dtype=bounds_dtype) if has_bounds else None,
             key_max=empty(0, key.shape[-1], dtype=bounds_dtype) if has_bounds else None,
             states=empty(0, states, dtype=torch.float64) if states else None,
+            **(packed_buffers(key, value, batch_size, self.page_size) if is_packed else {}),
         )
         self.dtypes, self.device = (key.dtype, value.dtype), device
         self.batch_size, self.num_heads = batch_size, heads
@@ -335,12 +341,7 @@ class PageTable:
         """Keys and values of all slots in the dtypes of the model, `[batch, kv_heads, slots, head_dim]`."""
         kv = self.kv
         assert kv is not None
-        if kv.key_scales is None or kv.value_scales is None:
-            return kv.keys, kv.values
-        return (
-            raas_kernels.dequantize(kv.keys, kv.key_scales, self.dtypes[0]),
-            raas_kernels.dequantize(kv.values, kv.value_scales, self.dtypes[1]),
-        )
+        return raas_kernels.key_states(kv, self.dtypes[0]), raas_kernels.value_states(kv, self.dtypes[1])
 
     def mean_keys(self) -> torch.Tensor:
         """Mean of the visible keys of each page, `[batch, kv_heads, pages, head_dim]`; 0 if no key is visible."""
@@ -351,13 +352,9 @@ class PageTable:
         return keys.masked_fill(~visible, 0).sum(3) / visible.sum(3).clamp(min=1)
 
     def summarise(self) -> None:
-        """Compute `key_min` and `key_max` of all pages again."""
-        kv = self.kv
-        assert kv is not None
-        if kv.key_min is not None and kv.key_max is not None:
-            low, high = raas_kernels.page_extremes(self.states()[0], kv.bias, self.page_size)
-            kv.key_min.copy_(low)
-            kv.key_max.copy_(high)
+        """Compute `key_min` and `key_max` again, see `raas_kernels.refresh_extremes`."""
+        assert self.kv is not None
+        raas_kernels.refresh_extremes(self.kv)
 
     def _make_finite(self, hidden: torch.Tensor) -> None:
         """Clear the NaNs and infinities of `hidden` slots `[batch, kv_heads, slots]`, see `raas_kernels.finite`."""
@@ -393,7 +390,7 @@ class PageTable:
         assert kv is not None
         self.counts.clear(rows.on_host)
         index = rows.on_device
-        for held in (kv.keys, kv.values, kv.key_scales, kv.value_scales):
+        for held in (kv.keys, kv.values, kv.key_scales, kv.value_scales, kv.open_keys, kv.value_min, kv.value_max):
             if held is not None:  # attention multiplies what is hidden by 0, which leaves NaN as it is
                 movable(held)[index] = 0
         kv.bias[index], kv.positions[index] = float("-inf"), -1

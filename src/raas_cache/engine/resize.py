@@ -67,6 +67,8 @@ def map_pages(kv: PagedKV, function: Callable[[torch.Tensor, int, float], torch.
         key_min=optional(kv.key_min, 1),
         key_max=optional(kv.key_max, 1),
         states=optional(kv.states, 1),
+        value_min=optional(kv.value_min, kv.page_size),
+        value_max=optional(kv.value_max, kv.page_size),
     )
 
 
@@ -82,7 +84,10 @@ def map_rows(kv: PagedKV, function: RowFunction) -> PagedKV:
         return new
 
     whole = map_pages(kv, lambda buffer, entries, empty: moved(buffer))
-    return replace(whole, evictable=moved(kv.evictable), open_slot=moved(kv.open_slot), clock=moved(kv.clock))
+    open_keys = None if kv.open_keys is None else moved(kv.open_keys)
+    return replace(
+        whole, evictable=moved(kv.evictable), open_slot=moved(kv.open_slot), clock=moved(kv.clock), open_keys=open_keys
+    )
 
 
 def resized(kv: PagedKV, pages: int) -> PagedKV:
@@ -125,6 +130,10 @@ def put_page(kv: PagedKV, page: torch.Tensor, contents: PagedKV) -> None:
         (kv.positions, contents.positions),
         (kv.key_scales, contents.key_scales),
         (kv.value_scales, contents.value_scales),
+        (kv.value_min, contents.value_min),
+        (kv.value_max, contents.value_max),
+        (kv.key_min, contents.key_min),
+        (kv.key_max, contents.key_max),
     ):
         put(buffer, before)
 

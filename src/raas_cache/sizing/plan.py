@@ -45,7 +45,7 @@ class SizeOptions(TypedDict, total=False):
     page_size: int
     min_decode_pages: int
     prompt: Literal["pin", "select", "evict"]
-    kv_dtype: Literal["int8", "fp8"] | None
+    kv_dtype: Literal["int8", "fp8", "int4"] | None
 
 
 @dataclass(frozen=True)
@@ -280,7 +280,7 @@ def table(
     """
     model = _Model(config, dtype)
     name = next(str(states[0].dtype) for states in model.token_states if states is not None).removeprefix("torch.")
-    ways: tuple[tuple[str, Literal["int8"] | None], ...] = ((name, None), ("int8", "int8"))
+    ways: tuple[tuple[str, Literal["int8", "int4"] | None], ...] = ((name, None), ("int8", "int8"), ("int4", "int4"))
     header = ["batch", "budget", "stored as", "KV", f"dynamic at {tokens:,}", "ratio", "saves from", "decode tokens"]
     lines, is_over_budget = [], False
     for batch_size, budget, (way, kv_dtype) in itertools.product(batches, budgets or (None,), ways):

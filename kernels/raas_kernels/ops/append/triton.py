@@ -165,15 +165,18 @@ def append_kernel(
             tl.debug_barrier()  # other warps have written a part of the last key, and the page's bounds
             is_visible = tl.load(bias + pair * pages * PAGE + start + lane) == 0.0
             ignored = (is_visible == 0) & (tl.max(is_visible.to(tl.int32), 0) > 0)
-            half = tl.arange(0, BLOCK_DK // 2)
-            bounds = (pair * pages + page) * DK
-            first = code_channels(open_keys, key_min + bounds, key_max + bounds, ignored, lane, half, DK)
-            second = code_channels(
-                open_keys + DK // 2, key_min + bounds + DK // 2, key_max + bounds + DK // 2, ignored, lane, half, DK
+            channel = tl.arange(0, BLOCK_DK // 2)
+            page_bounds = (pair * pages + page) * DK
+            low_codes = code_channels(
+                open_keys, key_min + page_bounds, key_max + page_bounds, ignored, lane, channel, DK
+            )
+            page_bounds += DK // 2
+            high_codes = code_channels(
+                open_keys + DK // 2, key_min + page_bounds, key_max + page_bounds, ignored, lane, channel, DK
             )
             tl.store(
-                keys + (start + lane)[:, None] * keys_slot + half[None, :], first | (second << 4),
-                mask=(half < DK // 2)[None, :],
+                keys + (start + lane)[:, None] * keys_slot + channel[None, :], low_codes | (high_codes << 4),
+                mask=(channel < DK // 2)[None, :],
             )  # fmt: skip
 
 
