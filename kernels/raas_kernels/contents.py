@@ -27,9 +27,7 @@ def value_states(kv: PagedKV, dtype: torch.dtype, rows: Tensor | None = None) ->
     return _states(kv.values, kv.value_scales, dtype, rows)
 
 
-def unpack_keys(
-    kv: PagedKV, dtype: torch.dtype, rows: Tensor | None = None, selected: Tensor | None = None
-) -> Tensor:
+def unpack_keys(kv: PagedKV, dtype: torch.dtype, rows: Tensor | None = None, selected: Tensor | None = None) -> Tensor:
     """The keys of a 4-bit cache in `dtype`; the open page's come from `open_keys`.
 
     Args:

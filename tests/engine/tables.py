@@ -104,9 +104,7 @@ def assert_same(now, before, rows=slice(None)):
     if ours.open_keys is not None:
         lane = torch.arange(size)[:, None]
         is_taken = lane <= (theirs.clock[rows][..., 1] % size)[..., None, None]
-        assert torch.equal(
-            ours.open_keys[rows].where(is_taken, 0), theirs.open_keys[rows].where(is_taken, 0)
-        )
+        assert torch.equal(ours.open_keys[rows].where(is_taken, 0), theirs.open_keys[rows].where(is_taken, 0))
     has_open_page = torch.from_numpy(before.counts.decoded[rows] > 0)
     assert torch.equal(ours.open_slot[rows][has_open_page], theirs.open_slot[rows][has_open_page])
     for name, counts in vars(before.counts).items():

@@ -248,7 +248,7 @@ def test_codes_give_the_states_back(code, bound):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_4_bit_codes_give_the_states_back(dtype):
-    """A key within half of a step of its channel's range in the page, a value within half of a step of its own range."""
+    """A key within half a step of its channel's range in the page, a value within half a step of its own range."""
     states = (torch.randn(2, 3, 7, 16, 8, device=DEVICE).double() * torch.logspace(-4, 3, 8).to(DEVICE)).to(dtype)
     states[0, 0, 0] = 3.0
     hidden = torch.zeros(2, 3, 7, 16, dtype=torch.bool, device=DEVICE)
@@ -288,6 +288,7 @@ def test_at_size(budget, dk, dtype):
     for group in (1, 4, 8):
         check(group=group, batch=4 if budget < 65536 else 1, decode_pages=pages - 8, **shape)
     for settings in (
-        {"pages_read": pages // 2}, {"page_score": "sum", "group_score": "mean"}, {"code": CODES[0]}, {"code": CODES[2]}, {"strided": True},
+        {"pages_read": pages // 2}, {"page_score": "sum", "group_score": "mean"}, {"code": CODES[0]}, {"code": CODES[2]},
+        {"strided": True},
     ):  # fmt: skip
         check(group=4, batch=1, decode_pages=8, **shape, **settings)

@@ -307,6 +307,9 @@ def test_a_latent_a_cap_sinks_and_shared_kv(name, method, mode):
         ("tova", "evict", {"page_size": 1}),
         ("rkv", "evict", {}),
         ("quest", "select", {"kv_dtype": "int8"}),
+        ("raas", "pin", {"kv_dtype": "int4", "scoring": "minmax"}),
+        ("rkv", "evict", {"kv_dtype": "int4"}),
+        ("quest", "select", {"kv_dtype": "int4"}),
     ],
     ids=str,
 )

@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from .row_counts import Rows
 
 
+NO_PACKED_LATENT = (
+    "kv_dtype='int4' does not support models that cache a latent (MLA): use kv_dtype='int8', or do not pass kv_dtype."
+)
+
+
 class Tracer(Protocol):
     """Receives what the policy receives; see `raas_cache.tracing`."""
 
@@ -98,9 +103,7 @@ class LayerEngine:
                 coded before it is known which of its tokens are hidden.
         """
         if self.settings.is_packed:
-            raise ValueError(
-                "kv_dtype='int4' does not support models that cache a latent (MLA): use 'int8' or the default."
-            )
+            raise ValueError(NO_PACKED_LATENT)
         self.is_latent = self.adjusts_scores = True
         # key_min and key_max of a latent do not bound the expanded keys; each step computes new bounds.
         self.kv.key_min = self.kv.key_max = None

@@ -58,10 +58,10 @@ def write_prefill_keys(
     is_hidden = torch.ones(count, heads, pages * size, dtype=torch.bool, device=device)
     tail = np.minimum(places.tail // size, kv.num_pages - 1)
     if places.room.any():
-        page = torch.from_numpy(tail).to(device)[:, None, None].expand(-1, heads, 1)
+        selected = torch.from_numpy(tail).to(device)[:, None, None].expand(-1, heads, 1)
         index = None if rows is None else rows.on_device
-        keys[:, :, :size] = unpack_keys(kv, key.dtype, index, page)
-        is_hidden[:, :, :size] = take_pages(kv.bias, index, page, size) != 0
+        keys[:, :, :size] = unpack_keys(kv, key.dtype, index, selected)
+        is_hidden[:, :, :size] = take_pages(kv.bias, index, selected, size) != 0
     # 2. The new keys.
     row, token, slot = places.pairs()
     is_tail = token - places.dropped[row] < places.room[row]

@@ -51,7 +51,8 @@ def append_kernel(
     key_row, key_head, value_row, value_head,
     PAGE: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, STATES: tl.constexpr,
     BOUNDS: tl.constexpr, QUANTIZED: tl.constexpr, PACKED: tl.constexpr, MASKED: tl.constexpr, MAY_CLOSE: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_PAGES: tl.constexpr, BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_STATES: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_PAGES: tl.constexpr, BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_STATES: tl.constexpr,
 ):  # fmt: skip
     """Program i serves KV head i % heads of the call's row i // heads, which is row `rows[i // heads]` of the cache."""
     call = tl.program_id(0).to(tl.int64)
@@ -160,7 +161,7 @@ def append_kernel(
         tl.store(key_max + extreme, high.to(key_max.dtype.element_ty), mask=dk < DK)
 
     # 7. In a 4-bit cache, code the keys of a page that is full, each channel between its own bounds.
-    if PACKED:
+    if PACKED:  # noqa: SIM102  # only this `if` is decided when the kernel is compiled
         if offset == PAGE - 1:
             tl.debug_barrier()  # other warps have written a part of the last key, and the page's bounds
             is_visible = tl.load(bias + pair * pages * PAGE + start + lane) == 0.0

@@ -25,7 +25,8 @@ _TABLES: dict[tuple[int, ...], Tensor] = {}
 def show_kernel(
     table, visible, heads, length,
     COLUMNS: tl.constexpr, BIAS: tl.constexpr, KEY: tl.constexpr, BOUND: tl.constexpr,
-    BOUNDS: tl.constexpr, QUANTIZED: tl.constexpr, PACKED: tl.constexpr, DK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_DK: tl.constexpr,
+    BOUNDS: tl.constexpr, QUANTIZED: tl.constexpr, PACKED: tl.constexpr, DK: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_DK: tl.constexpr,
 ):  # fmt: skip
     """Program (layer, pair, block) serves BLOCK slots of one (row, KV head) of one layer: one page if it has bounds.
 
