@@ -288,7 +288,7 @@ def test_at_size(budget, dk, dtype):
     for group in (1, 4, 8):
         check(group=group, batch=4 if budget < 65536 else 1, decode_pages=pages - 8, **shape)
     for settings in (
-        {"pages_read": pages // 2}, {"page_score": "sum", "group_score": "mean"}, {"code": CODES[0]}, {"code": CODES[2]},
-        {"strided": True},
+        {"pages_read": pages // 2}, {"page_score": "sum", "group_score": "mean"}, {"strided": True},
+        {"code": CODES[0]}, {"code": CODES[2]},
     ):  # fmt: skip
         check(group=4, batch=1, decode_pages=8, **shape, **settings)

@@ -25,7 +25,7 @@ def check_head_sizes(key_size: int, value_size: int) -> None:
     if key_size % 2 or value_size % 2:
         raise ValueError(
             f"kv_dtype='int4' stores two codes in a byte, but this model's head sizes are {key_size} (keys) and "
-            f"{value_size} (values): use 'int8'."
+            f"{value_size} (values): use kv_dtype='int8'."
         )
 
 
