@@ -65,9 +65,7 @@ def encode(kv: PagedKV, code: torch.dtype) -> None:
         kv.values, kv.value_scales = quantize(kv.values, code)
         return
     pages = kv.keys.unflatten(2, (-1, PAGE))
-    codes, kv.key_min, kv.key_max = pack_page(
-        pages, torch.zeros(pages.shape[:-1], dtype=torch.bool, device=pages.device)
-    )
+    codes, kv.key_min, kv.key_max = pack_page(pages, torch.zeros_like(pages[..., 0], dtype=torch.bool))
     kv.keys, kv.open_keys = codes.flatten(2, 3), pages[:, :, -1].contiguous()
     kv.values, kv.value_min, kv.value_max = pack_values(kv.values)
 

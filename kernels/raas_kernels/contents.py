@@ -42,12 +42,14 @@ def unpack_keys(kv: PagedKV, dtype: torch.dtype, rows: Tensor | None = None, sel
     codes = take_pages(kv.keys, rows, selected, size).unflatten(2, (-1, size))
     low, high = (take_pages(bound, rows, selected, 1)[:, :, :, None] for bound in (kv.key_min, kv.key_max))
     keys = unpack(codes, low, high, dtype)
-    # 2. The open page.
+    # 2. The open page, at `place` [R, H, 1] among the pages wanted.
     page = torch.where(kv.is_open, kv.open_slot // size, -2)  # -2 is no page
-    page, open_keys = take_rows(page, rows), take_rows(kv.open_keys, rows)
-    listed = torch.arange(kv.num_pages, device=page.device) if selected is None else selected
-    is_open = (listed == page[..., None])[..., None, None]  # [R, H, K, 1, 1]
-    return torch.where(is_open, open_keys[:, :, None].to(dtype), keys).flatten(2, 3)
+    page, open_keys = take_rows(page, rows)[..., None], take_rows(kv.open_keys, rows)[:, :, None].to(dtype)
+    is_page = (torch.arange(kv.num_pages, device=page.device) if selected is None else selected) == page  # [R, H, K]
+    place, is_wanted = is_page.int().argmax(-1, keepdim=True), is_page.any(-1, keepdim=True)
+    index = place[..., None, None].expand_as(open_keys)  # [R, H, 1, S, Dk]
+    keys.scatter_(2, index, torch.where(is_wanted[..., None, None], open_keys, keys.gather(2, index)))
+    return keys.flatten(2, 3)
 
 
 def unpack_values(
