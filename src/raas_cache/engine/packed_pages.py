@@ -6,7 +6,7 @@ in `open_keys` until their page is full: `raas_kernels.append` codes it. Prefill
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -16,8 +16,19 @@ from raas_kernels.contents import take_pages, unpack_keys
 
 
 if TYPE_CHECKING:
-    from .prefill import Places
     from .row_counts import Rows
+
+
+class PrefillPlaces(Protocol):
+    """What `write_prefill_keys` reads of `raas_cache.engine.prefill.Places`: `[rows]` int64 each."""
+
+    dropped: np.ndarray
+    room: np.ndarray
+    tail: np.ndarray
+    base: np.ndarray
+    pages: np.ndarray
+
+    def pairs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]: ...
 
 
 def check_head_sizes(key_size: int, value_size: int) -> None:
@@ -40,13 +51,14 @@ def packed_buffers(key: torch.Tensor, value: torch.Tensor, batch_size: int, page
 
 
 def write_prefill_keys(
-    kv: PagedKV, places: Places, key: torch.Tensor, hidden: torch.Tensor | None, rows: Rows | None
+    kv: PagedKV, places: PrefillPlaces, key: torch.Tensor, hidden: torch.Tensor | None, rows: Rows | None
 ) -> None:
     """Code the keys of a prefill into their pages.
 
     If tokens fill the rest of a page, its earlier keys are decoded, and coded again together with the new keys.
 
     Args:
+        places: the slots of the tokens.
         key: `[rows, kv_heads, new, head_dim]`, finite.
         hidden: `[rows, 1, new]` bool, the tokens that the mask hides; None for none.
         rows: the rows that the forward touches; None for all.
