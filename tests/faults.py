@@ -17,9 +17,11 @@ LENGTHS = [PROMPT, *[1] * 14, TURN, *[1] * 8]
 AT_PROMPT, AT_OPENING, AT_TURN = 0, 13, 15
 METHODS = [
     ("raas", "pin"), ("raas", "select"), ("raas", "evict"), ("streaming_llm", "evict"), ("h2o", "evict"),
-    ("tova", "evict"), ("rkv", "evict"), ("quest", "select"), ("dense", "pin"),
+    ("tova", "evict"), ("rkv", "evict"), ("random", "evict"),
+    ("gkv", "evict"), ("lazy_eviction", "evict"), ("vase", "evict"), ("triattention", "pin"), ("quest", "select"),
+    ("dense", "pin"),
 ]  # fmt: skip
-OPTIONS = {"raas": {"alpha": 0.3}, "quest": {"dense_layers": 0}}
+OPTIONS = {"raas": {"alpha": 0.3}, "quest": {"dense_layers": 0}, "random": {"recent_tokens": 4}}
 
 
 class Conversation:

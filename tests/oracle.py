@@ -7,35 +7,15 @@ with an attention function that looks only at what would be resident, and of tha
 import copy
 import itertools
 import math
+from statistics import fmean
 
 import numpy as np
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.masking_utils import sdpa_mask
 
-from .oracle_methods import METHODS, REDUCE, RKV, Head, Page, redundancies, softmax
-
-
-def between(states, low, high):
-    """What 4-bit codes leave of `states`: the nearest of 16 numbers from `low` to `high`."""
-    step = (high - low) / 15
-    codes = np.clip(np.floor((states - low) / np.where(step > 0, step, 1) + 0.5), 0, 15)
-    return low + np.where(step > 0, codes, 0) * step
-
-
-def as_stored(states, kv_dtype):
-    """What quantisation leaves of keys or values `[batch, heads, tokens, d]`."""
-    if kv_dtype == "int4":
-        exact = states.detach().double().cpu().numpy()
-        return torch.from_numpy(between(exact, exact.min(-1, keepdims=True), exact.max(-1, keepdims=True))).to(states)
-    exact = states.detach().float().cpu().numpy()
-    largest = np.abs(exact).max(-1, keepdims=True)
-    scale = np.where(largest == 0, np.float32(1), largest / np.float32({"int8": 127, "fp8": 448}[kv_dtype]))
-    if kv_dtype == "int8":
-        codes = np.clip(np.floor(exact / scale + np.float32(0.5)), -127, 127)
-    else:
-        codes = torch.from_numpy(np.clip(exact / scale, -448, 448)).to(torch.float8_e4m3fn).float().numpy()
-    return torch.from_numpy(codes.astype(np.float64) * scale.astype(np.float64)).to(states)
+from .oracle_codes import as_stored, codes_of
+from .oracle_methods import METHODS, REDUCE, Head, Page, distance_scores, redundancies, softmax
 
 
 class OracleCache(DynamicCache):
@@ -53,7 +33,11 @@ class OracleCache(DynamicCache):
         kv_dtype=None,
         recent_ratio=0.5,
         dense_layers=2,
-        importance_weight=0.1,
+        importance_weight=None,
+        decay=0.8,
+        protected_ratio=0.1,
+        recent_tokens=64,
+        seed=0,
         config=None,
     ):
         super().__init__(config=config)
@@ -63,7 +47,10 @@ class OracleCache(DynamicCache):
         self.budget, self.page_size, self.min_decode_pages = budget, page_size, min_decode_pages
         self.scoring, self.kv_dtype = scoring, kv_dtype
         self.alpha, self.top_ratio, self.recent_ratio = alpha, top_ratio, recent_ratio
-        self.dense_layers, self.importance_weight = dense_layers, importance_weight
+        self.dense_layers, self.decay, self.protected_ratio = dense_layers, decay, protected_ratio
+        default = {"rkv": 0.1, "gkv": 0.5}.get(method)
+        self.importance_weight = default if importance_weight is None else importance_weight
+        self.recent_tokens, self.seed = recent_tokens, seed
         # One token after the first forward is a generated one, several are input: unless this says "draft" or "input".
         self.treat_as = None
         self.heads = {}
@@ -126,6 +113,7 @@ class OracleCache(DynamicCache):
             state.open = Page([], pinned=False, priority=token)
             state.pages.append(state.open)
         state.open.tokens.append(token)
+        state.decoded += 1
         if len(state.open.tokens) == self.page_size:
             state.open.priority = token
             self.to_code.append(state.open)
@@ -166,12 +154,14 @@ class OracleCache(DynamicCache):
         is_new, self.placed[layer] = self.placed.get(layer) != total, total
         # The first forward attends to keys as they are, scores by keys as they are stored.
         stored = self.layers[layer].keys if self.kv_dtype and not latent else keys
-        cached = self.layers[layer].keys.detach().double().cpu().numpy()
+        stored_states = [
+            states.detach().double().cpu().numpy() for states in (self.layers[layer].keys, self.layers[layer].values)
+        ]
         is_packed, is_first = self.kv_dtype == "int4", not first
         query, keys, values, stored = (x.detach().double().cpu().numpy() for x in (query, keys, values, stored))
         if is_packed:
-            exact, stored = cached, cached.copy()
-            keys, cached = keys if is_first else stored, stored
+            exact, stored = stored, stored.copy()
+            keys, stored_states[0] = keys if is_first else stored, stored
         sinks = None if sinks is None else sinks.detach().double().cpu().numpy()
         cap = (lambda x: softcap * np.tanh(x / softcap)) if softcap else (lambda x: x)
         output = np.zeros((batch, query_heads, query.shape[2], values.shape[-1]))
@@ -181,7 +171,7 @@ class OracleCache(DynamicCache):
             padding = self.padding.setdefault((layer, row), set())
             if mask is not None:
                 padding |= {first + i for i in range(new) if not mask[row, 0, -1, mask.shape[-1] - new + i]}
-            heads = [self.heads.setdefault((layer, row, head), Head()) for head in range(kv_heads)]
+            heads = [self.heads.setdefault((layer, row, head), Head(layer, head)) for head in range(kv_heads)]
             for step in steps:
                 now = first + step[-1]
                 # A second reader may come with the last token of several.
@@ -237,32 +227,29 @@ class OracleCache(DynamicCache):
                     for head in range(kv_heads):
                         totals[head] = [over_queries(pair) for pair in zip(totals[head], scores[head], strict=True)]
                 if is_scored:
-                    self.rate(heads, totals, cached[row], padding, now, len(scored_queries))
+                    if is_generated and self.method.uses_queries:
+                        mine = query[row, :, step[-1] - skipped].reshape(kv_heads, group, -1)
+                        self.rate_distances(heads, mine, stored[row], padding, now)
+                    keys_and_values = [cached[row] for cached in stored_states]
+                    self.rate(heads, totals, *keys_and_values, padding, now, len(scored_queries))
                 for head, state in enumerate(heads):
                     if is_packed and state.closing is not None:
-                        state.closing.coded = self.codes_of(state.closing, exact[row, head], padding)
+                        state.closing.coded = codes_of(state.closing, exact[row, head], padding)
                         state.closing = None
                     while self.prompt == "evict" and len(state.evictable()) > state.limit:
                         state.evict()
+                    if state.open is None:  # input has closed the open page
+                        state.decoded += -state.decoded % self.page_size
         return torch.from_numpy(output)
 
     def code(self, state, exact, stored, padding):
         """Code the pages that the newest tokens filled or begun, and write what the codes leave into `stored`."""
         for page in state.pages:
             if page in self.to_code:
-                page.coded = self.codes_of(page, exact, padding)
+                page.coded = codes_of(page, exact, padding)
             for token, key in page.coded.items():
                 stored[token] = key
         self.to_code = [page for page in self.to_code if page not in state.pages]
-
-    def codes_of(self, page, exact, padding):
-        """Each channel of a page's keys between the smallest and the largest that is visible.
-
-        A page that gets more tokens is coded again, from what the codes have left of the earlier ones.
-        """
-        keys = np.array([page.coded.get(token, exact[token]) for token in page.tokens])
-        visible = [i for i, token in enumerate(page.tokens) if token not in padding] or list(range(len(keys)))
-        return dict(zip(page.tokens, between(keys, keys[visible].min(0), keys[visible].max(0)), strict=True))
 
     def place(self, state, tokens, is_generated, padding):
         if not is_generated and not state.pages:  # left padding is not held: a row is as it is alone
@@ -329,23 +316,36 @@ class OracleCache(DynamicCache):
         evictable = max(self.budget // self.page_size - len(pinned), self.min_decode_pages)
         return [*pinned, state.open, *best(others, evictable - 1)]
 
-    def rate(self, heads, totals, keys, padding, now, queries):
+    def rate_distances(self, heads, queries, keys, padding, now):
+        """TriAttention's scores, after a generated token's queries, a list for each KV head."""
+        for head, state in enumerate(heads):
+            state.queries += [(now, query) for query in queries[head]]
+            pages = state.evictable()
+            scores = distance_scores(pages, state.queries, keys[head], padding, now)
+            for page, score in zip(pages, scores, strict=True):
+                page.mean_score = score
+
+    def rate(self, heads, totals, keys, values, padding, now, queries):
         """The policy's turn, with the pages' scores."""
         pairs = [
             [(page, score) for page, score in zip(state.seen, mine, strict=True) if page in state.evictable()]
             for state, mine in zip(heads, totals, strict=True)
         ]
-        if isinstance(self.method, RKV):
-            likeness = [
-                redundancies([page for page, _ in scored], keys[head], padding) for head, scored in enumerate(pairs)
-            ]
-            if self.granularity == "layer":
-                likeness = [self.reduced(likeness)] * len(heads)
-            for scored, mine in zip(pairs, likeness, strict=True):
-                for (page, _), value in zip(scored, mine, strict=True):
+        for head, scored in enumerate(pairs):
+            held = [page for page, _ in scored]
+            if self.method.compares_keys:
+                for page, value in zip(held, redundancies(held, keys[head], padding), strict=True):
                     page.redundancy = value
+            for page in held:
+                ranges = [np.ptp(values[head][token]) for token in page.tokens if token not in padding]
+                page.value_range = max(ranges, default=0)
         for state, scored in zip(heads, pairs, strict=True):
-            self.method.update(self, scored, now, queries, state.limit)
+            self.method.update(self, scored, now, queries, state)
+        if self.granularity == "layer":
+            for alike in zip(*([page for page, _ in scored] for scored in pairs), strict=True):
+                mean = fmean(page.priority for page in alike)
+                for page in alike:
+                    page.priority = mean
 
 
 def attention_weights(logits, sink):

@@ -1,7 +1,9 @@
-"""Times one layer's decode step of RaaS: the bare operators, the same with their dispatch, and inside a RaaSCache.
+"""Times one layer's decode step: the bare operators of RaaS, with their dispatch, in a RaaSCache, and in a StaticCache.
 
 The bare operators are the functions of the engine itself. A RaaSCache adds the cache and the attention dispatcher, as a
-model calls them. The three take turns call by call, in one process. Needs raas_cache, of this checkout.
+model calls them. The StaticCache of transformers has as many slots as the budget, all of them in use, and its attention
+gets the mask that a model gives it. All take turns round by round, in one process. A ratio is the median over the
+rounds of the time in a RaaSCache by the time of the line. Needs raas_cache, of this checkout.
 """
 
 import argparse
@@ -17,16 +19,17 @@ from common import HEAD_SIZE, PAGE, ROOT, WARMUP, cold_copies, make_kv, parse
 
 sys.path.insert(0, str(ROOT / "src"))
 
-from transformers import AttentionInterface, LlamaConfig
+from transformers import AttentionInterface, LlamaConfig, StaticCache
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 import raas_kernels
 from raas_cache import RaaSCache
 
 
-ALPHA = 1e-4  # the default of RaaSCache
+ALPHA = 0.2  # the default of RaaSCache
 SHAPES = {"1.5B": (2, 6), "8B": (8, 4)}  # KV heads and query heads of each, as models of these sizes have
 BUDGET = 1024
+RAAS = "in a RaaSCache"
 
 
 def draw(shape, tokens, options):
@@ -51,10 +54,10 @@ def engine_functions(device):
     return [getattr(part, name) for part, name in zip(found, ("append", "attend", "stamp"), strict=True)]
 
 
-def cached(cache, layer, attention, token):
+def cached(cache, layer, attention, token, mask=None):
     query, key, value = token
     key, value = cache.update(key, value, layer)
-    return AttentionInterface()["sdpa"](attention, query, key, value, None, scaling=HEAD_SIZE**-0.5)[0]
+    return AttentionInterface()["sdpa"](attention, query, key, value, mask, scaling=HEAD_SIZE**-0.5)[0]
 
 
 def full_cache(layers, shape, attention, options):
@@ -68,8 +71,17 @@ def full_cache(layers, shape, attention, options):
     return cache
 
 
+def full_static_cache(config, shape, options):
+    """A StaticCache without a free slot, and a function that frees the last slot of each layer."""
+    cache = StaticCache(config, max_cache_len=BUDGET)
+    _, key, value = draw(shape, BUDGET, options)
+    for layer in range(config.num_hidden_layers):
+        cache.update(key, value, layer)
+    return cache, lambda: cache.crop(-1)
+
+
 def contenders(shape, options):
-    """Name -> the calls of one decode step, one for each layer."""
+    """Name -> the calls of one decode step, one for each layer; and a function to call before each step."""
     heads, group = shape
     layers = cold_copies(1, BUDGET, options, heads)
     config = LlamaConfig(
@@ -77,6 +89,7 @@ def contenders(shape, options):
         num_attention_heads=heads * group,
         num_key_value_heads=heads,
         head_dim=HEAD_SIZE,
+        num_hidden_layers=layers,
     )
     config._attn_implementation = "sdpa"
     attention = LlamaAttention(config, 0).to(options.device, options.dtype).eval()
@@ -84,12 +97,16 @@ def contenders(shape, options):
     own, dispatched = ([make_kv(1, BUDGET, options, heads) for _ in range(layers)] for _ in range(2))
     cache = full_cache(layers, shape, attention, options)
     public = raas_kernels.append, raas_kernels.attend, raas_kernels.stamp
+    static, before_step = full_static_cache(config, shape, options)
+    mask = torch.ones(1, 1, 1, BUDGET, dtype=torch.bool, device=options.device)
     functions = engine_functions(options.device)
-    return {
+    calls = {
         "bare operators": [partial(bare, kv, token, *functions) for kv in own],
         "with their dispatch": [partial(bare, kv, token, *public) for kv in dispatched],
-        "in a RaaSCache": [partial(cached, cache, layer, attention, token) for layer in range(layers)],
+        RAAS: [partial(cached, cache, layer, attention, token) for layer in range(layers)],
+        "in a StaticCache": [partial(cached, static, layer, attention, token, mask) for layer in range(layers)],
     }
+    return calls, before_step
 
 
 def time_layers(calls, device):
@@ -106,14 +123,15 @@ def main():
     options = parse(argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter))
     with torch.no_grad():
         for size, shape in SHAPES.items():
-            calls = contenders(shape, options)
-            rounds = [
-                [time_layers(layers, options.device) for layers in calls.values()]
-                for _ in range(WARMUP + options.repeats)
-            ][WARMUP:]
-            for name, times in zip(calls, zip(*rounds, strict=True), strict=True):
-                ratio = statistics.median(own / row[0] for own, row in zip(times, rounds, strict=True))
-                print(f"{size:5} {name:24} {statistics.median(times) * 1e6:10.1f} us {ratio:7.2f}")
+            calls, before_step = contenders(shape, options)
+            rounds = []
+            for _ in range(WARMUP + options.repeats):
+                before_step()
+                rounds.append({name: time_layers(layers, options.device) for name, layers in calls.items()})
+            for name in calls:
+                times = [times[name] for times in rounds[WARMUP:]]
+                ratio = statistics.median(times[RAAS] / times[name] for times in rounds[WARMUP:])
+                print(f"{size:5} {name:24} {statistics.median(times) * 1e6:10.1f} us   RaaSCache / this {ratio:5.2f}")
 
 
 if __name__ == "__main__":

@@ -53,6 +53,7 @@ class PagedKV:
             the dtype of the model's keys. The page's key codes mean nothing until its last token comes.
         value_min, value_max: `[B, H, N]`, for 4-bit caches only: smallest and largest number of each slot's value, in
             the dtype of the model's values. The value's codes count from one to the other.
+        row_states: `[B, H, V, Dk]` float64, V vectors of the policy for each row and KV head. No operator uses them.
     """
 
     keys: Tensor
@@ -72,6 +73,7 @@ class PagedKV:
     open_keys: Tensor | None = None
     value_min: Tensor | None = None
     value_max: Tensor | None = None
+    row_states: Tensor | None = None
 
     @classmethod
     def filled(cls, keys: Tensor, values: Tensor, page_size: int) -> PagedKV:

@@ -10,13 +10,19 @@ from .cache.chat import rewind
 from .cache.paged_cache import PagedCache
 from .engine.policy import Pages, Policy
 from .methods.dense import DenseCache
+from .methods.gkv import GKVCache
 from .methods.h2o import H2OCache
+from .methods.lazy_eviction import LazyEvictionCache
 from .methods.quest import QuestCache
 from .methods.raas import RaaSCache
+from .methods.random import RandomCache
 from .methods.registry import from_name, list_methods, register_policy
 from .methods.rkv import RKVCache
 from .methods.streaming_llm import StreamingLLMCache
 from .methods.tova import TOVACache
+from .methods.triattention import TriAttentionCache
+from .methods.vase import VaSECache
+from .methods.window import WindowCache
 from .register import register, unregister
 from .sizing.learn_budgets import learn_budgets
 from .sizing.plan import Plan, largest_budget, plan
@@ -27,7 +33,9 @@ from .tracing.trace import record
 
 __all__ = [
     "DenseCache",
+    "GKVCache",
     "H2OCache",
+    "LazyEvictionCache",
     "PagedCache",
     "Pages",
     "Plan",
@@ -35,9 +43,13 @@ __all__ = [
     "QuestCache",
     "RKVCache",
     "RaaSCache",
+    "RandomCache",
     "Recording",
     "StreamingLLMCache",
     "TOVACache",
+    "TriAttentionCache",
+    "VaSECache",
+    "WindowCache",
     "embedded_model",
     "from_name",
     "largest_budget",

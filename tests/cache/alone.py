@@ -5,10 +5,9 @@ import torch
 from raas_cache import from_name
 
 from ..helpers import VOCAB, resident_set
-from ..methods.against_oracle import EVICTING
+from ..methods.against_oracle import EVICTING, OWN_OPTIONS
 
 
-OWN_OPTIONS = {"raas": {"alpha": 0.1}, "quest": {"dense_layers": 0}}
 PAGE = 4
 BUDGET = 6 * PAGE
 

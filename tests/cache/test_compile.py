@@ -27,6 +27,9 @@ OPTIONS = [
     {"method": "raas", "kv_dtype": "int8"},
     {"method": "h2o", "kv_dtype": "fp8"},
     {"method": "raas", "kv_dtype": "int4"},
+    {"method": "random", "recent_tokens": 4},
+    {"method": "lazy_eviction", "recent_tokens": 4},
+    {"method": "vase", "kv_dtype": "fp8"},
 ]
 
 

@@ -18,6 +18,11 @@ OTHER_METHODS = {
     "rkv": {"prompt": "evict"},
     "tova": {"prompt": "pin"},
     "streaming_llm": {},
+    "gkv": {"prompt": "evict"},
+    "lazy_eviction": {"alpha": 0.3, "recent_tokens": 4},
+    "vase": {"protected_ratio": 0.3},
+    "window": {},
+    "random": {"recent_tokens": 4},
 }
 
 

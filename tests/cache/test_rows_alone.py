@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from raas_cache.methods.registry import POLICIES
+
 from ..architectures import build, require
 from ..helpers import generate, tiny_model
-from ..methods.against_oracle import EVICTING, MODES
+from ..methods.against_oracle import EVICTING, LATENT_MODES, MODES
 from ..oracle import OracleCache
 from .alone import BUDGET, PAGE, Alone, chose, forward, make_cache, same_row, settings_of, texts
 
@@ -153,7 +155,10 @@ def test_turns(method, mode, decoded):
     "more", [*({"kv_dtype": code} for code in ("int8", "fp8", "int4")), {"scoring": "minmax"}], ids=str
 )
 @pytest.mark.parametrize("oracle", [False, True])
-@pytest.mark.parametrize(("method", "mode"), [("raas", "pin"), ("raas", "select"), ("h2o", "evict"), ("rkv", "evict")])
+@pytest.mark.parametrize(
+    ("method", "mode"),
+    [("raas", "pin"), ("raas", "select"), ("h2o", "evict"), ("rkv", "evict"), ("vase", "pin"), ("triattention", "pin")],
+)
 def test_codes_and_minmax(method, mode, more, oracle):
     """The prompt in one chunk: a sequence's first chunk is read as it is, later ones by their codes.
 
@@ -164,7 +169,29 @@ def test_codes_and_minmax(method, mode, more, oracle):
     batch.prefill().decode(14).read(torch.stack(texts([6] * len(LENGTHS), 5))).decode(20, seed=6).check()
 
 
-@pytest.mark.parametrize(("method", "mode"), MODES)
+@pytest.mark.parametrize("sizes", [[20, 10], [24, 2, 4]])
+@pytest.mark.parametrize(("method", "mode"), [("raas", "pin"), ("raas", "select"), ("h2o", "evict")])
+def test_the_first_tokens_of_a_row_are_read_before_they_are_8_bit(method, mode, sizes):
+    """The first chunk is padding only for the three short rows: their own first chunk comes later."""
+    model, settings = tiny_model(layers=1), settings_of(method, mode, kv_dtype="int8")
+    Batch(model, (LENGTHS[0], *LENGTHS[2:]), settings).prefill(sizes).decode().check(evicts=False)
+
+
+def test_the_first_tokens_of_a_row_of_latents_are_read_before_they_are_8_bit():
+    require("deepseek_v3")
+    model, settings = build("deepseek_v3", torch.float64), settings_of("raas", "pin", kv_dtype="int8")
+    Batch(model, (LENGTHS[0], 2, 5), settings, tolerance=1e-4).prefill([28, 2]).decode().check(evicts=False)
+
+
+@pytest.mark.parametrize(("method", "mode"), [("raas", "pin"), ("raas", "select"), ("h2o", "evict")])
+def test_padding_in_a_later_chunk_of_latents_is_not_stored(method, mode):
+    """The mask of a latent comes after its tokens: the padding of the second chunk must be known before."""
+    require("deepseek_v3")
+    model, settings = build("deepseek_v3", torch.float64), settings_of(method, mode)
+    Batch(model, (LENGTHS[0], 2, 5), settings, tolerance=1e-4).prefill([24, 6]).decode().check(evicts=False)
+
+
+@pytest.mark.parametrize(("method", "mode"), LATENT_MODES)
 def test_a_latent(method, mode):
     """DeepSeek-V3 caches a latent, and stores its tokens before their mask is seen. Parts of it compute in float32."""
     require("deepseek_v3")
@@ -187,7 +214,7 @@ def test_sampled_text(method):
     """`generate` samples a padded batch; forced on each row alone, its tokens are as likely as they were there."""
     prompts = texts(LENGTHS)
     ids, mask = padded(prompts)
-    for mode in ("pin", "select", "evict"):
+    for mode in POLICIES[method].prompts:
         model, settings = tiny_model(layers=1), settings_of(method, mode)
         cache = make_cache(settings)
         inputs = {"input_ids": ids, "attention_mask": mask}

@@ -176,7 +176,7 @@ def test_a_mask_hides_tokens_of_the_rows_it_is_for():
             assert resident_set(cache, 0, row, 0) == expected
 
 
-@pytest.mark.parametrize("method", ["raas", "h2o", "tova", "streaming_llm", "rkv"])
+@pytest.mark.parametrize("method", EVICTING)
 def test_a_compiled_step_over_ragged_rows(method):
     """One graph serves rows at different steps, and rows that are admitted between its steps."""
     torch._dynamo.reset()

@@ -54,8 +54,9 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 UPWARD = {
     # A cache gives each layer a trace, and Jupyter displays a cache: types only, and an import when it is displayed.
     ("raas_cache.cache.paged_cache", "raas_cache.tracing.recording"),
+    ("raas_cache.cache.modes", "raas_cache.tracing.recording"),
     ("raas_cache.cache.paged_layer", "raas_cache.tracing.layer_trace"),
-    ("raas_cache.cache.paged_cache", "raas_cache.viz.html"),
+    ("raas_cache.cache.inspection", "raas_cache.viz.html"),
 }
 
 
@@ -103,7 +104,7 @@ def test_arrows_point_down():
     """No file imports from a higher floor, or from another room of its floor."""
     rooms = {room_of(name) for name in FILES}
     assert rooms == FLOOR.keys()
-    assert {room_of(target) for target in ARROWS["raas_cache.cache.paged_cache"] & FILES.keys()} >= {"attention"}
+    assert {room_of(target) for target in ARROWS["raas_cache.cache.paged_layer"] & FILES.keys()} >= {"attention"}
     up = {
         (name, target)
         for name, targets in ARROWS.items()

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from raas_cache.engine.hide import hide_decoded, hide_newest
 from raas_cache.engine.page_table import FIRST_TOKENS, UNLIMITED
 from raas_cache.engine.prefill import write_prefill
+from raas_cache.engine.summaries import mean_keys, value_range
 from raas_cache.methods.dense import DensePolicy
 from raas_cache.methods.h2o import H2OPolicy
 
@@ -200,13 +202,13 @@ def test_hide_the_newest(tokens, rows):
     prefill(table, tokens, 4, touched)
     visible = torch.tensor([[True, False, True, False]] * len(names))
     visible[-1] = True
-    table.hide_newest(visible, touched)
+    hide_newest(table, visible, touched)
     expected = {row: [0, 1, 2, 3, 4, 5] for row in range(3)}
     for row in names:
         expected[row] = [*expected[row], 6, 8] if row != names[-1] else [*expected[row], 6, 7, 8, 9]
     assert {row: [*chain(*pages(table, row))] for row in range(3)} == expected
     decode(table, tokens, rows=touched)
-    table.hide_decoded(torch.tensor([False] + [True] * (len(names) - 1)), touched)
+    hide_decoded(table, torch.tensor([False] + [True] * (len(names) - 1)), touched)
     for row in names[1:]:
         expected[row].append(10)
     assert {row: [*chain(*pages(table, row))] for row in range(3)} == expected
@@ -235,12 +237,16 @@ def test_another_input_is_refused(tokens):
             table.check_same_use(*given, rows)
 
 
-def test_mean_keys_and_states(tokens):
+def test_summaries_and_states(tokens):
     table = make_table(1, tokens)
     key, value = tokens(1, 6)
     write_prefill(table, key, value, torch.tensor([[True] * 5 + [False]]), [0])
-    means = table.mean_keys()
+    means = mean_keys(table)
     torch.testing.assert_close(means[:, :, 0], key[:, :, :4].mean(2))
     torch.testing.assert_close(means[:, :, 1], key[:, :, 4])
     assert (means[:, :, 2:] == 0).all()
+    ranges, expected = value_range(table), value.amax(-1) - value.amin(-1)
+    torch.testing.assert_close(ranges[:, :, 0], expected[:, :, :4].amax(2))
+    torch.testing.assert_close(ranges[:, :, 1], expected[:, :, 4])
+    assert (ranges[:, :, 2:] == 0).all()
     assert torch.equal(table.states()[0][:, :, :6], key) and torch.equal(table.states()[1][:, :, :6], value)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from raas_cache.engine.page_table import PageTable
 from raas_cache.engine.prefill import Places, truncate, write_prefill
 from raas_cache.engine.prefill_eviction import enter_competition, keep_best
 
@@ -40,6 +41,17 @@ def test_fresh_rows_begin_at_page_0_without_their_padding(tokens):
     assert counts.pinned_pages.tolist() == [3, 2, 0] and counts.padding.tolist() == [0, 3, 9]
     assert counts.prefilled.tolist() == [9, 6, 0] and counts.seen.tolist() == [9, 9, 9]
     assert_consistent(table)
+
+
+def test_a_prefill_lays_out_once(tokens, monkeypatch):
+    calls, lay_out = [], PageTable.lay_out
+    monkeypatch.setattr(PageTable, "lay_out", lambda table: calls.append(table) or lay_out(table))
+    table = make_table(3, tokens)
+    calls.clear()
+    for new in (9, 30):
+        prefill(table, tokens, new)
+        assert_consistent(table)
+    assert len(calls) == 2
 
 
 def test_a_chunk_fills_the_rest_of_a_page_first(tokens):

@@ -28,6 +28,8 @@ HEAD_DIM = 4
 METHODS = [
     ("raas", {"alpha": 0.5}), ("raas", {"alpha": 0.1}), ("raas", {"alpha": 0.01}),
     ("raas", {"alpha": None, "top_ratio": 0.4}), ("h2o", {}), ("tova", {}), ("rkv", {}), ("streaming_llm", {}),
+    ("window", {}), ("random", {"recent_tokens": 3}), ("lazy_eviction", {"alpha": 0.1, "recent_tokens": 3}),
+    ("gkv", {}), ("vase", {}),
     ("quest", {"dense_layers": 0}), ("dense", {}),
 ]  # fmt: skip
 MAX_ROWS = 4

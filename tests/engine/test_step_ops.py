@@ -85,7 +85,9 @@ def test_a_step_of_raas_is_twelve_operators():
     assert expected.total() == 12
 
 
-@pytest.mark.parametrize("name", ["raas", "h2o", "streaming_llm", "tova", "rkv"])
+@pytest.mark.parametrize(
+    "name", ["raas", "h2o", "streaming_llm", "tova", "rkv", "random", "gkv", "lazy_eviction", "vase"]
+)
 def test_a_step_launches_the_same_however_many_tokens_were_seen(name):
     few, many = (count_a_step(name, steps=PAGE * pages + 3) for pages in (10, 40))
     assert few.counts == many.counts and few.largest == many.largest
@@ -122,7 +124,7 @@ def test_a_step_is_so_many_kernels_on_a_gpu(name, kernels):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["raas", "h2o", "rkv"])
+@pytest.mark.parametrize("name", ["raas", "h2o", "rkv", "random", "gkv", "lazy_eviction", "vase"])
 def test_a_step_never_waits_for_the_device(name):
     step = layer_steps(from_name(name, 8 * PAGE, page_size=PAGE, min_decode_pages=2), PAGE * 20, "cuda", head_dim=16)
     attentions = []

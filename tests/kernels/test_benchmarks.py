@@ -22,7 +22,7 @@ def load(monkeypatch):
     """Import a script as its folder's, and forget it afterwards: its name is that of no installed module."""
     monkeypatch.syspath_prepend(ROOT / "kernels" / "benchmarks")
     yield importlib.import_module
-    for name in ("common", *SCRIPTS):
+    for name in ("common", "step", *SCRIPTS):
         sys.modules.pop(name, None)
 
 
@@ -38,6 +38,21 @@ def test_every_case_runs(script, load, monkeypatch):
     assert len({name for name, _ in cases}) == len(cases) > 3
     for name, prepared in cases:
         assert 0 < common.seconds(prepared(), 2, options.device) < 60, name
+
+
+def test_a_step_in_each_cache(load, monkeypatch):
+    """A full RaaSCache and a full StaticCache take step after step."""
+    module, common = load("step"), load("common")
+    monkeypatch.setattr(module, "BUDGET", 12 * module.PAGE)
+    monkeypatch.setitem(common.COLD_BYTES, DEVICE, 1)
+    options = argparse.Namespace(device=torch.device(DEVICE), dtype=torch.float32)
+    with torch.no_grad():
+        calls, before_step = module.contenders((2, 3), options)
+        assert list(calls)[-2:] == [module.RAAS, "in a StaticCache"]
+        for _ in range(module.PAGE + 1):
+            before_step()
+            for name, layers in calls.items():
+                assert 0 < module.time_layers(layers, options.device) < 60, name
 
 
 def git(folder, *command):

@@ -1,18 +1,23 @@
 """One method and its oracle run side by side: the same tokens, the same pages held."""
 
-import itertools
-
 import torch
 
 from raas_cache import (
+    GKVCache,
     H2OCache,
+    LazyEvictionCache,
     QuestCache,
     RaaSCache,
+    RandomCache,
     RKVCache,
     StreamingLLMCache,
     TOVACache,
+    TriAttentionCache,
+    VaSECache,
+    WindowCache,
     from_name,
 )
+from raas_cache.methods.registry import POLICIES
 
 from ..helpers import generate as generate_any
 from ..helpers import resident_set
@@ -21,12 +26,33 @@ from ..oracle import OracleCache
 
 CLASSES = {
     "raas": RaaSCache, "streaming_llm": StreamingLLMCache, "h2o": H2OCache, "tova": TOVACache, "rkv": RKVCache,
-    "quest": QuestCache,
+    "quest": QuestCache, "window": WindowCache, "random": RandomCache,
+    "lazy_eviction": LazyEvictionCache, "gkv": GKVCache, "vase": VaSECache,
+    "triattention": TriAttentionCache,
 }  # fmt: skip
-EVICTING = ["raas", "streaming_llm", "h2o", "tova", "rkv"]
-MODES = [*itertools.product(EVICTING, ["pin", "select", "evict"]), ("quest", "pin"), ("quest", "select")]
-MODES.append(("dense", "pin"))
+EVICTING = [
+    "raas",
+    "streaming_llm",
+    "h2o",
+    "tova",
+    "rkv",
+    "window",
+    "random",
+    "lazy_eviction",
+    "gkv",
+    "vase",
+    "triattention",
+]
+RECENT = ["streaming_llm", "window"]  # evict the oldest page
+EVICTING_MODES = [(method, mode) for method in EVICTING for mode in POLICIES[method].prompts]
+MODES = [*EVICTING_MODES, ("quest", "pin"), ("quest", "select"), ("dense", "pin")]
+EVICTING_PROMPTS = [method for method, mode in MODES if mode == "evict"]
+LATENT_MODES = [mode for mode in MODES if mode[0] != "triattention"]
 DRAFTED = [mode for mode in MODES if mode[1] != "evict"]
+OWN_OPTIONS = {
+    "raas": {"alpha": 0.1}, "quest": {"dense_layers": 0}, "random": {"recent_tokens": 8},
+    "lazy_eviction": {"alpha": 0.1, "recent_tokens": 8}, "vase": {"protected_ratio": 0.3},
+}  # fmt: skip
 SMALL = {"budget": 48, "page_size": 4, "min_decode_pages": 5}
 
 
@@ -37,7 +63,9 @@ def generate(*args, **kw):
 
 def options(method, mode=None, **more):
     """Of `SMALL`, with what makes a method choose on so small a model."""
-    own = {"raas": {"alpha": 0.1}, "quest": {"dense_layers": 0}}.get(method, {})
+    own = OWN_OPTIONS.get(method, {})
+    if method == "gkv":  # which keeps the newest 16 tokens
+        own = {"budget": SMALL["budget"] + 8}
     return {**SMALL, **own, **({"prompt": mode} if mode else {}), **more}
 
 
@@ -72,7 +100,7 @@ def outlived(oracle):
 
 def assert_evicts_by_its_own_rule(method, oracle, evicted):
     assert oracle.evicted(0, 0, 0) >= evicted, "the test evicts too little"
-    assert outlived(oracle) == (method != "streaming_llm"), "a sliding window would do the same"
+    assert outlived(oracle) == (method not in RECENT), "a sliding window would do the same"
 
 
 def forward_both(model, cache, oracle, chunks, mask, tolerance=1e-9):

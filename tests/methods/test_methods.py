@@ -21,7 +21,10 @@ from .against_oracle import (
     CLASSES,
     DRAFTED,
     EVICTING,
+    EVICTING_MODES,
+    EVICTING_PROMPTS,
     MODES,
+    RECENT,
     assert_evicts_by_its_own_rule,
     assert_same_residents,
     compare,
@@ -51,9 +54,9 @@ def test_defaults(method):
 @pytest.mark.parametrize(
     ("method", "mode", "page_size", "granularity", "kv_heads"),
     [
-        (*case, *shape)
-        for case, shape in zip(
-            itertools.product(EVICTING, ["pin", "select", "evict"], [1, 4, 8]),
+        (*case, page_size, *shape)
+        for (case, page_size), shape in zip(
+            itertools.product(EVICTING_MODES, [1, 4, 8]),
             itertools.cycle([("head", 2), ("layer", 2), ("head", 4), ("layer", 1)]),
             strict=False,
         )
@@ -67,7 +70,7 @@ def test_left_padded_batch(method, mode, page_size, granularity, kv_heads):
     sets = {frozenset(oracle.resident_set(1, 1, head)) for head in range(kv_heads)}
     if granularity == "layer":
         assert len(sets) == 1
-    elif method != "streaming_llm":
+    elif method not in RECENT:
         assert len(sets) > 1, "no head chooses for itself"
 
 
@@ -87,6 +90,15 @@ def test_scores_by_page_bounds(method, mode, granularity):
         ("raas", {"alpha": None, "top_ratio": 0.3, "granularity": "layer"}),
         ("h2o", {"recent_ratio": 0}),
         ("h2o", {"recent_ratio": 0.8}),
+        ("random", {"recent_tokens": 0, "seed": 7}),
+        ("random", {"recent_tokens": 21, "granularity": "layer"}),
+        ("lazy_eviction", {"alpha": 0.05, "recent_tokens": 0}),
+        ("lazy_eviction", {"alpha": 0.3, "granularity": "layer"}),
+        ("gkv", {"importance_weight": 0.9, "decay": 0.01}),
+        ("gkv", {"importance_weight": 1, "decay": 1, "page_size": 2}),
+        ("vase", {"protected_ratio": 0, "seed": 5}),
+        ("vase", {"protected_ratio": 0.8, "granularity": "layer"}),
+        ("rkv", {"importance_weight": 0.5}),
         ("rkv", {"importance_weight": 0.9}),
         ("rkv", {"importance_weight": 0, "page_size": 2}),
         ("tova", {"scoring": "minmax", "granularity": "head"}),
@@ -100,7 +112,7 @@ def test_options(method, more):
 
 
 @pytest.mark.parametrize("page_size", [1, 4])
-@pytest.mark.parametrize("method", EVICTING)
+@pytest.mark.parametrize("method", EVICTING_PROMPTS)
 def test_a_prompt_longer_than_the_budget_is_evicted(method, page_size):
     """One row is almost only padding, which is not held: its sink is its first token's page."""
     settings = options(method, "evict", budget=24, min_decode_pages=3, page_size=page_size)
@@ -186,10 +198,10 @@ def test_chunks_and_further_turns(method, mode):
 
 
 @pytest.mark.parametrize("scoring", ["exact", "minmax"])
-@pytest.mark.parametrize("method", EVICTING)
+@pytest.mark.parametrize("method", EVICTING_PROMPTS)
 def test_a_turn_longer_than_the_budget_is_evicted(method, scoring):
     chunks, mask = conversation(6, *[1] * 9, 70, *[1] * 25)
-    settings = options(method, "evict", scoring=scoring)
+    settings = options(method, "evict", scoring=scoring, budget=48)
     cache, oracle = from_name(method, **settings), OracleCache(method=method, **settings)
     forward_both(tiny_model(), cache, oracle, chunks, mask)
     assert oracle.evicted(0, 0, 0) >= 17
@@ -197,7 +209,14 @@ def test_a_turn_longer_than_the_budget_is_evicted(method, scoring):
 
 @pytest.mark.parametrize("kv_dtype", ["int8", "fp8", "int4"])
 @pytest.mark.parametrize(
-    ("method", "mode"), [*itertools.product(["raas"], ["pin", "select", "evict"]), ("h2o", "evict"), ("quest", None)]
+    ("method", "mode"),
+    [
+        *itertools.product(["raas"], ["pin", "select", "evict"]),
+        ("h2o", "evict"),
+        ("quest", None),
+        ("vase", "evict"),
+        ("triattention", "pin"),
+    ],
 )
 def test_quantised(method, mode, kv_dtype):
     """Through a prompt, decoding and a turn; one layer, for a second would quantise what rounding in the first gave."""
@@ -300,6 +319,8 @@ def test_a_latent_a_cap_sinks_and_shared_kv(name, method, mode):
 @pytest.mark.parametrize(
     ("method", "mode", "more"),
     [
+        ("triattention", "pin", {"kv_dtype": "int8"}),
+        ("vase", "pin", {"kv_dtype": "int8"}),
         ("raas", "select", {"kv_dtype": "int8"}),
         ("raas", "evict", {"kv_dtype": "fp8", "scoring": "minmax"}),
         ("raas", "pin", {"alpha": None, "top_ratio": 0.3}),

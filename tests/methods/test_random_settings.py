@@ -34,6 +34,25 @@ OWN_OPTIONS = {
     ),
     "h2o": st.fixed_dictionaries({"recent_ratio": st.sampled_from([0, 0.3, 0.5, 0.9, 1])}),
     "rkv": st.fixed_dictionaries({"importance_weight": st.sampled_from([0, 0.1, 0.5, 1])}),
+    "random": st.fixed_dictionaries({"recent_tokens": st.sampled_from([0, 3, 8, 20]), "seed": st.sampled_from([0, 7])}),
+    "gkv": st.fixed_dictionaries(
+        {
+            "decay": st.sampled_from([0, 0.01, 0.8, 1]),
+            "importance_weight": st.sampled_from([0, 0.5, 1]),
+        }
+    ),
+    "lazy_eviction": st.fixed_dictionaries(
+        {
+            "alpha": st.sampled_from([1e-6, 0.03, 0.1, 0.3, 0.6]),
+            "recent_tokens": st.sampled_from([0, 3, 8, 20]),
+        }
+    ),
+    "vase": st.fixed_dictionaries(
+        {
+            "protected_ratio": st.sampled_from([0, 0.1, 0.5, 1]),
+            "seed": st.sampled_from([0, 7]),
+        }
+    ),
     "quest": st.fixed_dictionaries({"dense_layers": st.integers(0, LAYERS)}),
 }
 

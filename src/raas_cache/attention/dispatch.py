@@ -17,7 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ..engine.attention_inputs import Softmax
-from ..engine.forward import Forward
+from ..engine.forward_base import Forward
 from .eager import AttentionFunction, eager_attention_forward, raas_attention_forward
 from .masks import mask_dispatcher, seen_by_new_tokens
 

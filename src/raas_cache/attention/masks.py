@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from ..engine.attention_inputs import Seen
-from ..engine.forward import Forward
+from ..engine.forward_base import Forward
+from ..engine.hide import check_same_length
 from ..engine.prefill import count_leading
 
 
@@ -89,6 +90,7 @@ def _split_past(mask: torch.Tensor, new: int, forward: Forward) -> torch.Tensor:
             "bit per token. Pass a 2-d mask of ones and zeros, or pass the tokens in separate forwards."
         )
     if seen:
+        check_same_length(past[:, -1], forward.layer.table, forward.layer.rows)
         forward.layer.show(past[:, -1])
     return rest
 

@@ -11,7 +11,8 @@ from transformers.cache_utils import Cache
 from ..cache.paged_cache import PagedCache
 from ..cache.paged_layer import PagedLayer
 from ..engine.attention_inputs import Softmax
-from ..engine.forward import Forward
+from ..engine.forward_base import Forward
+from ..engine.rotation import Rotation
 from ..methods.registry import from_name
 
 
@@ -187,6 +188,9 @@ class Filler:
             options = {"page_size": self.page_size, "min_decode_pages": min(8, room), "config": self.config}
             cache = from_name(method, self.budget, **options)
             cache.preallocate()
+            for layer in cache.layers:
+                if isinstance(layer, PagedLayer):  # without a model, the cache cannot ask for the rotary embedding
+                    layer.engine.rotation = Rotation.standard(self.head_dim, 10_000.0, self.device)
             if not cache.settings.policy.evicts:
                 self._feed_alike(cache, [seen])
                 return cache

@@ -8,16 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedConfig
-from transformers.cache_utils import DynamicCache, LinearAttentionLayer
+from transformers.cache_utils import Cache, DynamicCache, LinearAttentionLayer
 
+from ..engine.forward import ForwardGuard
 from ..engine.layer_settings import LayerSettings
+from .head_groups import new_layer
 from .paged_layer import PagedLayer
+from .settings import settings_of_layer
 
 
 if TYPE_CHECKING:
-    from transformers.cache_utils import CacheLayerMixin, DummyLayer, LinearAttentionCacheLayerMixin
-
-    AnyLayer = CacheLayerMixin | LinearAttentionCacheLayerMixin | DummyLayer
+    from .modes import Modes
+    from .paged_layer import AnyLayer
 
 # Layers of transformers 5.17 to 5.24 that are used beside paged layers. None of them grows with the sequence.
 KEPT_LAYERS = (
@@ -84,6 +86,92 @@ class LayersToCome(list["AnyLayer"]):
         return super().__getitem__(index)
 
 
+class LayerPlan:
+    """Decides the layers of a cache: by the config that the user gave, or by that of the first attention call.
+
+    Args:
+        settings, budget, shares: settings of all layers, and the budget and shares of each, see `settings_of_layer`.
+        config: the config that the user gave to the cache, or None.
+        modes: the modes of the cache, which new layers learn.
+    """
+
+    def __init__(
+        self,
+        settings: LayerSettings,
+        budget: int | tuple[int, ...],
+        shares: tuple[tuple[float, ...], ...] | None,
+        config: PreTrainedConfig | None,
+        modes: Modes,
+    ):
+        self._settings, self._budget, self._shares = settings, budget, shares
+        self._config, self._modes = config, modes
+
+    def settings_of(self, layer_idx: int) -> LayerSettings:
+        """The settings of the paged layer `layer_idx`."""
+        return settings_of_layer(self._settings, self._budget, self._shares, layer_idx)
+
+    def first(self) -> list[AnyLayer]:
+        """The layers of a new cache."""
+        if self._config is None:
+            return LayersToCome()
+        layers = plan_layers(self._config, self.settings_of)
+        warn_if_nothing_is_paged(layers, self._config.model_type, self._budget)
+        return layers
+
+    def for_model(self, layers: list[AnyLayer], config: PreTrainedConfig) -> list[AnyLayer]:
+        """The layers of the cache; if it does not know its model, those that it will have for `config`."""
+        return plan_layers(config, self.settings_of) if isinstance(layers, LayersToCome) else layers
+
+    def check_known(self, layers: list[AnyLayer]) -> None:
+        """Raise a ValueError if the cache does not know the config of its model."""
+        if isinstance(layers, LayersToCome):
+            raise ValueError(NEEDS_CONFIG)
+
+    def learn(
+        self, cache: Cache, layer_idx: int, module: torch.nn.Module, key: torch.Tensor, value: torch.Tensor
+    ) -> bool:
+        """Give a cache the layers of its model, whose config the first attention call provides.
+
+        Where the model has full attention, a present layer is kept, because a compiled step from before a reset may
+        refer to it. This is `LayerEngine.on_module`.
+
+        Args:
+            cache: the cache, whose layers are all paged so far.
+            layer_idx: the layer whose attention was called. It has received `key` and `value`, and nothing else.
+            module: its attention module.
+            key, value: `[batch, kv_heads, new, head_dim]`.
+
+        Returns:
+            Whether the layer at `layer_idx` is still the same.
+        """
+        present, config = list(cache.layers), getattr(module, "config", None)
+        if not isinstance(config, PreTrainedConfig):
+            cache.layers = present
+            return True
+        learned = plan_layers(config, self.settings_of)
+        self._modes.tell_new(learned)
+        for index, layer in enumerate(learned):
+            if isinstance(layer, PagedLayer) and index < len(present) and type(layer) is type(present[index]):
+                learned[index] = present[index]
+            elif index == layer_idx:
+                layer.update(key, value)  # type: ignore[union-attr]  # it has attention
+        warn_if_nothing_is_paged(learned, config.model_type, self._budget)
+        if self._modes.rows is not None:
+            self._modes.rows.check_layers(learned)
+        cache.layers = learned
+        return learned[layer_idx] is present[layer_idx]
+
+    def after_reset(self, layers: list[AnyLayer]) -> list[AnyLayer]:
+        """The layers of the cache after all of `layers` were emptied."""
+        if self._config is None:
+            # Layers that are not paged were chosen for this model. The next attention call chooses again.
+            return LayersToCome(layers if all(isinstance(layer, PagedLayer) for layer in layers) else [])
+        # In transformers 5.17, `reset` does not reset the length of a sliding window, so create new ones. This can go
+        # when the package needs a later release.
+        new = plan_layers(self._config, self.settings_of)
+        return [new[i] if getattr(new[i], "is_sliding", False) else layer for i, layer in enumerate(layers)]
+
+
 def plan_layers(config: PreTrainedConfig, settings_of: Callable[[int], LayerSettings]) -> list[AnyLayer]:
     """The cache layers that transformers would create for `config`, with paged layers for full attention.
 
@@ -105,36 +193,20 @@ def plan_layers(config: PreTrainedConfig, settings_of: Callable[[int], LayerSett
     for index, layer in enumerate(layers):
         kind = type(layer).__name__
         if kind == "DynamicLayer":
-            layers[index] = PagedLayer(settings_of(index))
+            layers[index] = new_layer(settings_of(index))
         elif kind == "LinearAttentionAndFullAttentionLayer" and isinstance(layer, LinearAttentionLayer):
-            layers[index] = LinearAttentionAndPagedLayer(layer.number_of_states, settings_of(index))
+            settings = settings_of(index)
+            if len(set(settings.shares)) > 1:
+                raise ValueError(
+                    f"shares differ between the KV heads of layer {index}, which also has linear attention: give this "
+                    "layer one share."
+                )
+            layers[index] = LinearAttentionAndPagedLayer(layer.number_of_states, settings)
         elif kind not in KEPT_LAYERS:
             raise ValueError(
                 f"config: layer {index} of {config.model_type!r} needs a {kind}, which this cache does not support: "
                 "use a DynamicCache for this model."
             )
-    return layers
-
-
-def learn_layers(
-    planned: list[AnyLayer], present: list[AnyLayer], layer_idx: int, key: torch.Tensor, value: torch.Tensor
-) -> list[AnyLayer]:
-    """The layers of a cache that learns the model's config from its first attention call.
-
-    Args:
-        planned: the result of `plan_layers`.
-        present: the layers so far, all of them paged. Where `planned` has a paged layer, the present layer is kept,
-            because a compiled step from before a reset may refer to it.
-        layer_idx: the layer whose attention was called. It has received `key` and `value`, and nothing else.
-        key, value: `[batch, kv_heads, new, head_dim]`.
-    """
-    layers: list[AnyLayer] = []
-    for index, layer in enumerate(planned):
-        if isinstance(layer, PagedLayer) and index < len(present) and type(layer) is type(present[index]):
-            layer = present[index]
-        elif index == layer_idx:
-            layer.update(key, value)  # type: ignore[union-attr]  # it has attention
-        layers.append(layer)
     return layers
 
 
@@ -144,5 +216,33 @@ def warn_if_nothing_is_paged(layers: list[AnyLayer], model_type: str, budget: ob
         warnings.warn(
             f"No layer of {model_type!r} has full attention, so there is nothing to evict: budget={budget} has no "
             "effect, and every layer keeps the bounded cache that transformers gives it.",
-            stacklevel=4,
+            stacklevel=5,
         )
+
+
+def crop_layers(layers: list[AnyLayer], tokens_to_remove: int, guard: ForwardGuard) -> None:
+    """Take back the last `-tokens_to_remove` tokens in all layers, or raise an error, see `PagedCache.crop`.
+
+    Args:
+        guard: marks the cache as unusable if an exception stops the change of the paged layers.
+    """
+    guard.check()
+    # 1. Refuse before any layer changes.
+    for index, layer in enumerate(layers):
+        if isinstance(layer, PagedLayer):
+            layer.check_crop(tokens_to_remove)
+        if tokens_to_remove and not layer.is_croppable:
+            raise RuntimeError(
+                f"tokens_to_remove={tokens_to_remove}: layer {index} ({type(layer).__name__}) has one state for "
+                "the whole past and cannot take tokens back. Do not pass assistant_model or "
+                "prompt_lookup_num_tokens for this model."
+            )
+    # 2. The layers of transformers: a window without a record raises an error before a paged layer changes.
+    for layer in layers:
+        if not isinstance(layer, PagedLayer):
+            layer.crop(tokens_to_remove)  # type: ignore[union-attr]  # as transformers calls it
+    # 3. The paged layers.
+    with guard.all_or_none():
+        for layer in layers:
+            if isinstance(layer, PagedLayer):
+                layer.crop(tokens_to_remove)

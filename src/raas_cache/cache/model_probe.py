@@ -19,6 +19,8 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from ..attention.dispatch import OWN_CACHE_FOR_ENCODER
+from ..engine.forward_base import INTERRUPTED
+from ..engine.rotation import Rotation
 
 
 AnyModule = TypeVar("AnyModule", bound=torch.nn.Module)
@@ -53,14 +55,73 @@ def calling_module(kind: type[AnyModule]) -> AnyModule | None:
     return None
 
 
+def rotation_of_caller(layer_idx: int, head_dim: int, device: torch.device) -> Rotation:
+    """The rotary embedding of layer `layer_idx` of the model that calls the cache.
+
+    A cache receives keys that are rotated already, and neither the model nor its rotary embedding (transformers 5.17 to
+    5.24). This asks the model to rotate the unit vectors by one position.
+
+    Raises:
+        ValueError: the model has no rotary embedding, or its form is not known.
+    """
+    model = calling_module(PreTrainedModel)
+    rotary = getattr(model, "rotary_emb", None)
+    rotate = getattr(sys.modules[type(model).__module__], "apply_rotary_pos_emb", None)
+    if model is None or rotary is None or rotate is None:
+        raise ValueError(_about_rotation(model, "has no rotary embedding that the cache can find"))
+    unit = torch.eye(head_dim, dtype=torch.float64, device=device)[None, None]  # [1, 1, tokens, head_dim]
+    position = torch.ones(1, head_dim, dtype=torch.long, device=device)
+    types = getattr(model.config, "layer_types", None)
+    has_types = "layer_type" in inspect.signature(type(rotary).forward).parameters
+    arguments = (types[layer_idx],) if types is not None and has_types else ()
+    try:
+        with torch.no_grad():
+            images = rotate(unit, unit, *rotary(unit, position, *arguments))[0]
+        return Rotation.from_matrix(images[0, 0].mT)
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(_about_rotation(model, "has a rotary embedding of an unknown form")) from error
+
+
+def _about_rotation(model: PreTrainedModel | None, what: str) -> str:
+    return (
+        f"{'the caller' if model is None else type(model).__name__} {what}, and triattention computes scores from the "
+        "rotation of keys: use another method, such as RaaSCache."
+    )
+
+
 def is_asked_by_generate() -> bool:
     """Whether the caller is `generate`, when it decides whether to compile (transformers 5.17 to 5.24)."""
     frame: FrameType | None = sys._getframe(2)
-    for _ in range(3):  # there may be a property of the cache between, or of an EncoderDecoderCache around it
+    for _ in range(4):  # there may be properties of the cache between, or of an EncoderDecoderCache around it
         if frame is not None and frame.f_code.co_name == "_valid_auto_compile_criteria":
             return True
         frame = frame.f_back if frame is not None else None
     return False
+
+
+def refuse_unread(cache: Cache, is_repeated: bool) -> None:
+    """Refuse to continue after a layer whose attention function did not read its pages.
+
+    Args:
+        is_repeated: whether a new forward of the model has begun since. Usually the next layer of the same forward
+            notices the fault; then the last forward was interrupted, unless the model has only one layer.
+
+    Raises:
+        RuntimeError: always. The message names the model's attention, or says that the forward was interrupted.
+    """
+    config = getattr(calling_module(torch.nn.Module), "config", None)
+    is_only_layer = getattr(config, "num_hidden_layers", None) == 1 and not cache.get_seq_length()
+    if is_repeated and not is_only_layer:
+        raise RuntimeError(INTERRUPTED)
+    implementation = "in use" if config is None else repr(config._attn_implementation)
+    raise RuntimeError(
+        f"The attention implementation {implementation} did not read the paged cache, so its output "
+        'would be wrong. Call model.set_attn_implementation("raas") (or "sdpa") and generate again with a new '
+        "cache. A model whose attention bypasses transformers' attention interface, or that changes its keys "
+        "between cache and attention, needs a DynamicCache."
+    )
 
 
 def generate_compiles(device: torch.device) -> bool | None:
@@ -142,13 +203,16 @@ def _holds_anything(layers: Iterable[object]) -> bool:
     return any(getattr(layer, "is_initialized", True) for layer in layers)
 
 
-def check_checkpointing(model: torch.nn.Module | None) -> None:
+def check_checkpointing() -> None:
     """Refuse a model that trains with gradient checkpointing: transformers 5.17 to 5.24 then ignores the cache.
 
     Raises:
-        ValueError: `model` is such a model, and gradients are enabled.
+        ValueError: the model that calls the cache is such a model, and gradients are enabled.
     """
-    if model is None or not model.training or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return
+    model = calling_module(PreTrainedModel)
+    if model is None or not model.training:
         return
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise ValueError(
@@ -183,7 +247,7 @@ def length_to_tell(seen: int, caller: FrameType) -> int:
     return int(limit) + 1
 
 
-def check_caller(cache: Cache, seen: int, new: int, frame: FrameType | None) -> None:
+def check_caller(cache: Cache, new: int) -> None:
     """Refuse a model that would misuse the cache, before prefill tokens are stored.
 
     Reads the arguments of the model and of `generate` on the stack, because `Cache.update` does not receive them
@@ -191,15 +255,17 @@ def check_caller(cache: Cache, seen: int, new: int, frame: FrameType | None) -> 
 
     Args:
         cache: the cache whose `update` was called.
-        seen: number of tokens that it has seen.
         new: number of prefill tokens.
-        frame: the frame at which the search starts.
 
     Raises:
         ValueError: the model attends to an encoder or an image without a separate cache, or `generate` may reach the
             length at which the model drops the cache (see `length_to_tell`).
     """
+    if torch.compiler.is_compiling():
+        return
     attends_to_encoder = is_wrapped = False
+    seen = cache.get_seq_length() if cache.layers else 0
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         names = frame.f_locals
         if names.get("cross_attention_states") is not None:
@@ -256,4 +322,12 @@ def _about_limit(model: PreTrainedModel, what: str) -> str:
         f"config.{LIMIT}={getattr(model.config, LIMIT)} tokens, because its RoPE changes there: {what}. Keep prompt "
         "and new tokens within the limit, or load the model with one RoPE for all lengths: "
         "config.rope_parameters['short_factor'] = config.rope_parameters['long_factor'] before from_pretrained."
+    )
+
+
+def indexer_error(layer_idx: int) -> ValueError:
+    """The error for a layer with an indexer (DeepSeek Sparse Attention)."""
+    return ValueError(
+        f"Layer {layer_idx} of this model selects tokens with an indexer over the whole sequence, which a budget "
+        "cannot bound: use a DynamicCache for this model."
     )

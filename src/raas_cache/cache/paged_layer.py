@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -11,17 +12,24 @@ import numpy as np
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from ..engine.forward import Decode, Forward, begin
+from ..attention.dispatch import expect
+from ..engine.forward import Decode
+from ..engine.forward_base import Forward
 from ..engine.layer_engine import LayerEngine
 from ..engine.layer_settings import LayerSettings
 from ..engine.page_table import PageTable
 from ..engine.prefill import truncate
 from ..engine.resize import RowFunction, movable
 from ..engine.step import rank
+from .model_probe import rotation_of_caller
 
 
 if TYPE_CHECKING:
+    from transformers.cache_utils import DummyLayer, LinearAttentionCacheLayerMixin
+
     from ..tracing.layer_trace import LayerTrace
+
+    AnyLayer = CacheLayerMixin | LinearAttentionCacheLayerMixin | DummyLayer  # a layer of any cache
 
 
 class PagedLayer(CacheLayerMixin):
@@ -29,6 +37,7 @@ class PagedLayer(CacheLayerMixin):
 
     Attributes:
         engine: the layer's pages, policy and rollback.
+        parts: the paged layers that this layer consists of: itself, or one for each group of KV heads.
         decode: the forward of all decode steps.
         trace: the trace of the layer, see `raas_cache.record`; None if the layer is not recorded.
     """
@@ -41,6 +50,7 @@ class PagedLayer(CacheLayerMixin):
     def __init__(self, settings: LayerSettings):
         self.engine = LayerEngine(settings)
         self.decode = Decode(self.engine)
+        self.parts: Sequence[PagedLayer] = (self,)
         super().__init__()
         self._trace: LayerTrace | None = None
 
@@ -136,9 +146,25 @@ class PagedLayer(CacheLayerMixin):
 
     def begin(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[Forward, torch.Tensor, torch.Tensor]:
         """As `update`, but also returns the forward, as first result."""
-        begun = begin(self.decode, key_states, value_states)
+        begun = self.decode.begin(key_states, value_states)
         self.has_begun()
         return begun
+
+    def on_prefill(self, forward: Forward, layer_idx: int, has_warned: bool) -> bool:
+        """Prepare the attention call of a forward of layer `layer_idx` that is not a plain decode step.
+
+        Returns:
+            `has_warned`, or whether this forward has warned that prefill fills the budget.
+        """
+        self.has_begun()
+        for engine in (part.engine for part in self.parts):
+            if engine.policy.uses_rotation and engine.rotation is None:
+                engine.rotation = rotation_of_caller(layer_idx, engine.table.signature[2], engine.table.device)
+        if not has_warned and (forward.is_first or forward.new > 1):
+            has_warned = self.warn_if_prefill_fills_budget(forward.new)
+        if forward.is_first or self.engine.is_latent:
+            expect(forward)
+        return has_warned
 
     def has_begun(self) -> None:
         """Set the attributes that transformers reads: they are known after the first key and value."""
@@ -255,6 +281,12 @@ class PagedLayer(CacheLayerMixin):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times; the copies are adjacent."""
         self.apply_to_rows(lambda state: state.repeat_interleave(repeats, dim=0))
+
+
+def holding_pages(layers: Iterable[object]) -> list[PagedLayer]:
+    """The paged layers of a cache that have buffers; of a layer with groups of KV heads, its parts."""
+    paged = (layer for layer in layers if isinstance(layer, PagedLayer))
+    return [part for layer in paged for part in layer.parts if part.table.kv is not None]
 
 
 def _select(index: torch.Tensor, state: torch.Tensor) -> torch.Tensor:

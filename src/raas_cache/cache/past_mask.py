@@ -14,6 +14,7 @@ import torch
 
 import raas_kernels
 
+from ..engine.hide import check_same_length
 from .model_probe import MEND
 
 
@@ -62,20 +63,29 @@ class PastMask:
                 changes nothing.
             seen: number of tokens before this forward.
             new: number of tokens of this forward.
-            layers: the paged layers that hold tokens.
+            layers: the paged layers that have buffers.
 
         Raises:
-            ValueError: the mask has fewer tokens than the sequence, or shows left padding.
+            ValueError: the mask has fewer tokens than the sequence, shows left padding, or hides tokens of rows that
+                started at different steps.
         """
+        if not layers:
+            self.learn(mask, new)
+            return
         table, rows = layers[0].table, layers[0].engine.rows
         batch = table.batch_size if rows is None else len(rows.on_host)
         if mask is None or mask.shape[0] not in (1, batch):  # `update` refuses another batch
             return
         if isinstance(seen, int):
             check_mask_length(mask, seen, new)
+            check_same_length(mask[:, : seen + new], table, rows)
             if new > 1 or mask.device.type == "cpu":
                 padding = table.counts.padding
                 check_padding(mask, padding if rows is None else padding[rows.on_host])
+            if new > 1:
+                for layer in layers:
+                    if layer.engine.is_latent:  # its tokens are stored before its attention call brings the mask
+                        layer.engine.announced = mask[:, seen : seen + new].expand(batch, -1).to(layer.table.device)
             if mask.device.type == "cpu":
                 layers = self._stale(mask, seen, new, layers)
         if rows is not None and seen == 0:  # these rows are empty

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from ..engine.forward import ForwardGuard
 from ..engine.layer_engine import LayerEngine
 from ..engine.row_counts import Rows
 from .paged_layer import PagedLayer
@@ -25,7 +26,7 @@ class TouchedRows:
     def __init__(self, indices: Sequence[int], batch_size: int, admits: bool):
         self.indices, self.batch_size = list(indices), batch_size
         self._admitting = admits
-        self._admitted: set[int] = set()
+        self._prepared: dict[int, LayerEngine] = {}  # by their `id`
         self._on_device: dict[torch.device, Rows] = {}
 
     @classmethod
@@ -55,9 +56,17 @@ class TouchedRows:
             self._on_device[device] = Rows.from_list(self.indices, device)
         engine.set_rows(self._on_device[device])
         engine.batch_size = self.batch_size
-        if self._admitting and id(engine) not in self._admitted:
-            self._admitted.add(id(engine))
+        if self._admitting and id(engine) not in self._prepared:
             engine.admits = True
+        self._prepared[id(engine)] = engine
+
+    def leave(self, before: TouchedRows | None) -> None:
+        """Make the next forwards of the layers touch the rows `before`; None for all rows."""
+        for engine in self._prepared.values():
+            engine.set_rows(None)
+            engine.admits = False
+            if before is not None and engine.table.kv is not None:
+                before.prepare(engine, engine.table.device)
 
     def check_layers(self, layers: Iterable[object]) -> None:
         """Raise a ValueError if a layer is not paged: the rows of other layers all have the same length."""
@@ -94,3 +103,19 @@ def checked_rows(rows: int | Sequence[int], batch_size: int | None) -> list[int]
             else f"rows={rows} must lie between 0 and {batch_size - 1}: the cache has {batch_size} rows."
         )
     return indices
+
+
+def release_rows(rows: int | Sequence[int], layers: list[PagedLayer], guard: ForwardGuard) -> None:
+    """Empty `rows` in all `layers`, see `PagedCache.release_rows`.
+
+    Args:
+        layers: the paged layers that have buffers.
+        guard: marks the cache as unusable if an exception stops the release.
+    """
+    if not layers:
+        raise ValueError(f"rows={rows}: the cache is empty, so there is no row to release.")
+    indices = checked_rows(rows, layers[0].table.batch_size)
+    with guard.all_or_none():
+        for layer in layers:
+            layer.table.release_rows(Rows.from_list(indices, layer.table.device))
+            layer.engine.known_mask = None

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import operator
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import torch
@@ -11,9 +14,6 @@ from transformers import PreTrainedConfig
 from ..engine.layer_settings import LayerSettings
 from ..engine.policy import Policy
 
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 if TYPE_CHECKING:
     property_of_an_instance = property
@@ -31,6 +31,7 @@ else:
 
 
 Budget = int | list[int] | tuple[int, ...]
+Shares = Sequence[float | Sequence[float]]
 
 
 class CacheOptions(TypedDict, total=False):
@@ -44,6 +45,7 @@ class CacheOptions(TypedDict, total=False):
     kv_dtype: Literal["int8", "fp8", "int4"] | None
     config: PreTrainedConfig | None
     offloading: bool
+    shares: Shares | None
 
 
 def whole_number(name: str, value: object) -> int:
@@ -149,3 +151,66 @@ def checked_settings(
         able = ", ".join(map(repr, policy.prompts))
         raise ValueError(f"prompt={prompt!r} is not supported by {type(policy).__name__}: use one of {able}.")
     return checked, LayerSettings(policy, 0, size, least, scoring, granularity, prompt, kv_dtype)
+
+
+def checked_shares(shares: object, settings: LayerSettings, offloading: bool) -> tuple[tuple[float, ...], ...] | None:
+    """For each layer, the shares of its KV heads, or one share for all of them. See `PagedCache`.
+
+    Raises:
+        TypeError, ValueError: `shares` is something else; or the cache cannot have shares.
+    """
+    if shares is None:
+        return None
+    if not isinstance(shares, Sequence) or isinstance(shares, str) or not shares:
+        raise TypeError(f"shares={shares!r} must be a list with one entry per layer, as learn_shares returns it.")
+    checked = []
+    for index, entry in enumerate(shares):
+        listed = entry if isinstance(entry, Sequence) and entry else [entry]
+        for share in listed:
+            is_number = isinstance(share, (int, float)) and not isinstance(share, bool)
+            if not is_number or not math.isfinite(share) or share <= 0:
+                raise ValueError(
+                    f"shares[{index}]={entry!r} must be a positive number, or a list with one per KV head."
+                )
+        checked.append(tuple(float(share) for share in listed))
+    by_head = any(len(set(entry)) > 1 for entry in checked)
+    if settings.grows:
+        raise ValueError(f"shares: {type(settings.policy).__name__} never evicts, so there is nothing to share.")
+    if by_head and settings.granularity == "layer":
+        raise ValueError(
+            "shares differ between the KV heads of a layer, but granularity='layer' evicts the same pages in all of "
+            "them: use granularity='head', or give one share per layer."
+        )
+    if by_head and offloading:
+        raise ValueError(
+            "shares differ between the KV heads of a layer, which offloading=True does not support: give one share per "
+            "layer, or do not pass offloading."
+        )
+    return tuple(checked)
+
+
+def settings_of_layer(
+    settings: LayerSettings,
+    budget: int | tuple[int, ...],
+    shares: tuple[tuple[float, ...], ...] | None,
+    layer_idx: int,
+) -> LayerSettings:
+    """The settings of the layer `layer_idx`: `settings`, with the budget, the shares and the policy of this layer.
+
+    Raises:
+        ValueError: `budget` or `shares` has no entry for this layer.
+    """
+    if shares is not None:
+        if layer_idx >= len(shares):
+            raise ValueError(
+                f"shares has {len(shares)} entries, but the model has a layer {layer_idx}: give one entry per layer."
+            )
+        settings = replace(settings, shares=shares[layer_idx])
+    if isinstance(budget, tuple):
+        if layer_idx >= len(budget):
+            raise ValueError(
+                f"budget={budget} has {len(budget)} entries, but the model has a layer {layer_idx}: give one entry "
+                "per layer."
+            )
+        budget = budget[layer_idx]
+    return replace(settings, budget=budget, policy=settings.policy.for_layer(layer_idx))

@@ -2,109 +2,26 @@
 
 `begin` tags key and value with a `Prefill`, `Decode`, `Draft` or `Latent`. The attention function calls its `attend`,
 which stores the tokens and reads the pages. If the attention function is never called, the layer does not change; only
-a `Latent` stores its tokens at once.
+a `Latent` stores its tokens at once. `ForwardGuard` compares the layers of a model.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 import raas_kernels
 
 from .attention_inputs import Expanded, Seen, Softmax
+from .forward_base import INTERRUPTED, NOT_CAUSAL, Forward
+from .hide import hide_decoded
 from .layer_engine import LayerEngine
-from .prefill import write_prefill
-from .prefill_eviction import enter_competition, keep_best
+from .prefill_forward import Prefill
 from .resize import uncompiled
-from .rollback import DecodeNote, PrefillNote
-from .step import rank, step
-
-
-if TYPE_CHECKING:
-    from .prefill import Places
-
-INTERRUPTED = (
-    "The last forward with this cache was interrupted: an exception or Ctrl-C stopped it after some layers had stored "
-    "its tokens. Call cache.reset() and pass the whole sequence again."
-)
-NOT_CAUSAL = (
-    "attention_mask is not causal among the new tokens, but tokens that may be taken back need a causal mask: do not "
-    "pass assistant_model or prompt_lookup_num_tokens, or call cache.deactivate_past_recording() first."
-)
-
-
-class Forward:
-    """Tokens of one forward of one layer.
-
-    Attributes:
-        is_first: whether the rows hold no earlier token. The model's own causal attention over the new tokens is then
-            exact, and computes the output.
-        new: number of tokens of the forward.
-        awaits_attention: whether the attention function has not been called yet.
-        is_at_work: whether tokens are being stored and read. An exception leaves it True.
-    """
-
-    is_first = False
-
-    def __init__(self, layer: LayerEngine, key: torch.Tensor, value: torch.Tensor):
-        self.layer, self.key, self.value, self.new = layer, key, value, key.shape[2]
-        self.awaits_attention, self.is_at_work = True, False
-
-    def attend(
-        self, query: torch.Tensor, softmax: Softmax, seen: Seen | None = None, expanded: Expanded | None = None
-    ) -> torch.Tensor | None:
-        """Store the tokens, compute their attention over all stored tokens, and rank the pages.
-
-        A layer that shares the KV of this layer may read a second time. The tokens are then stored already.
-
-        Args:
-            query: `[rows, heads, queries, head_dim]`, the queries of the new tokens. A second read may bring the query
-                of the last token only.
-            seen: what the attention mask says of the new tokens; None if it hides nothing.
-            expanded: for a latent, the keys and values that the model expanded from the tensors that `update` returned.
-
-        Returns:
-            `[rows, heads, queries, value_dim]`; None after a first forward, whose output the model itself computes.
-
-        Raises:
-            ValueError: a draft is read a second time, or its tokens are not causal among themselves.
-        """
-        is_new, self.awaits_attention = self.awaits_attention, False
-        self.is_at_work = True
-        if is_new:
-            self.store(seen or {})
-        output = self.read(query, softmax, expanded)
-        self.is_at_work = False
-        self.layer.pending = None
-        return output
-
-    @property
-    def seen_before(self) -> int:
-        """Number of tokens before this forward, in the row that has seen the most."""
-        return self.layer.table.length_of(self.layer.rows)
-
-    def store(self, seen: Seen) -> None:
-        """Store the tokens."""
-        raise NotImplementedError
-
-    def read(self, query: torch.Tensor, softmax: Softmax, expanded: Expanded | None) -> torch.Tensor | None:
-        """Attention over the stored tokens; the policy sees the scores."""
-        raise NotImplementedError
-
-    def hide(self, seen: Seen) -> None:
-        """Hide tokens that are stored already: the mask of a latent comes after its tokens."""
-        raise NotImplementedError
-
-    def _note(self, note: type[DecodeNote] | type[PrefillNote]) -> None:
-        """Add a rollback note of what the new tokens will overwrite, if the past is recorded."""
-        layer = self.layer
-        layer.expects_turn = False
-        if layer.records_past and layer.table.length:
-            layer.rollback.note(note.before(layer.table, self.new))
-        elif layer.rollback.notes:
-            layer.rollback.notes.clear()  # forwards without a note make older notes useless
+from .rollback import DecodeNote
+from .step import step
 
 
 class Decode(Forward):
@@ -139,6 +56,10 @@ class Decode(Forward):
         layer.pending = None
         return output
 
+    def begin(self, key: torch.Tensor, value: torch.Tensor) -> tuple[Forward, torch.Tensor, torch.Tensor]:
+        """See `begin`."""
+        return begin(self, key, value)
+
     def store(self, seen: Seen) -> None:
         layer = self.layer
         self._note(DecodeNote)
@@ -154,97 +75,7 @@ class Decode(Forward):
     def hide(self, seen: Seen) -> None:
         visible = seen.get("visible")
         if visible is not None:
-            self.layer.table.hide_decoded(visible[:, 0], self.layer.rows)
-
-
-class Prefill(Forward):
-    """Prefill tokens: a prompt, a chunk of a prompt, or a user's turn."""
-
-    def __init__(self, layer: LayerEngine, key: torch.Tensor, value: torch.Tensor, is_first: bool):
-        super().__init__(layer, key, value)
-        self.is_first = is_first
-        self.among: torch.Tensor | None = None
-        self.places: Places | None = None
-        self.competes = False  # whether its pages must still be reduced to the budget (prompt="evict")
-
-    @uncompiled
-    def store(self, seen: Seen) -> None:
-        layer, self.among = self.layer, seen.get("among")
-        if self.among is not None and layer.records_past:
-            raise ValueError(NOT_CAUSAL)
-        self._note(PrefillNote)
-        visible, leading, count = seen.get("visible"), seen.get("leading"), len(self.key)
-        if visible is not None and len(visible) != count:  # one mask for all rows
-            visible, leading = visible.expand(count, -1), leading and leading * count
-        self.places = write_prefill(layer.table, self.key, self.value, visible, leading, layer.rows)
-        self.competes, layer.admits = layer.settings.prompt == "evict", False
-        self.key = self.value = None  # type: ignore[assignment]
-
-    @uncompiled
-    def read(self, query: torch.Tensor, softmax: Softmax, expanded: Expanded | None) -> torch.Tensor | None:
-        layer = self.layer
-        if self.is_first:
-            if self.competes:
-                self._compete(query, softmax, expanded)
-            return None
-        if layer.rollback.notes:
-            layer.rollback.note_read(query, softmax)
-        window = layer.policy.prompt_window if self.competes else None
-        output, scores = layer.attend_prefill(query, softmax, expanded, self.among, window)
-        queries = query.shape[2] if window is None else min(window, query.shape[2])
-        self._rank(scores, queries)
-        return output
-
-    def _compete(self, query: torch.Tensor, softmax: Softmax, expanded: Expanded | None) -> None:
-        """After a first forward: score the pages with the last queries, then reduce them to the budget."""
-        layer, window = self.layer, self.layer.policy.prompt_window
-        observed = self.new if window is None else min(window, self.new)
-        scores = None
-        if observed:
-            if expanded is not None:
-                expanded = self._by_slot(expanded[0]), self._by_slot(expanded[1])
-            _, scores = layer.attend_prefill(query[:, :, -observed:], softmax, expanded, self.among)
-        self._rank(scores, observed)
-
-    def _by_slot(self, states: torch.Tensor) -> torch.Tensor:
-        """Move states of the new tokens `[rows, heads, new, head_dim]` to slots, `[rows, heads, slots, head_dim]`."""
-        assert self.places is not None
-        slots = self.layer.kv.keys.shape[2]
-        dropped = torch.from_numpy(self.places.dropped).to(states.device)
-        token = (torch.arange(slots, device=states.device) + dropped[:, None]).clamp(max=self.new - 1)
-        return torch.take_along_dim(states, token[:, None, :, None], 2)
-
-    def _rank(self, scores: torch.Tensor | None, queries: int) -> None:
-        layer = self.layer
-        if self.competes:
-            self.evict(scores, queries)
-        elif layer.table.is_decoding and scores is not None:
-            rank(layer, scores, queries)
-            if layer.tracer is not None:
-                layer.tracer.note(layer.table, scores, is_prefill=True)
-
-    def evict(self, scores: torch.Tensor | None, queries: int) -> None:
-        """With `prompt="evict"`: make the pages of this prefill evictable, and evict pages down to the budget.
-
-        Args:
-            scores: `[rows, kv_heads, pages]`, or None if the policy uses no query of a prompt.
-            queries: number of queries that the scores come from.
-        """
-        layer, places, self.competes = self.layer, self.places, False
-        assert places is not None
-        if layer.tracer is not None:
-            layer.tracer.note(layer.table, scores, is_prefill=True)
-        enter_competition(layer.table, places, layer.rows)
-        if scores is not None and queries:
-            rank(layer, scores, queries)
-        keep_best(layer.table, places, layer.rows)
-
-    @uncompiled
-    def hide(self, seen: Seen) -> None:
-        self.among = seen.get("among")
-        visible = seen.get("visible")
-        if visible is not None:
-            self.layer.table.hide_newest(visible, self.layer.rows)
+            hide_decoded(self.layer.table, visible[:, 0], self.layer.rows)
 
 
 class Draft(Forward):
@@ -296,11 +127,10 @@ class Latent(Forward):
         self.layer.pending = self
         self.forward, self.is_at_work = forward, True
         forward.awaits_attention = False
-        forward.store({})
-        keys, values = self.layer.table.states()
-        rows = self.layer.row_index
-        if rows is not None:
-            keys, values = keys[rows], values[rows]
+        visible, self.layer.announced = self.layer.announced, None
+        is_known = visible is not None and tuple(visible.shape) == (len(forward.key), forward.new)
+        forward.store({"visible": visible} if visible is not None and is_known else {})
+        keys, values = forward.states()
         if isinstance(forward, Draft):
             keys, values = torch.cat([keys, self.key], 2), torch.cat([values, self.value], 2)
         self.returned = keys, values  # the model expands them, [rows, kv_heads, slots, head_dim]
@@ -312,8 +142,58 @@ class Latent(Forward):
     def store(self, seen: Seen) -> None:
         self.forward.hide(seen)
 
+    hide = store
+
     def read(self, query: torch.Tensor, softmax: Softmax, expanded: Expanded | None) -> torch.Tensor | None:
         return self.forward.read(query, softmax, expanded)
+
+
+class ForwardGuard:
+    """Follows the forwards of a model from layer to layer, and notices that one did not reach all layers.
+
+    Attributes:
+        engine: the layer that received tokens last; None before the first forward.
+        layer_idx: the index of this layer; -1 before the first forward.
+    """
+
+    def __init__(self) -> None:
+        self.engine: LayerEngine | None = None
+        self.layer_idx, self._tokens_before = -1, 0
+        self._is_torn = False  # whether only some of the layers have had their rows changed
+
+    def check(self) -> None:
+        """Raise a RuntimeError if an exception stopped a change of rows after some of the layers."""
+        if self._is_torn:
+            raise RuntimeError(INTERRUPTED)
+
+    def is_unread(self) -> bool:
+        """Whether no attention function has read the tokens that a layer received last. Raises as `check`."""
+        if self._is_torn:
+            raise RuntimeError(INTERRUPTED)
+        pending = None if self.engine is None else self.engine.pending
+        return pending is not None and pending.awaits_attention
+
+    def begins(self, engine: LayerEngine, layer_idx: int) -> None:
+        """Note that the layer `layer_idx` receives tokens.
+
+        Raises:
+            RuntimeError: an exception stopped the last forward, so that only some layers have its tokens.
+        """
+        if not torch.compiler.is_compiling():
+            if layer_idx <= self.layer_idx or self.layer_idx < 0:  # a forward of the model begins
+                self._tokens_before = engine.table.tokens
+            elif engine.table.tokens != self._tokens_before:
+                raise RuntimeError(INTERRUPTED)
+            self.layer_idx = layer_idx
+        self.engine = engine
+
+    @contextmanager
+    def all_or_none(self) -> Iterator[None]:
+        """Mark the cache as unusable if an exception stops the block, because only some layers may have changed."""
+        self.check()
+        self._is_torn = True
+        yield
+        self._is_torn = False
 
 
 def begin(decode: Decode, key: torch.Tensor, value: torch.Tensor) -> tuple[Forward, torch.Tensor, torch.Tensor]:

@@ -14,6 +14,7 @@ from raas_kernels import PagedKV
 from .layer_settings import LayerSettings
 from .page_table import PageTable
 from .rollback import Rollback
+from .rotation import Rotation
 
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class Tracer(Protocol):
 
 
 class Pending(Protocol):
-    """A forward that waits for its attention call, see `raas_cache.engine.forward`."""
+    """A forward that waits for its attention call, see `raas_cache.engine.forward_base`."""
 
     awaits_attention: bool
     is_at_work: bool
@@ -55,10 +56,13 @@ class LayerEngine:
         known_mask: a token that stands for the attention mask that `bias` agrees with; None if it is not known.
         is_latent: whether the model caches a latent and expands it afterwards (MLA). Attention then gets the expanded
             keys and values, and all heads share one page table.
+        announced: which new tokens of the next forward are visible, `[rows, new]` bool, for a latent, whose tokens are
+            stored before its attention call brings the mask; None if it is not known.
         records_past: whether forwards note what they overwrite, so that their tokens can be taken back.
         expects_turn: whether the next forward of several tokens is prefill although `records_past` is set.
         reads_prefill: whether single tokens are prefill, too (`PagedCache.prefilling`).
         tracer: receives what the policy receives; None if the layer is not traced.
+        rotation: the rotary embedding of the layer, for a policy with `uses_rotation`; None if it is not known.
     """
 
     def __init__(self, settings: LayerSettings):
@@ -81,8 +85,10 @@ class LayerEngine:
         self.admits = False
         self.on_module: Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], bool] | None = None
         self.known_mask: object = None
+        self.rotation: Rotation | None = None
         self.set_rows(None)
         self.batch_size: int | None = None
+        self.announced: torch.Tensor | None = None
         self.is_latent = self.records_past = self.expects_turn = self.reads_prefill = False
 
     @property
@@ -99,11 +105,17 @@ class LayerEngine:
         """Make the layer one that caches a latent, which the model expands before attention.
 
         Raises:
-            ValueError: the cache stores 4-bit codes. The mask of a latent comes after its tokens, so a page would be
-                coded before it is known which of its tokens are hidden.
+            ValueError: the policy compares queries with the cached keys, which a latent does not allow. Or the cache
+                stores 4-bit codes: the mask of a latent comes after its tokens, so a page would be coded before it is
+                known which of its tokens are hidden.
         """
         if self.settings.is_packed:
             raise ValueError(NO_PACKED_LATENT)
+        if self.policy.uses_rotation:
+            raise ValueError(
+                f"{type(self.policy).__name__} compares queries with the keys in the cache, but this model caches a "
+                "latent instead of keys (MLA): use another method, such as RaaSCache."
+            )
         self.is_latent = self.adjusts_scores = True
         # key_min and key_max of a latent do not bound the expanded keys; each step computes new bounds.
         self.kv.key_min = self.kv.key_max = None
@@ -138,6 +150,7 @@ class LayerEngine:
             open_keys=None,
             value_min=None,
             value_max=None,
+            row_states=None if kv.row_states is None else kv.row_states[rows],
         )
 
     def show(self, visible: torch.Tensor) -> None:

@@ -19,6 +19,8 @@ class LayerSettings:
 
     Args:
         policy: ranks the evictable pages.
+        shares: factors on the decode pages that the budget leaves beside the prompt, one for each KV head of the layer,
+            or one for all. A page table has one.
     """
 
     policy: Policy
@@ -29,6 +31,7 @@ class LayerSettings:
     granularity: Literal["head", "layer"] = "head"
     prompt: Literal["pin", "select", "evict"] = "pin"
     kv_dtype: Literal["int8", "fp8", "int4"] | None = None
+    shares: tuple[float, ...] = (1.0,)
 
     @property
     def code(self) -> torch.dtype | None:

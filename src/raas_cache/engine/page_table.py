@@ -10,9 +10,9 @@ import torch
 import raas_kernels
 from raas_kernels import PagedKV
 
-from .layer_settings import CODES, LayerSettings
-from .packed_pages import check_head_sizes, packed_buffers
-from .resize import RowFunction, allocating, fix_addresses, map_rows, movable, resized
+from .layer_settings import LayerSettings
+from .layout import Layout
+from .resize import RowFunction, allocating, fix_addresses, map_rows, movable, new_kv, resized
 from .row_counts import RowCounts, Rows
 
 
@@ -84,42 +84,8 @@ class PageTable:
         Raises:
             ValueError: the device cannot compute in the layer's 8-bit dtype, or 4-bit codes cannot store a head size.
         """
-        code, device = self.settings.code, key.device
-        if code == CODES["fp8"] and device.type == "cuda":
-            capability = torch.cuda.get_device_capability(device)
-            if capability < (8, 9):
-                raise ValueError(
-                    f"kv_dtype='fp8' needs a GPU of capability 8.9 or newer, not {capability}: use 'int8'."
-                )
-        is_packed = self.settings.is_packed
-        if is_packed:
-            check_head_sizes(key.shape[-1], value.shape[-1])
-        heads, in_a_byte = key.shape[1], 2 if is_packed else 1
-        accumulate = torch.promote_types(torch.promote_types(key.dtype, value.dtype), torch.float32)
-
-        def empty(*size: int, dtype: torch.dtype) -> torch.Tensor:
-            return torch.empty(batch_size, heads, *size, dtype=dtype, device=device)
-
-        has_bounds, has_scales = self.settings.has_key_bounds or is_packed, code is not None and not is_packed
-        states = len(self.settings.policy.state)
-        bounds_dtype = accumulate if has_scales else key.dtype
-        self.kv = PagedKV(
-            keys=empty(0, key.shape[-1] // in_a_byte, dtype=code or key.dtype),
-            values=empty(0, value.shape[-1] // in_a_byte, dtype=code or value.dtype),
-            bias=empty(0, dtype=accumulate),
-            positions=empty(0, dtype=torch.int32),
-            priority=empty(0, dtype=torch.float64),
-            evictable=torch.empty(batch_size, 0, dtype=torch.bool, device=device),
-            open_slot=empty(dtype=torch.int64).zero_(),
-            clock=empty(2, dtype=torch.int64).fill_(-1),
-            page_size=self.page_size,
-            key_scales=empty(0, dtype=torch.float32) if has_scales else None,
-            value_scales=empty(0, dtype=torch.float32) if has_scales else None,
-            key_min=empty(0, key.shape[-1], dtype=bounds_dtype) if has_bounds else None,
-            key_max=empty(0, key.shape[-1], dtype=bounds_dtype) if has_bounds else None,
-            states=empty(0, states, dtype=torch.float64) if states else None,
-            **(packed_buffers(key, value, batch_size, self.page_size) if is_packed else {}),
-        )
+        heads, device = key.shape[1], key.device
+        self.kv = new_kv(self.settings, key, value, batch_size)
         self.dtypes, self.device = (key.dtype, value.dtype), device
         self.batch_size, self.num_heads = batch_size, heads
         self.signature = batch_size, heads, key.shape[-1], value.shape[-1], key.dtype, value.dtype, device
@@ -150,11 +116,11 @@ class PageTable:
     @property
     def length(self) -> int:
         """Number of tokens seen, in the row that has seen the most."""
-        return int(self.counts.seen.max(initial=0))
+        return int(self.counts.lengths.max(initial=0))
 
     def length_of(self, rows: Rows | None) -> int:
         """Number of tokens seen, in the row of `rows` that has seen the most."""
-        return self.length if rows is None else int(self.counts.seen[rows.on_host].max(initial=0))
+        return self.length if rows is None else int(self.counts.lengths[rows.on_host].max(initial=0))
 
     @property
     def opened(self) -> np.ndarray:
@@ -166,8 +132,8 @@ class PageTable:
     @property
     def evicted(self) -> np.ndarray:
         """Number of pages that each row has evicted so far, in each of its KV heads, `[batch]`; 0 for a free row."""
-        limit = self.counts.limit
-        evicted: np.ndarray = np.where(limit > 0, (self.opened - limit).clip(0), 0)
+        counts = self.counts
+        evicted: np.ndarray = np.where(counts.are_free, 0, (self.opened - counts.limit).clip(0))
         return evicted
 
     @property
@@ -200,7 +166,8 @@ class PageTable:
         """Number of evictable pages that a row with `pinned_pages` pinned pages may have."""
         if self.settings.grows:
             return UNLIMITED
-        return max(self.settings.room_beside(pinned_pages), self.settings.min_decode_pages)
+        room = max(self.settings.room_beside(pinned_pages), self.settings.min_decode_pages)
+        return max(1, round(room * self.settings.shares[0]))
 
     def pages_to_allocate(self, needed: int, limit: int) -> int:
         """Number of evictable pages to allocate if `needed` are needed now: 1.5 times as many, at most `limit`."""
@@ -209,50 +176,41 @@ class PageTable:
         return min(limit, max(needed + needed // 2, FIRST_TOKENS // self.page_size, 1))
 
     @allocating
-    def set_pages(self, pages: int) -> None:
-        """Change the number of pages of each row to `pages`."""
+    def resize(self, pages: int) -> None:
+        """Change the number of pages of each row to `pages`. Call `lay_out` before the next decode step."""
         assert self.kv is not None
         if pages != self.kv.num_pages:
             self.kv = resized(self.kv, pages)
             self.counts.set_pages(pages)
+
+    def set_pages(self, pages: int) -> None:
+        """Change the number of pages of each row to `pages`, and lay them out."""
+        self.resize(pages)
         self.lay_out()
 
     @allocating
     def lay_out(self) -> None:
         """Write to the device which pages each row may recycle, and how many pages a step reads."""
-        kv, counts, settings = self.kv, self.counts, self.settings
+        kv, counts = self.kv, self.counts
         assert kv is not None
-        pinned_pages, free = counts.pinned_pages, ~counts.pinned
-        evictable = free & (free.cumsum(1) <= counts.limit[:, None])
-        evictable_pages = evictable.sum(1)
-        budget = settings.budget // self.page_size
-        if settings.policy.reads == "all":
-            wanted = evictable_pages + np.array(
-                [settings.prefill_pages_read(int(pages)) for pages in pinned_pages], np.int64
-            )
-        elif settings.prompt == "select":
-            wanted = np.full_like(pinned_pages, max(budget, 1))
-        else:
-            wanted = pinned_pages + (budget - pinned_pages).clip(settings.min_decode_pages)
-        wanted[counts.limit == 0] = wanted.max(initial=0)  # a free row, whose steps mean nothing
-        is_same = bool((wanted == wanted[:1]).all())
-        device_evictable, limit, reads = (
+        layout = Layout.of(counts, self.settings)
+        evictable, limit, reads = (
             torch.from_numpy(array).to(self.device)
-            for array in (evictable, counts.limit[:, None, None].copy(), wanted[:, None, None].copy())
+            for array in (layout.evictable, counts.limit[:, None, None].copy(), layout.reads[:, None, None].copy())
         )
-        if kv.evictable.shape == device_evictable.shape and len(self.limit) == self.batch_size:
-            kv.evictable.copy_(device_evictable)  # a CUDA graph may read it
+        if kv.evictable.shape == evictable.shape and len(self.limit) == self.batch_size:
+            kv.evictable.copy_(evictable)  # a CUDA graph may read it
             self.limit.copy_(limit)
         else:
-            kv.evictable, self.limit = device_evictable, limit
-        self.pages_read = min(int(wanted.max(initial=0)), kv.num_pages)
-        if is_same:
+            kv.evictable, self.limit = evictable, limit
+        self.pages_read = min(int(layout.reads.max(initial=0)), kv.num_pages)
+        if (layout.reads == layout.reads[:1]).all():
             self.pages_read_by_row = None
         elif self.pages_read_by_row is not None and self.pages_read_by_row.shape == reads.shape:
             self.pages_read_by_row.copy_(reads)  # a CUDA graph may read it
         else:
             self.pages_read_by_row = reads
-        self.is_full_size = bool((evictable_pages >= counts.limit).all())
+        self.is_full_size = layout.is_full_size
         self._grant(0)
         fix_addresses(kv)
 
@@ -306,35 +264,6 @@ class PageTable:
         self.is_decoding = bool(counts.decoded.any())
         self._grant(0)
 
-    def hide_newest(self, visible: torch.Tensor, rows: Rows | None) -> None:
-        """Hide the newest stored tokens of `rows` where `visible` `[rows, new]` is False."""
-        kv = self.kv
-        assert kv is not None
-        index = slice(None) if rows is None else rows.on_device
-        new, positions = visible.shape[1], kv.positions[index]  # [rows, kv_heads, slots]
-        nth = positions - (kv.clock[index][..., :1] + 1 - new)
-        shown = visible[:, None].expand(-1, self.num_heads, -1).gather(-1, nth.clamp(min=0, max=new - 1).long())
-        hidden = torch.zeros_like(kv.bias, dtype=torch.bool)
-        hidden[index] = (nth >= 0) & (nth < new) & ~shown
-        kv.bias.masked_fill_(hidden, float("-inf"))
-        self._make_finite(hidden)
-        self.summarise()
-
-    def hide_decoded(self, visible: torch.Tensor, rows: Rows | None) -> None:
-        """Hide the newest decode token of `rows` where `visible` `[rows]` is False."""
-        kv = self.kv
-        assert kv is not None
-        slot = (kv.open_slot + kv.clock[..., 1] % self.page_size)[..., None]
-        lane = torch.arange(kv.bias.shape[2], device=self.device)
-        is_hidden = ~visible.expand(self.batch_size if rows is None else len(rows.on_host))
-        if rows is not None:
-            is_hidden = torch.zeros(self.batch_size, dtype=torch.bool, device=self.device).index_copy(
-                0, rows.on_device, is_hidden
-            )
-        hidden = (lane == slot) & is_hidden[:, None, None]  # [batch, kv_heads, slots]
-        kv.bias.copy_(torch.where(hidden, float("-inf"), kv.bias))
-        self._make_finite(hidden)
-
     # Contents.
 
     def states(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -343,30 +272,10 @@ class PageTable:
         assert kv is not None
         return raas_kernels.key_states(kv, self.dtypes[0]), raas_kernels.value_states(kv, self.dtypes[1])
 
-    def mean_keys(self) -> torch.Tensor:
-        """Mean of the visible keys of each page, `[batch, kv_heads, pages, head_dim]`; 0 if no key is visible."""
-        kv = self.kv
-        assert kv is not None
-        keys: torch.Tensor = self.states()[0].unflatten(2, (-1, self.page_size))
-        visible: torch.Tensor = (kv.bias == 0).unflatten(2, (-1, self.page_size))[..., None]
-        return keys.masked_fill(~visible, 0).sum(3) / visible.sum(3).clamp(min=1)
-
     def summarise(self) -> None:
         """Compute `key_min` and `key_max` again, see `raas_kernels.refresh_extremes`."""
         assert self.kv is not None
         raas_kernels.refresh_extremes(self.kv)
-
-    def _make_finite(self, hidden: torch.Tensor) -> None:
-        """Clear the NaNs and infinities of `hidden` slots `[batch, kv_heads, slots]`, see `raas_kernels.finite`."""
-        kv = self.kv
-        assert kv is not None
-        for buffer, scales in ((kv.keys, kv.key_scales), (kv.values, kv.value_scales)):
-            if scales is None:
-                buffer.copy_(raas_kernels.finite(buffer, hidden[..., None]))
-            else:  # if a token is not finite, its scale is not finite
-                bad = hidden & ~scales.isfinite()
-                movable(buffer).copy_(torch.where(bad[..., None], 0, movable(buffer)))
-                scales.copy_(torch.where(bad, 0, scales))
 
     # Rows.
 

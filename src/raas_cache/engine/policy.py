@@ -10,6 +10,9 @@ import torch
 
 from raas_kernels import PagedKV
 
+from . import draw
+from .rotation import Rotation
+
 
 @dataclass(slots=True)
 class Pages:
@@ -26,17 +29,27 @@ class Pages:
             pages while a prompt is reduced to the budget (`prompt="evict"`).
         queries: number of queries that the scores come from; 1 in a decode step.
         mean_keys: returns the mean of the visible keys of each page, `[batch, kv_heads, pages, head_dim]`, 0 for a page
-            without visible keys.
+            without visible keys. With a function of a key as argument, it returns the mean of that function.
+        value_range: returns the largest value range of the visible tokens of each page, `[batch, kv_heads, pages]`. The
+            value range of a token is the largest minus the smallest component of its value.
         state: the policy's own numbers by name, each `[batch, kv_heads, pages]` float64, to be updated in place. They
             are 0 for a new page, and stay with their page when rows are reordered or tokens are taken back.
+        row_state: the policy's own vectors by name, each `[batch, kv_heads, head_dim]` float64, to be updated in place.
+            They stay with their row, and are restored when tokens are taken back. For a new row they have any values.
+        newest_query: `[batch, heads, 1, head_dim]`, the query of a decode step, RoPE applied; None after a prefill.
+        rotation: the rotary embedding of the layer, for a policy with `uses_rotation`; otherwise None.
     """
 
     kv: PagedKV
     scores: torch.Tensor
     limit: torch.Tensor
     queries: int
-    mean_keys: Callable[[], torch.Tensor]
+    mean_keys: Callable[..., torch.Tensor]
+    value_range: Callable[[], torch.Tensor]
     state: dict[str, torch.Tensor]
+    row_state: dict[str, torch.Tensor]
+    newest_query: torch.Tensor | None
+    rotation: Rotation | None
 
     @property
     def priority(self) -> torch.Tensor:
@@ -66,6 +79,11 @@ class Pages:
         """Which pages are evictable and hold tokens, `[batch, kv_heads, pages]` bool."""
         return self.kv.held
 
+    def query(self) -> torch.Tensor | None:
+        """The query of a decode step, RoPE applied, `[batch, kv_heads, group, head_dim]`; None after a prefill."""
+        query = self.newest_query
+        return None if query is None else query.unflatten(1, (self.kv.clock.shape[1], -1))[:, :, :, 0]
+
     def newest(self, count: int | torch.Tensor) -> torch.Tensor:
         """The `count` pages of `held` that were opened last, `[batch, kv_heads, pages]` bool.
 
@@ -78,6 +96,31 @@ class Pages:
         nth = torch.as_tensor(count, device=age.device).clamp(max=age.shape[-1]).expand(*age.shape[:2], 1)
         oldest = ranked.gather(-1, (nth - 1).clamp(min=0))
         return held & (age >= oldest) & (nth > 0)
+
+    def largest(self, values: torch.Tensor, count: int | torch.Tensor) -> torch.Tensor:
+        """The `count` pages of `held` with the largest `values`, `[batch, kv_heads, pages]` bool.
+
+        Of two pages with equal values, the page that was opened last comes first.
+
+        Args:
+            values: `[batch, kv_heads, pages]`.
+            count: a number, or `[batch, 1, 1]` int64 with one number per row.
+        """
+        held = self.held
+        by_age = self.first.argsort(-1, descending=True)
+        ranked = values.double().masked_fill(~held, float("-inf")).gather(-1, by_age)
+        order = by_age.gather(-1, ranked.argsort(dim=-1, descending=True, stable=True))
+        return held & (order.argsort(-1) < count)
+
+    def uniform(self, seed: int) -> torch.Tensor:
+        """A random number in [0, 1) for each page, drawn again after each forward, `[batch, kv_heads, pages]` float64.
+
+        A row draws in a batch what it draws alone. The draw does not change the random state of torch.
+
+        Args:
+            seed: in [0, 2**32). Different layers need different seeds: see `Policy.for_layer` and `draw.layer_seed`.
+        """
+        return draw.uniform(seed, self.clock, self.first)
 
 
 class Policy(ABC):
@@ -97,6 +140,8 @@ class Policy(ABC):
         evicts: whether pages are ever evicted. If not, the memory grows with the sequence.
         reads: whether a decode step reads `"all"` evictable pages, or the `"top"` pages by their logit bounds.
         state: names of the numbers that the policy keeps for each page.
+        row_state: names of the vectors that the policy keeps for each row and KV head.
+        uses_rotation: whether the policy needs `Pages.rotation`. It then serves only models with a rotary embedding.
     """
 
     name: ClassVar[str]
@@ -109,6 +154,8 @@ class Policy(ABC):
     evicts: ClassVar[bool] = True
     reads: ClassVar[Literal["all", "top"]] = "all"
     state: ClassVar[tuple[str, ...]] = ()
+    row_state: ClassVar[tuple[str, ...]] = ()
+    uses_rotation: ClassVar[bool] = False
 
     @abstractmethod
     def on_scores(self, pages: Pages) -> None:

@@ -111,17 +111,18 @@ def write_prefill(
     pages = _pages_for(table, touched, places)
     seen, decoded = counts.seen[touched].copy(), counts.decoded[touched].copy()
     limits = _limits_after(table, touched, places)
-    before = counts.pinned, counts.limit
-    counts.limit = counts.limit.copy()
-    counts.limit[touched] = limits
-    try:
-        table.set_pages(pages)
-    except BaseException:
-        counts.pinned, counts.limit = before
-        raise
     columns = np.arange(pages)
     taken = (columns >= places.base[:, None]) & (columns < (places.base + places.pages)[:, None])
-    counts.pinned[touched] |= taken
+    before = table.kv, counts.pinned, counts.limit
+    try:
+        table.resize(pages)
+        counts.pinned, counts.limit = counts.pinned.copy(), counts.limit.copy()
+        counts.pinned[touched] |= taken
+        counts.limit[touched] = limits
+        table.lay_out()
+    except BaseException:
+        table.kv, counts.pinned, counts.limit = before
+        raise
     counts.seen[touched] += new
     counts.padding[touched] += places.dropped
     counts.prefilled[touched] += places.stored
@@ -137,7 +138,6 @@ def write_prefill(
         kv.clock[..., 0] += new
     else:
         kv.clock[rows.on_device, :, 0] += new
-    table.lay_out()
     table.summarise()
     return places
 

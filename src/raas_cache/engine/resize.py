@@ -1,4 +1,4 @@
-"""Change the pages or the rows of a `PagedKV`. Most functions return a new `PagedKV` and do not change the old one."""
+"""Create a `PagedKV`, or change its pages or rows: most functions return a new `PagedKV`, and keep the old one."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from typing import Any, TypeVar
 import torch
 
 from raas_kernels import PagedKV
+
+from .layer_settings import CODES, LayerSettings
+from .packed_pages import check_head_sizes, packed_buffers
 
 
 AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
@@ -39,6 +42,53 @@ def uncompiled(function: AnyFunction) -> AnyFunction:
 def movable(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor`, with float8 codes viewed as int8, because most operators of torch 2.11 to 2.13 refuse float8."""
     return tensor.view(torch.int8) if tensor.dtype == torch.float8_e4m3fn else tensor
+
+
+def new_kv(settings: LayerSettings, key: torch.Tensor, value: torch.Tensor, batch_size: int) -> PagedKV:
+    """Buffers without pages.
+
+    Args:
+        key, value: the first ones of the layer, `[rows, kv_heads, new, head_dim]`.
+        batch_size: number of rows to allocate.
+
+    Raises:
+        ValueError: the device cannot compute in the layer's 8-bit dtype, or 4-bit codes cannot store a head size.
+    """
+    code, device = settings.code, key.device
+    if code == CODES["fp8"] and device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 9):
+            raise ValueError(f"kv_dtype='fp8' needs a GPU of capability 8.9 or newer, not {capability}: use 'int8'.")
+    is_packed = settings.is_packed
+    if is_packed:
+        check_head_sizes(key.shape[-1], value.shape[-1])
+    heads, in_a_byte = key.shape[1], 2 if is_packed else 1
+    accumulate = torch.promote_types(torch.promote_types(key.dtype, value.dtype), torch.float32)
+
+    def empty(*size: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(batch_size, heads, *size, dtype=dtype, device=device)
+
+    has_bounds, has_scales = settings.has_key_bounds or is_packed, code is not None and not is_packed
+    states, vectors = len(settings.policy.state), len(settings.policy.row_state)
+    bounds_dtype = accumulate if has_scales else key.dtype
+    return PagedKV(
+        keys=empty(0, key.shape[-1] // in_a_byte, dtype=code or key.dtype),
+        values=empty(0, value.shape[-1] // in_a_byte, dtype=code or value.dtype),
+        bias=empty(0, dtype=accumulate),
+        positions=empty(0, dtype=torch.int32),
+        priority=empty(0, dtype=torch.float64),
+        evictable=torch.empty(batch_size, 0, dtype=torch.bool, device=device),
+        open_slot=empty(dtype=torch.int64).zero_(),
+        clock=empty(2, dtype=torch.int64).fill_(-1),
+        page_size=settings.page_size,
+        key_scales=empty(0, dtype=torch.float32) if has_scales else None,
+        value_scales=empty(0, dtype=torch.float32) if has_scales else None,
+        key_min=empty(0, key.shape[-1], dtype=bounds_dtype) if has_bounds else None,
+        key_max=empty(0, key.shape[-1], dtype=bounds_dtype) if has_bounds else None,
+        states=empty(0, states, dtype=torch.float64) if states else None,
+        row_states=empty(vectors, key.shape[-1], dtype=torch.float64).zero_() if vectors else None,
+        **(packed_buffers(key, value, batch_size, settings.page_size) if is_packed else {}),
+    )
 
 
 def map_pages(kv: PagedKV, function: Callable[[torch.Tensor, int, float], torch.Tensor]) -> PagedKV:
@@ -84,9 +134,13 @@ def map_rows(kv: PagedKV, function: RowFunction) -> PagedKV:
         return new
 
     whole = map_pages(kv, lambda buffer, entries, empty: moved(buffer))
-    open_keys = None if kv.open_keys is None else moved(kv.open_keys)
     return replace(
-        whole, evictable=moved(kv.evictable), open_slot=moved(kv.open_slot), clock=moved(kv.clock), open_keys=open_keys
+        whole,
+        evictable=moved(kv.evictable),
+        open_slot=moved(kv.open_slot),
+        clock=moved(kv.clock),
+        row_states=None if kv.row_states is None else moved(kv.row_states),
+        open_keys=None if kv.open_keys is None else moved(kv.open_keys),
     )
 
 

@@ -44,6 +44,7 @@ class DecodeNote:
         priority: `[batch, kv_heads, pages]`, before the step.
         states: `[batch, kv_heads, pages, n]`, before the step; None if the policy has none.
         open_slot: `[batch, kv_heads]`, before the step.
+        row_states: `[batch, kv_heads, vectors, head_dim]`, before the step; None if the policy has none.
         open_key: `[batch, kv_heads, 1, head_dim]`, the key that the step overwrites in `open_keys`; None without 4-bit
             codes. A step that codes a full page leaves its exact keys there.
     """
@@ -55,6 +56,7 @@ class DecodeNote:
     priority: torch.Tensor
     states: torch.Tensor | None
     open_slot: torch.Tensor
+    row_states: torch.Tensor | None
     open_key: torch.Tensor | None
     length: ClassVar[int] = 1
 
@@ -73,9 +75,11 @@ class DecodeNote:
         key_min, key_max = (
             None if buffer is None else torch.take_along_dim(buffer, index, 2) for buffer in (kv.key_min, kv.key_max)
         )
-        states = None if kv.states is None else kv.states.clone()
+        states, row_states = (None if buffer is None else buffer.clone() for buffer in (kv.states, kv.row_states))
         open_key = None if kv.open_keys is None else torch.take_along_dim(kv.open_keys, _next_lane(kv), 2)
-        return cls(page, contents, key_min, key_max, kv.priority.clone(), states, kv.open_slot.clone(), open_key)
+        return cls(
+            page, contents, key_min, key_max, kv.priority.clone(), states, kv.open_slot.clone(), row_states, open_key
+        )
 
     def undo(self, table: PageTable, kept: int, attend: Callable[..., None]) -> int:
         """Put `table` back as it was before the step (`kept` is 0); returns the tokens taken back: 1."""
@@ -103,6 +107,8 @@ class DecodeNote:
         _put_back(kv.priority, self.priority, float("-inf"))
         _put_back(kv.states, self.states, 0)
         kv.open_slot.copy_(self.open_slot)
+        if kv.row_states is not None and self.row_states is not None:
+            kv.row_states.copy_(self.row_states)
         return 1
 
     def apply_to_rows(self, function: RowFunction) -> None:
@@ -112,8 +118,8 @@ class DecodeNote:
         self.page, self.priority, self.open_slot = (
             function(buffer) for buffer in (self.page, self.priority, self.open_slot)
         )
-        self.states, self.key_min, self.key_max, self.open_key = (
-            moved(buffer) for buffer in (self.states, self.key_min, self.key_max, self.open_key)
+        self.states, self.row_states, self.key_min, self.key_max, self.open_key = (
+            moved(buffer) for buffer in (self.states, self.row_states, self.key_min, self.key_max, self.open_key)
         )
         if self.contents is not None:
             self.contents = map_pages(self.contents, lambda buffer, entries, empty: function(buffer))

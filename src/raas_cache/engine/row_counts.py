@@ -65,6 +65,20 @@ class RowCounts:
         return all(bool((counts == counts[:1]).all()) for counts in vars(self).values())
 
     @property
+    def are_free(self) -> np.ndarray:
+        """Which rows have no sequence, `[batch]` bool: no prompt has come since the row was created or released.
+
+        A step over all rows counts in them, too, but their counts mean nothing.
+        """
+        free: np.ndarray = self.limit == 0
+        return free
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Number of tokens that the sequence of each row has, `[batch]`; 0 for a free row."""
+        return np.where(self.are_free, 0, self.seen)
+
+    @property
     def hold_nothing(self) -> np.ndarray:
         """Which rows hold no token, `[batch]` bool."""
         nothing: np.ndarray = self.prefilled + self.decoded + self.released == 0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -10,11 +11,15 @@ import raas_kernels
 
 from .policy import Pages
 from .select import select_pages
+from .summaries import mean_keys, value_range
 
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from .attention_inputs import Expanded, Softmax
     from .layer_engine import LayerEngine
+    from .page_table import PageTable
 
 New = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 """Key and value `[rows, kv_heads, 1, head_dim]` of a new token, and `[rows]` bool, False where the mask hides it."""
@@ -53,31 +58,46 @@ def step(
     if table.is_decoding:
         if layer.adjusts_scores:
             scores = layer.page_scores(scores, bounds, selected)
-        rank(layer, scores, queries=1)
+        rank(layer, scores, queries=1, query=query)
         if layer.tracer is not None:
             layer.tracer.note(table, scores, is_prefill=False)
     return output
 
 
-def rank(layer: LayerEngine, scores: torch.Tensor, queries: int) -> None:
+def rank(layer: LayerEngine, scores: torch.Tensor, queries: int, query: torch.Tensor | None = None) -> None:
     """Let the policy update the priorities.
 
     Args:
         scores: `[rows, kv_heads, pages]`.
         queries: number of queries that the scores come from.
+        query: `[rows, heads, 1, head_dim]`, the query of a decode step; None after a prefill.
     """
     table, rows, policy = layer.table, layer.row_index, layer.policy
-    kv, limit, mean_keys = table.kv, table.limit, table.mean_keys
+    kv, limit = table.kv, table.limit
     assert kv is not None
     if rows is not None:
-        kv, limit, mean_keys = layer.kv_of_rows(), limit[rows], lambda: table.mean_keys()[rows]
+        kv, limit = layer.kv_of_rows(), limit[rows]
     state = {}
     if kv.states is not None:
         state = {name: kv.states[..., i] for i, name in enumerate(policy.state)}
-    policy.on_scores(Pages(kv, scores, limit, queries, mean_keys, state))
+    keys, ranges = partial(_of_rows, mean_keys, table, rows), partial(_of_rows, value_range, table, rows)
+    row_state = {}
+    if kv.row_states is not None:
+        row_state = {name: kv.row_states[:, :, i] for i, name in enumerate(policy.row_state)}
+    policy.on_scores(Pages(kv, scores, limit, queries, keys, ranges, state, row_state, query, layer.rotation))
     if layer.granularity == "layer":  # heads may differ if the policy uses keys
         kv.priority.copy_(kv.priority.mean(1, keepdim=True).expand_as(kv.priority))
     if rows is not None:
         layer.kv.priority[rows] = kv.priority
         if layer.kv.states is not None and kv.states is not None:
             layer.kv.states[rows] = kv.states
+        if layer.kv.row_states is not None and kv.row_states is not None:
+            layer.kv.row_states[rows] = kv.row_states
+
+
+def _of_rows(
+    summary: Callable[..., torch.Tensor], table: PageTable, rows: torch.Tensor | None, *args: Any
+) -> torch.Tensor:
+    """A summary of the pages `[rows, kv_heads, pages, ...]`, for the rows of the forward; None for all."""
+    whole = summary(table, *args)
+    return whole if rows is None else whole[rows]

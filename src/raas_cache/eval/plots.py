@@ -31,6 +31,7 @@ HOLLOW: dict[str, Any] = {"markerfacecolor": "white"}
 UNITS = {
     "alpha": "attention weight", "top_ratio": "share of the pages", "page_size": "tokens",
     "min_decode_pages": "pages", "recent_ratio": "share of the pages", "dense_layers": "layers",
+    "recent_tokens": "tokens", "protected_ratio": "share of the pages",
 }  # fmt: skip
 
 Panel = dict[int, dict[Any, Summary]]

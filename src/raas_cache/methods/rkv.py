@@ -28,6 +28,23 @@ OBSERVED = 8  # number of newest queries that decide importance, and number of n
 SIMILAR = 0.5  # cosine from which two keys count as similar
 
 
+def redundancy(pages: Pages) -> torch.Tensor:
+    """How similar each page is to the other pages, `[batch, kv_heads, pages]` float64; the sum over the pages is 1.
+
+    The mean cosine between the mean key of a page and the mean keys of the other pages, followed by a softmax over the
+    pages. The similarity to the newest similar page is not counted for that page.
+    """
+    held, keys = pages.held, normalize(pages.mean_keys().double(), dim=-1, eps=1e-8)
+    # Compare only held pages, and no page with itself.  [batch, kv_heads, pages, pages]
+    pairs = held[..., None] & held[..., None, :] & ~torch.eye(held.shape[-1], dtype=torch.bool, device=held.device)
+    similarity = (keys @ keys.mT).masked_fill(~pairs, 0.0)
+    newest = pages.first[..., None, :].masked_fill(similarity <= SIMILAR, -1).argmax(-1, keepdim=True)
+    spared = torch.where(similarity.gather(-1, newest) > SIMILAR, 0.0, similarity.gather(-1, newest))
+    similarity.scatter_(-1, newest, spared)
+    mean = similarity.sum(-2) / held.sum(-1, keepdim=True).clamp(min=1)
+    return mean.masked_fill(~held, float("-inf")).softmax(-1).nan_to_num(0.0)
+
+
 @register_policy("rkv")
 @dataclass(frozen=True)
 class RKVPolicy(Policy):
@@ -60,18 +77,9 @@ class RKVPolicy(Policy):
     def on_scores(self, pages: Pages) -> None:
         share = min(pages.queries / OBSERVED, 1.0)
         importance = pages.state["importance"].lerp_(pages.scores.double() / pages.queries, share)
-        held, keys = pages.held, normalize(pages.mean_keys().double(), dim=-1, eps=1e-8)
-        # Compare only held pages, and no page with itself.  [batch, kv_heads, pages, pages]
-        pairs = held[..., None] & held[..., None, :] & ~torch.eye(held.shape[-1], dtype=torch.bool, device=held.device)
-        similarity = (keys @ keys.mT).masked_fill(~pairs, 0.0)
-        newest = pages.first[..., None, :].masked_fill(similarity <= SIMILAR, -1).argmax(-1, keepdim=True)
-        spared = torch.where(similarity.gather(-1, newest) > SIMILAR, 0.0, similarity.gather(-1, newest))
-        similarity.scatter_(-1, newest, spared)
-        redundancy = similarity.sum(-2) / held.sum(-1, keepdim=True).clamp(min=1)
-        redundancy = redundancy.masked_fill(~held, float("-inf")).softmax(-1).nan_to_num(0.0)
-        ranked = self.importance_weight * importance - (1 - self.importance_weight) * redundancy
+        ranked = self.importance_weight * importance - (1 - self.importance_weight) * redundancy(pages)
         ranked = ranked.masked_fill(pages.newest(math.ceil(OBSERVED / pages.page_size)), float("inf"))
-        pages.priority.copy_(ranked.masked_fill(~held, float("-inf")))
+        pages.priority.copy_(ranked.masked_fill(~pages.held, float("-inf")))
 
 
 @register_cache("rkv")

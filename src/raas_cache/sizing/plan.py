@@ -25,8 +25,8 @@ from ..cache.paged_layer import PagedLayer
 from ..common.measure import kv_nbytes
 from ..common.reporting import markdown
 from ..common.upstream import CACHE_ARGUMENT
-from ..engine.forward import Prefill
 from ..engine.layer_engine import NO_PACKED_LATENT
+from ..engine.prefill_forward import Prefill
 from ..methods.raas import RaaSCache
 
 

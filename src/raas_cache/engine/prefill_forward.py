@@ -1,0 +1,132 @@
+"""The forward of prefill tokens."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+import raas_kernels
+
+from .attention_inputs import Expanded, Seen, Softmax
+from .forward_base import NOT_CAUSAL, Forward
+from .hide import hide_newest
+from .layer_engine import LayerEngine
+from .prefill import write_prefill
+from .prefill_eviction import enter_competition, keep_best
+from .resize import uncompiled
+from .rollback import PrefillNote
+from .step import rank
+
+
+if TYPE_CHECKING:
+    from .prefill import Places
+
+
+class Prefill(Forward):
+    """Prefill tokens: a prompt, a chunk of a prompt, or a user's turn."""
+
+    def __init__(self, layer: LayerEngine, key: torch.Tensor, value: torch.Tensor, is_first: bool):
+        super().__init__(layer, key, value)
+        self.is_first = is_first
+        self.among: torch.Tensor | None = None
+        self.places: Places | None = None
+        self.exact: Expanded | None = None  # the tokens before they become codes, for rows that begin here
+        self.competes = False  # whether its pages must still be reduced to the budget (prompt="evict")
+
+    @uncompiled
+    def store(self, seen: Seen) -> None:
+        layer, self.among = self.layer, seen.get("among")
+        if self.among is not None and layer.records_past:
+            raise ValueError(NOT_CAUSAL)
+        self._note(PrefillNote)
+        visible, leading, count = seen.get("visible"), seen.get("leading"), len(self.key)
+        if visible is not None and len(visible) != count:  # one mask for all rows
+            visible, leading = visible.expand(count, -1), leading and leading * count
+        self.places = write_prefill(layer.table, self.key, self.value, visible, leading, layer.rows)
+        if layer.settings.kv_dtype is not None and not self.is_first and self.places.begins.any():
+            self.exact = self.key, self.value
+            if visible is not None:
+                hidden = ~visible[:, None, :, None]
+                self.exact = raas_kernels.finite(self.key, hidden), raas_kernels.finite(self.value, hidden)
+        self.competes, layer.admits = layer.settings.prompt == "evict", False
+        self.key = self.value = None  # type: ignore[assignment]
+
+    @uncompiled
+    def read(self, query: torch.Tensor, softmax: Softmax, expanded: Expanded | None) -> torch.Tensor | None:
+        layer = self.layer
+        if self.is_first:
+            if self.competes:
+                self._compete(query, softmax, expanded)
+            return None
+        if layer.rollback.notes:
+            layer.rollback.note_read(query, softmax)
+        window = layer.policy.prompt_window if self.competes else None
+        output, scores = layer.attend_prefill(query, softmax, expanded, self.among, window)
+        if self.exact is not None and expanded is None:
+            output, _ = layer.attend_prefill(query, softmax, self.states(), self.among)
+        queries = query.shape[2] if window is None else min(window, query.shape[2])
+        self._rank(scores, queries)
+        return output
+
+    def states(self) -> Expanded:
+        """As `Forward.states`. A row that begins here reads its tokens as in a first forward: not as codes."""
+        states = super().states()
+        if self.exact is None or self.places is None:
+            return states
+        begins = torch.from_numpy(self.places.begins).to(self.layer.table.device)[:, None, None, None]
+        keys, values = (
+            torch.where(begins, self._by_slot(exact), stored) for exact, stored in zip(self.exact, states, strict=True)
+        )
+        return keys, values
+
+    def _compete(self, query: torch.Tensor, softmax: Softmax, expanded: Expanded | None) -> None:
+        """After a first forward: score the pages with the last queries, then reduce them to the budget."""
+        layer, window = self.layer, self.layer.policy.prompt_window
+        observed = self.new if window is None else min(window, self.new)
+        scores = None
+        if observed:
+            if expanded is not None:
+                expanded = self._by_slot(expanded[0]), self._by_slot(expanded[1])
+            _, scores = layer.attend_prefill(query[:, :, -observed:], softmax, expanded, self.among)
+        self._rank(scores, observed)
+
+    def _by_slot(self, states: torch.Tensor) -> torch.Tensor:
+        """Move states of the new tokens `[rows, heads, new, head_dim]` to slots, `[rows, heads, slots, head_dim]`."""
+        assert self.places is not None
+        slots = self.layer.kv.keys.shape[2]
+        dropped = torch.from_numpy(self.places.dropped).to(states.device)
+        token = (torch.arange(slots, device=states.device) + dropped[:, None]).clamp(max=self.new - 1)
+        return torch.take_along_dim(states, token[:, None, :, None], 2)
+
+    def _rank(self, scores: torch.Tensor | None, queries: int) -> None:
+        layer = self.layer
+        if self.competes:
+            self.evict(scores, queries)
+        elif layer.table.is_decoding and scores is not None:
+            rank(layer, scores, queries)
+            if layer.tracer is not None:
+                layer.tracer.note(layer.table, scores, is_prefill=True)
+
+    def evict(self, scores: torch.Tensor | None, queries: int) -> None:
+        """With `prompt="evict"`: make the pages of this prefill evictable, and evict pages down to the budget.
+
+        Args:
+            scores: `[rows, kv_heads, pages]`, or None if the policy uses no query of a prompt.
+            queries: number of queries that the scores come from.
+        """
+        layer, places, self.competes = self.layer, self.places, False
+        assert places is not None
+        if layer.tracer is not None:
+            layer.tracer.note(layer.table, scores, is_prefill=True)
+        enter_competition(layer.table, places, layer.rows)
+        if scores is not None and queries:
+            rank(layer, scores, queries)
+        keep_best(layer.table, places, layer.rows)
+
+    @uncompiled
+    def hide(self, seen: Seen) -> None:
+        self.among = seen.get("among")
+        visible = seen.get("visible")
+        if visible is not None:
+            hide_newest(self.layer.table, visible, self.layer.rows)
