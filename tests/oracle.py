@@ -14,19 +14,8 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.masking_utils import sdpa_mask
 
+from .oracle_codes import as_stored, codes_of
 from .oracle_methods import METHODS, REDUCE, Head, Page, distance_scores, redundancies, softmax
-
-
-def as_stored(states, kv_dtype):
-    """What quantisation leaves of keys or values `[batch, heads, tokens, d]`."""
-    exact = states.detach().float().cpu().numpy()
-    largest = np.abs(exact).max(-1, keepdims=True)
-    scale = np.where(largest == 0, np.float32(1), largest / np.float32({"int8": 127, "fp8": 448}[kv_dtype]))
-    if kv_dtype == "int8":
-        codes = np.clip(np.floor(exact / scale + np.float32(0.5)), -127, 127)
-    else:
-        codes = torch.from_numpy(np.clip(exact / scale, -448, 448)).to(torch.float8_e4m3fn).float().numpy()
-    return torch.from_numpy(codes.astype(np.float64) * scale.astype(np.float64)).to(states)
 
 
 class OracleCache(DynamicCache):
@@ -67,13 +56,16 @@ class OracleCache(DynamicCache):
         self.heads = {}
         self.padding = {}
         self.placed = {}
+        self.to_code = []  # pages that the newest tokens have filled or, as input, begun
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         is_sliding = layer_idx < len(self.layers) and self.layers[layer_idx].is_sliding
         given = key_states, value_states
         is_first = not self.get_seq_length(layer_idx)
         if self.kv_dtype and not is_sliding:
-            key_states, value_states = (as_stored(states, self.kv_dtype) for states in given)
+            value_states = as_stored(value_states, self.kv_dtype)
+            if self.kv_dtype != "int4":  # the keys of a page are coded together, see `code`
+                key_states = as_stored(key_states, self.kv_dtype)
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if not self.layers[layer_idx].is_sliding:
             if self.kv_dtype and is_first:
@@ -124,6 +116,7 @@ class OracleCache(DynamicCache):
         state.decoded += 1
         if len(state.open.tokens) == self.page_size:
             state.open.priority = token
+            self.to_code.append(state.open)
 
     def pin(self, state, tokens):
         """Input tokens: pinned pages, filled one after the other."""
@@ -133,6 +126,7 @@ class OracleCache(DynamicCache):
                 pinned.append(Page([], pinned=True))
                 state.pages.append(pinned[-1])
             pinned[-1].tokens.append(token)
+            self.to_code.append(pinned[-1])
 
     def fill(self, state, tokens):
         """Input tokens that may be evicted: pages of their own, and the first of all stays.
@@ -142,10 +136,11 @@ class OracleCache(DynamicCache):
         is_first = not state.pages
         if state.open is not None:
             state.open.priority = state.open.tokens[-1]
-            state.open = None
+            state.closing, state.open = state.open, None
         for start in range(0, len(tokens), self.page_size):
             held = tokens[start : start + self.page_size]
             state.pages.append(Page(held, pinned=False, priority=held[-1]))
+            self.to_code.append(state.pages[-1])
         if is_first:
             state.limit = self.limit(1)
             for page in state.pages[:1]:
@@ -162,7 +157,11 @@ class OracleCache(DynamicCache):
         stored_states = [
             states.detach().double().cpu().numpy() for states in (self.layers[layer].keys, self.layers[layer].values)
         ]
+        is_packed, is_first = self.kv_dtype == "int4", not first
         query, keys, values, stored = (x.detach().double().cpu().numpy() for x in (query, keys, values, stored))
+        if is_packed:
+            exact, stored = stored, stored.copy()
+            keys, stored_states[0] = keys if is_first else stored, stored
         sinks = None if sinks is None else sinks.detach().double().cpu().numpy()
         cap = (lambda x: softcap * np.tanh(x / softcap)) if softcap else (lambda x: x)
         output = np.zeros((batch, query_heads, query.shape[2], values.shape[-1]))
@@ -181,6 +180,9 @@ class OracleCache(DynamicCache):
                 if is_new:
                     for state in heads:
                         self.place(state, [first + i for i in step], is_generated, padding)
+                if is_packed:
+                    for head, state in enumerate(heads):
+                        self.code(state, exact[row, head], stored[row, head], padding)
                 is_scored = self.method.is_scored and any(not page.pinned for page in heads[0].seen)
                 # Input that may be evicted is cut down once, after its first reader.
                 is_scored = is_scored and (is_new or is_generated or self.prompt != "evict")
@@ -230,12 +232,24 @@ class OracleCache(DynamicCache):
                         self.rate_distances(heads, mine, stored[row], padding, now)
                     keys_and_values = [cached[row] for cached in stored_states]
                     self.rate(heads, totals, *keys_and_values, padding, now, len(scored_queries))
-                for state in heads:
+                for head, state in enumerate(heads):
+                    if is_packed and state.closing is not None:
+                        state.closing.coded = codes_of(state.closing, exact[row, head], padding)
+                        state.closing = None
                     while self.prompt == "evict" and len(state.evictable()) > state.limit:
                         state.evict()
                     if state.open is None:  # input has closed the open page
                         state.decoded += -state.decoded % self.page_size
         return torch.from_numpy(output)
+
+    def code(self, state, exact, stored, padding):
+        """Code the pages that the newest tokens filled or begun, and write what the codes leave into `stored`."""
+        for page in state.pages:
+            if page in self.to_code:
+                page.coded = codes_of(page, exact, padding)
+            for token, key in page.coded.items():
+                stored[token] = key
+        self.to_code = [page for page in self.to_code if page not in state.pages]
 
     def place(self, state, tokens, is_generated, padding):
         if not is_generated and not state.pages:  # left padding is not held: a row is as it is alone

@@ -20,6 +20,7 @@ class Page:
         self.priority = priority
         self.state = 0.0  # what the policy remembers of the page: H2O's sum, R-KV's importance
         self.redundancy = 0.0
+        self.coded = {}  # what 4-bit codes leave of the keys, by token; empty while the page is open
         self.value_range = 0.0
         self.stamp, self.interval = None, 0  # LazyEviction's
         self.importance = 0.0  # G-KV's decayed maximum
@@ -35,6 +36,7 @@ class Head:
         self.pages = []
         self.seen = []  # the pages that the newest forward looked at: those held before it evicted
         self.open = None  # takes the next generated token, if it is not full
+        self.closing = None  # the open page that input has just closed, and that has no codes yet
         self.limit = None  # of evictable pages
         self.evicted = 0
         self.queries = []  # TriAttention's: (position, query) of the generated tokens

@@ -4,16 +4,15 @@ import argparse
 from functools import partial
 
 import torch
-from common import HEAD_SIZE, HEADS, PAGE, Case, main, make_kv
+from common import HEAD_SIZE, HEADS, PAGE, Case, encode, main, make_kv
 
-from raas_kernels import append, quantize
+from raas_kernels import append
 
 
 def prepare(batch, budget, options, code=None, spread=0, rows=None, **buffers):
     kv = make_kv(batch, budget, options, **buffers)
     if code is not None:
-        kv.keys, kv.key_scales = quantize(kv.keys, code)
-        kv.values, kv.value_scales = quantize(kv.values, code)
+        encode(kv, code)
     kv.clock += spread * torch.arange(batch, device=options.device)[:, None, None]
     index = None if rows is None else torch.arange(rows, device=options.device)
     shape = rows or batch, HEADS, 1, HEAD_SIZE
@@ -31,6 +30,7 @@ def make_cases(options: argparse.Namespace) -> list[Case]:
         "": {},
         ", key_min, key_max and states": {"bounds": True, "states": True},
         ", int8": {"code": torch.int8},
+        ", int4": {"code": torch.uint8},
         ", rows out of step": {"spread": 1},
         ", half of the rows": {"rows": 8},
     }

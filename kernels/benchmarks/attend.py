@@ -1,12 +1,12 @@
-"""Times `raas_kernels.attend`: the whole cache, some of its pages, 8-bit codes, other scores."""
+"""Times `raas_kernels.attend`: the whole cache, some of its pages, codes, other scores."""
 
 import argparse
 from functools import partial
 
 import torch
-from common import HEAD_SIZE, Case, cold_copies, in_turn, main, make_kv, make_query
+from common import HEAD_SIZE, Case, cold_copies, encode, in_turn, main, make_kv, make_query
 
-from raas_kernels import attend, quantize
+from raas_kernels import attend
 
 
 def prepare(batch, budget, options, code=None, share=None, **settings):
@@ -14,8 +14,7 @@ def prepare(batch, budget, options, code=None, share=None, **settings):
     for _ in range(cold_copies(batch, budget, options)):
         kv, query = make_kv(batch, budget, options), make_query(batch, options)
         if code is not None:
-            kv.keys, kv.key_scales = quantize(kv.keys, code)
-            kv.values, kv.value_scales = quantize(kv.values, code)
+            encode(kv, code)
         selected = None
         if share is not None:
             order = torch.rand(kv.priority.shape, device=options.device).argsort(-1)
@@ -29,6 +28,7 @@ def make_cases(options: argparse.Namespace) -> list[Case]:
         "": {},
         ", a quarter of the pages": {"share": 4},
         ", int8": {"code": torch.int8},
+        ", int4": {"code": torch.uint8},
         ", sum and mean": {"page_score": "sum", "group_score": "mean"},
     }
     return [

@@ -28,7 +28,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "kernels"))  # the operators of this checkout, whatever is installed
 
-from raas_kernels import PagedKV  # noqa: E402
+from raas_kernels import PagedKV, pack_page, pack_values, quantize  # noqa: E402
 
 
 PAGE, HEADS, GROUP, HEAD_SIZE = 16, 8, 4, 128
@@ -56,6 +56,18 @@ def make_kv(
     if states:
         kv.states = torch.zeros(batch, heads, kv.num_pages, 2, dtype=torch.float64, device=options.device)
     return kv
+
+
+def encode(kv: PagedKV, code: torch.dtype) -> None:
+    """Replace the keys and values of `make_kv` by codes: int8, float8_e4m3fn, or uint8 for 4 bits."""
+    if code != torch.uint8:
+        kv.keys, kv.key_scales = quantize(kv.keys, code)
+        kv.values, kv.value_scales = quantize(kv.values, code)
+        return
+    pages = kv.keys.unflatten(2, (-1, PAGE))
+    codes, kv.key_min, kv.key_max = pack_page(pages, torch.zeros_like(pages[..., 0], dtype=torch.bool))
+    kv.keys, kv.open_keys = codes.flatten(2, 3), pages[:, :, -1].contiguous()
+    kv.values, kv.value_min, kv.value_max = pack_values(kv.values)
 
 
 def make_query(batch: int, options: argparse.Namespace) -> torch.Tensor:

@@ -10,14 +10,15 @@ Shapes, everywhere: B batch rows, R the rows that a call touches (`rows`, otherw
 each KV head (the query group), P pages of S tokens, N = P * S slots, Dk and Dv head sizes of K and V.
 """
 
+from .contents import key_states, value_states
 from .dispatch import engine
 from .ops.append import append, victim
 from .ops.attend import Reduction, attend, extend
-from .ops.page_bounds import page_extremes, page_logit_bounds
+from .ops.page_bounds import page_extremes, page_logit_bounds, refresh_extremes
 from .ops.show import show
 from .ops.stamp import stamp
 from .paged_kv import PagedKV, finite, resident
-from .quantize import dequantize, quantize
+from .quantize import dequantize, pack, pack_page, pack_values, quantize, unpack
 
 
 __all__ = [
@@ -29,11 +30,18 @@ __all__ = [
     "engine",
     "extend",
     "finite",
+    "key_states",
+    "pack",
+    "pack_page",
+    "pack_values",
     "page_extremes",
     "page_logit_bounds",
     "quantize",
+    "refresh_extremes",
     "resident",
     "show",
     "stamp",
+    "unpack",
+    "value_states",
     "victim",
 ]

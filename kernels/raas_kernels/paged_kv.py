@@ -29,8 +29,8 @@ class PagedKV:
     dimension. All other buffers are contiguous.
 
     Args:
-        keys: `[B, H, N, Dk]`, RoPE applied.
-        values: `[B, H, N, Dv]`, of a dtype of its own.
+        keys: `[B, H, N, Dk]`, RoPE applied. In a 4-bit cache, codes: uint8 `[B, H, N, Dk / 2]`, see `pack`.
+        values: `[B, H, N, Dv]`, of a dtype of its own. In a 4-bit cache, codes: uint8 `[B, H, N, Dv / 2]`.
         bias: `[B, H, N]` float32 (float64 for float64 keys): 0 where attention may read a token, -inf where a slot
             has no token or the attention mask hides it.
         positions: `[B, H, N]` int32, sequence index of each slot's token; -1, or past the clock, where there is none.
@@ -44,9 +44,15 @@ class PagedKV:
         key_scales, value_scales: `[B, H, N]` float32, for 8-bit caches only: `keys` and `values` are then int8 or
             float8_e4m3fn codes, and a slot's states are its codes times its scale.
         key_min, key_max: `[B, H, P, Dk]`, elementwise bounds of each page's visible keys, inf and -inf where a page
-            has none; float32 for an 8-bit cache. None where nothing reads them.
+            has none; float32 for an 8-bit cache. None where nothing reads them. A 4-bit cache always has them, in the
+            dtype of the model's keys, because its key codes count from key_min to key_max. They are those of the keys
+            that were visible when the page was coded; if there were none, of all keys of the page.
         states: `[B, H, P, K]` float64, the policy's own numbers for each page. `append` zeroes them for the page that
             it opens.
+        open_keys: `[B, H, S, Dk]`, for 4-bit caches only: the keys of the page of `open_slot` while it is not full, in
+            the dtype of the model's keys. The page's key codes mean nothing until its last token comes.
+        value_min, value_max: `[B, H, N]`, for 4-bit caches only: smallest and largest number of each slot's value, in
+            the dtype of the model's values. The value's codes count from one to the other.
         row_states: `[B, H, V, Dk]` float64, V vectors of the policy for each row and KV head. No operator uses them.
     """
 
@@ -64,6 +70,9 @@ class PagedKV:
     key_min: Tensor | None = None
     key_max: Tensor | None = None
     states: Tensor | None = None
+    open_keys: Tensor | None = None
+    value_min: Tensor | None = None
+    value_max: Tensor | None = None
     row_states: Tensor | None = None
 
     @classmethod
@@ -91,6 +100,21 @@ class PagedKV:
     def num_pages(self) -> int:
         """P, the number of pages of each row."""
         return self.bias.shape[2] // self.page_size
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether keys and values are 4-bit codes, two to a byte."""
+        return self.open_keys is not None
+
+    @property
+    def value_size(self) -> int:
+        """Dv, the head size of V."""
+        return self.values.shape[-1] * (2 if self.is_packed else 1)
+
+    @property
+    def is_open(self) -> Tensor:
+        """`[B, H]` bool, whether the page of `open_slot` has room for another token."""
+        return (self.clock[..., 1] + 1) % self.page_size != 0
 
     @property
     def first(self) -> Tensor:

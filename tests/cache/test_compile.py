@@ -1,5 +1,7 @@
 """A decode step is one graph: compiled once, it serves every step of every cache of its shape, evictions and all."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -24,6 +26,7 @@ OPTIONS = [
     {"method": "raas", "prompt": "evict"},
     {"method": "raas", "kv_dtype": "int8"},
     {"method": "h2o", "kv_dtype": "fp8"},
+    {"method": "raas", "kv_dtype": "int4"},
     {"method": "random", "recent_tokens": 4},
     {"method": "lazy_eviction", "recent_tokens": 4},
     {"method": "vase", "kv_dtype": "fp8"},
@@ -109,8 +112,14 @@ def test_the_triton_engine_is_one_graph(monkeypatch):
     compiles_once(model, lambda: RaaSCache(**SMALL, top_ratio=0.5, scoring="minmax"), backend="aot_eager", steps=30)
 
 
-@pytest.mark.parametrize("options", [{}, {"scoring": "minmax"}, {"kv_dtype": "int8"}], ids=label)
-@pytest.mark.parametrize("name", ["llama", "deepseek_v3"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *itertools.product(["llama", "deepseek_v3"], [{}, {"scoring": "minmax"}, {"kv_dtype": "int8"}]),
+        ("llama", {"kv_dtype": "int4"}),
+    ],
+    ids=str,
+)
 def test_padding_while_decoding(name, options):
     """A latent's token is stored before its mask is seen, any other's after; neither keeps what is hidden."""
     model, padded = build(name), (0, 3, 4, 17)

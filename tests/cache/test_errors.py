@@ -15,7 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from raas_cache import RaaSCache
 
-from ..architectures import require, tiny_config
+from ..architectures import build, require, tiny_config
 from ..helpers import generate, prompt, tiny_model
 
 
@@ -260,6 +260,19 @@ class TestCrop:
             RuntimeError, match=r"layer 0 \(LinearAttentionLayer\) has one state .* and cannot take tokens back"
         ):
             cache.crop(-1)
+
+
+def test_int4_of_an_odd_head_size():
+    model, cache = tiny_model(head_dim=8), RaaSCache(256, kv_dtype="int4")
+    with pytest.raises(ValueError, match=r"head sizes are 7 \(keys\) and 8 \(values\): use kv_dtype='int8'"):
+        cache.update(torch.randn(1, 2, 5, 7), torch.randn(1, 2, 5, 8), 0)
+    assert generate(model, prompt(), cache, 2).shape[1] > 2, "even ones are stored"
+
+
+def test_int4_of_a_latent():
+    require("deepseek_v3")
+    with pytest.raises(ValueError, match="kv_dtype='int4' does not support models that cache a latent"):
+        generate(build("deepseek_v3"), prompt(), RaaSCache(256, kv_dtype="int4"), 2)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to offload from")

@@ -30,6 +30,14 @@ def test_codes_take_a_byte_each_and_a_scale_a_token(kv_dtype):
     assert cache.nbytes == 2 * 2 * 2 * 2 * 64 * (8 + 4)  # K and V, layers, rows, KV heads, slots, head size + scale
 
 
+def test_4_bit_codes_take_half_a_byte_each_and_their_bounds():
+    cache = RaaSCache(64, page_size=4, min_decode_pages=2, kv_dtype="int4")
+    generate(tiny_model(dtype=torch.float32), prompt(2, 20), cache, 1)
+    keys = 64 * 8 // 2 + 2 * 16 * 8 * 4 + 4 * 8 * 4  # codes, key_min and key_max of 16 pages, the open page
+    values = 64 * 8 // 2 + 2 * 64 * 4  # codes, the two bounds of each token
+    assert cache.nbytes == 2 * 2 * 2 * (keys + values)  # layers, rows, KV heads
+
+
 @pytest.mark.filterwarnings("ignore:budget=64 leaves")
 @pytest.mark.parametrize(("mode", "slots"), [("pin", 200 + 8 * 4), ("select", 200 + 32), ("evict", 64)])
 def test_a_prompt_longer_than_the_budget(mode, slots):

@@ -267,8 +267,8 @@ class TestModes:
         torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
 
     @pytest.mark.parametrize("name", list_methods())
-    @pytest.mark.parametrize("kv_dtype", [None, "int8"])
-    def test_autocast_gives_keys_and_values_of_two_dtypes(self, name, kv_dtype):
+    @pytest.mark.parametrize(("kv_dtype", "bound"), [(None, 0.03), ("int8", 0.03), ("int4", 0.1)])
+    def test_autocast_gives_keys_and_values_of_two_dtypes(self, name, kv_dtype, bound):
         """torchtune #1349: Index put requires the source and destination dtypes match."""
         model = tiny_model(dtype=torch.float32, sharp=False)
         cache = from_name(name, 256, kv_dtype=kv_dtype)
@@ -277,7 +277,7 @@ class TestModes:
                 logits = model(tokens, past_key_values=cache).logits
             expected = model(torch.cat([ids(12), ids(5, seed=1), ids(4, seed=2)], 1)).logits[:, -4:]
         assert cache.layers[0].table.dtypes == (torch.float32, torch.bfloat16)
-        assert difference(logits.float(), expected.float()) < 0.03
+        assert difference(logits.float(), expected.float()) < bound
 
     def test_compileable_only_where_generate_compiles(self, model):
         """peft #2379 and its kin: code of others takes `is_compileable` for a promise, and a CPU compiles nothing."""

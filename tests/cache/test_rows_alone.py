@@ -151,14 +151,16 @@ def test_turns(method, mode, decoded):
     batch.decode().check()
 
 
-@pytest.mark.parametrize("more", [{"kv_dtype": "int8"}, {"kv_dtype": "fp8"}, {"scoring": "minmax"}], ids=str)
+@pytest.mark.parametrize(
+    "more", [*({"kv_dtype": code} for code in ("int8", "fp8", "int4")), {"scoring": "minmax"}], ids=str
+)
 @pytest.mark.parametrize("oracle", [False, True])
 @pytest.mark.parametrize(
     ("method", "mode"),
     [("raas", "pin"), ("raas", "select"), ("h2o", "evict"), ("rkv", "evict"), ("vase", "pin"), ("triattention", "pin")],
 )
-def test_8_bit_and_minmax(method, mode, more, oracle):
-    """The prompt in one chunk: a sequence's first chunk is read as it is, later ones by their 8-bit codes.
+def test_codes_and_minmax(method, mode, more, oracle):
+    """The prompt in one chunk: a sequence's first chunk is read as it is, later ones by their codes.
 
     The oracle rounds its scales to float32 at another place.
     """

@@ -71,7 +71,9 @@ def test_buffers_that_grow_while_rows_differ(method):
     shared.check(evicts=(0, 1) if method in EVICTING else ())
 
 
-@pytest.mark.parametrize("more", [{"kv_dtype": "int8"}, {"scoring": "minmax"}, {"granularity": "layer"}], ids=str)
+@pytest.mark.parametrize(
+    "more", [{"kv_dtype": "int8"}, {"kv_dtype": "int4"}, {"scoring": "minmax"}, {"granularity": "layer"}], ids=str
+)
 @pytest.mark.parametrize(("method", "mode"), [("raas", "pin"), ("h2o", "evict"), ("rkv", "select"), ("quest", "pin")])
 def test_options(method, mode, more):
     shared = SharedRows(tiny_model(), settings_of(method, mode, **more), 3)

@@ -86,6 +86,14 @@ def test_fidelity():
     assert f"{held['raas'] / held['dynamic']:.0%}" == "41%" and held["quest"] > held["dynamic"]
 
 
+def test_bytes_per_token(capsys):
+    spec = importlib.util.spec_from_file_location("bytes_per_token", ROOT / "examples" / "bytes_per_token.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    script.main()
+    assert capsys.readouterr().out in (ROOT / "docs" / "choosing-a-budget.md").read_text()
+
+
 def test_study_is_what_the_script_runs():
     pytest.importorskip("matplotlib")
     spec = importlib.util.spec_from_file_location("study", ROOT / "examples" / "study.py")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from raas_cache.engine.page_table import PageTable
-from raas_cache.engine.prefill import Places, truncate
+from raas_cache.engine.prefill import Places, truncate, write_prefill
 from raas_cache.engine.prefill_eviction import enter_competition, keep_best
 
 from .tables import PAGE, Tokens, assert_consistent, assert_same, decode, make_table, pages, prefill, rows_of, snapshot
@@ -64,6 +64,27 @@ def test_a_chunk_fills_the_rest_of_a_page_first(tokens):
     assert held(table, 2) == [[7, 8, 9, 10]]
     assert places.dropped.tolist() == [0, 0, 1] and places.room.tolist() == [2, 3, 0]
     assert by_slot(table, 2) == dict(enumerate(range(7, 11)))
+
+
+@pytest.mark.parametrize("chunks", [[2 * PAGE, PAGE + 1], [PAGE - 1, PAGE, PAGE + 2], [1] * 13])
+def test_chunks_of_4_bit_pages(tokens, chunks):
+    """A page that gets more tokens is coded again; each time, a key moves by at most half a step of its channel."""
+    whole, chunked = (make_table(2, tokens, kv_dtype="int4") for _ in range(2))
+    key, value = tokens(2, 3 * PAGE + 1)
+    visible = torch.arange(3 * PAGE + 1) != 2
+    visible = torch.stack([visible, torch.ones_like(visible)])
+    write_prefill(whole, key, value, visible)
+    for part in torch.arange(3 * PAGE + 1).split(chunks):
+        write_prefill(chunked, key[:, :, part], value[:, :, part], visible[:, part])
+    assert [pages(chunked, row) for row in range(2)] == [pages(whole, row) for row in range(2)]
+    assert torch.equal(chunked.states()[1], whole.states()[1]), "values are coded by token"
+    for name in ("key_min", "key_max"):
+        torch.testing.assert_close(getattr(chunked.kv, name), getattr(whole.kv, name), rtol=1e-12, atol=1e-12)
+    step = ((whole.kv.key_max - whole.kv.key_min) / 15).repeat_interleave(PAGE, 2)[:, :, : 3 * PAGE + 1]
+    shown = visible[:, None].expand(-1, key.shape[1], -1)
+    for table, times in ((whole, 1), (chunked, 1 if len(chunks) == 2 else PAGE)):
+        error = (table.states()[0][:, :, : 3 * PAGE + 1] - key).abs()
+        assert (error <= times * step / 2 + 1e-12)[shown].all() and (error > 0).any()
 
 
 def test_rows_in_step_are_written_in_runs(tokens):

@@ -70,15 +70,17 @@ def test_what_follows_is_as_if_nothing_had_come(tokens):
     assert_same(table, plain)
 
 
-@pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
-def test_8_bit_codes(tokens, kv_dtype):
-    table, rollback = begun(tokens, 8 * PAGE, kv_dtype=kv_dtype), Rollback(100)
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8", "int4"])
+@pytest.mark.parametrize("decoded", [8 * PAGE, 8 * PAGE + 3])
+@pytest.mark.parametrize("steps", [1, 2, PAGE + 2])
+def test_codes(tokens, steps, decoded, kv_dtype):
+    """A draft also closes a page: its keys are coded, and exact again when they are taken back."""
+    table, rollback = begun(tokens, decoded, kv_dtype=kv_dtype), Rollback(100)
     before = snapshot(table)
-    noted_steps(table, tokens, rollback, PAGE + 2)
-    rollback.undo(table, PAGE + 2, no_attention)
-    for name in ("keys", "values"):
-        held, expected = (getattr(kv, name).view(torch.int8) for kv in (table.kv, before.kv))
-        setattr(table.kv, name, held), setattr(before.kv, name, expected)
+    noted_steps(table, tokens, rollback, steps)
+    rollback.undo(table, steps, no_attention)
+    assert_same(table, before)
+    decode(table, Tokens(7), 2 * PAGE), decode(before, Tokens(7), 2 * PAGE)
     assert_same(table, before)
 
 
@@ -96,8 +98,10 @@ def test_growth_is_undone_but_for_the_memory(tokens):
 
 @pytest.mark.parametrize("decoded", [0, 1, PAGE, 9 * PAGE + 2])
 @pytest.mark.parametrize("length", [1, 6, 13])
-def test_a_prefill(tokens, decoded, length):
-    table, rollback = begun(tokens, decoded), Rollback(100)
+@pytest.mark.parametrize("kv_dtype", [None, "int4"])
+def test_a_prefill(tokens, kv_dtype, decoded, length):
+    """Also into a page of 4-bit codes, which it codes again."""
+    table, rollback = begun(tokens, decoded, kv_dtype=kv_dtype), Rollback(100)
     before = snapshot(table)
     rollback.note(PrefillNote.before(table, length))
     prefill(table, tokens, length)
@@ -157,13 +161,14 @@ def test_prefill_alone_needs_no_notes(tokens):
 
 
 @pytest.mark.parametrize("index", [[1, 0], [0, 0], [1]])
-def test_notes_move_with_their_rows(tokens, index):
+@pytest.mark.parametrize("kv_dtype", [None, "int4"])
+def test_notes_move_with_their_rows(tokens, kv_dtype, index):
     """Rows change places between a step and its undoing."""
 
     def function(state):
         return state[torch.tensor(index)]
 
-    table, rollback = begun(tokens, 8 * PAGE - 1), Rollback(100)
+    table, rollback = begun(tokens, 8 * PAGE - 1, kv_dtype=kv_dtype), Rollback(100)
     before = snapshot(table)
     noted_steps(table, tokens, rollback, 2)
     rollback.note(PrefillNote.before(table, 6))
@@ -176,9 +181,10 @@ def test_notes_move_with_their_rows(tokens, index):
     assert_consistent(table)
 
 
-def test_rows_at_different_decode_steps(tokens):
+@pytest.mark.parametrize("kv_dtype", [None, "int4"])
+def test_rows_at_different_decode_steps(tokens, kv_dtype):
     """Rows that were admitted one after the other, then stepped and taken back together."""
-    table, rollback = begun(tokens, 0), Rollback(100)
+    table, rollback = begun(tokens, 0, kv_dtype=kv_dtype), Rollback(100)
     decode(table, tokens, 3, rows_of(1))
     decode(table, tokens, 5 * PAGE)
     before = snapshot(table)

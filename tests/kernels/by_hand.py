@@ -100,7 +100,11 @@ def append(kv, key, value, visible=None, rows=None, may_close=False):
             slot = kv.open_slot[row, head].item() + offset
             page = slot // kv.page_size
             kv.bias[row, head, slot] = 0 if is_visible else -math.inf
-            kv.keys[row, head, slot], kv.values[row, head, slot] = key[i, head, 0], value[i, head, 0]
+            if kv.is_packed:
+                kv.open_keys[row, head, offset] = key[i, head, 0]
+                pack_value(kv, row, head, slot, value[i, head, 0])
+            else:
+                kv.keys[row, head, slot], kv.values[row, head, slot] = key[i, head, 0], value[i, head, 0]
             if may_close or offset in (0, kv.page_size - 1):
                 kv.priority[row, head, page] = now
             if kv.key_min is not None:
@@ -109,6 +113,40 @@ def append(kv, key, value, visible=None, rows=None, may_close=False):
                 if is_visible:
                     kv.key_min[row, head, page] = torch.minimum(kv.key_min[row, head, page], key[i, head, 0])
                     kv.key_max[row, head, page] = torch.maximum(kv.key_max[row, head, page], key[i, head, 0])
+            if kv.is_packed and offset == kv.page_size - 1:
+                pack_keys(kv, row, head, page)
+
+
+def four_bits(number, low, high):
+    """The nearest of the 16 numbers from `low` to `high`, halves upwards."""
+    if low == high:
+        return 0
+    return min(max(math.floor((number - low) / ((high - low) / 15) + 0.5), 0), 15)
+
+
+def two_to_a_byte(codes):
+    half = len(codes) // 2
+    return torch.tensor([codes[i] + 16 * codes[half + i] for i in range(half)], dtype=torch.uint8)
+
+
+def pack_value(kv, row, head, slot, value):
+    low, high = min(value.tolist()), max(value.tolist())
+    kv.value_min[row, head, slot], kv.value_max[row, head, slot] = low, high
+    kv.values[row, head, slot] = two_to_a_byte([four_bits(number, low, high) for number in value.tolist()])
+
+
+def pack_keys(kv, row, head, page):
+    lanes = range(kv.page_size)
+    visible = [lane for lane in lanes if kv.bias[row, head, page * kv.page_size + lane] == 0] or lanes
+    codes = [[] for _ in lanes]
+    for channel in range(kv.open_keys.shape[-1]):
+        keys = kv.open_keys[row, head, :, channel].tolist()
+        low, high = min(keys[lane] for lane in visible), max(keys[lane] for lane in visible)
+        kv.key_min[row, head, page, channel], kv.key_max[row, head, page, channel] = low, high
+        for lane in lanes:
+            codes[lane].append(four_bits(keys[lane], low, high))
+    for lane in lanes:
+        kv.keys[row, head, page * kv.page_size + lane] = two_to_a_byte(codes[lane])
 
 
 def stamp(kv, scores, alpha, top_ratio, rows=None):

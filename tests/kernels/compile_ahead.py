@@ -38,8 +38,12 @@ POINTERS = {
     "bounds": "*fp32", "key_scales": "*fp32", "value_scales": "*fp32", "key_scale": "*fp32",
     "value_scale": "*fp32", "visible": "*i1",
 }  # fmt: skip
-STATES = ("keys", "values", "key", "value", "key_min", "key_max", "query", "output", "sinks")
+STATES = (
+    "keys", "values", "key", "value", "key_min", "key_max", "query", "output", "sinks", "open_keys", "value_min",
+    "value_max",
+)  # fmt: skip
 CODES = {"i8": triton.language.int8, "fp8e4nv": triton.language.float8e4nv}
+PACKED = "u8"  # two 4-bit codes in a byte
 GROUP, PAGE = 4, 16
 
 
@@ -50,23 +54,26 @@ def constants_of(kernel: str, head_size: int, dtype: str, code: str | None) -> l
     """
     block = triton.next_power_of_2(head_size)
     group = {"GROUP": GROUP, "DV": head_size, "BLOCK_GROUP": MIN_DOT, "BLOCK_DV": block}
+    part = max(MIN_DOT, triton.next_power_of_2(head_size // 2)) if code == PACKED else block
+    bytes_of_token = head_size // 2 if code == PACKED else head_size
     config = default_config(head_size, DTYPES[dtype])
     return {
         "append_kernel": [
             {
                 "PAGE": PAGE, "DK": head_size, "DV": head_size, "BOUNDS": is_other, "MASKED": is_other,
-                "MAY_CLOSE": is_other, "ROWS": is_other, "STATES": 3 * is_other, "QUANTIZED": code is not None,
+                "MAY_CLOSE": is_other, "ROWS": is_other, "STATES": 3 * is_other, "QUANTIZED": code in CODES,
+                "PACKED": code == PACKED,
                 "BLOCK_PAGES": 64, "BLOCK_DK": block, "BLOCK_DV": block, "BLOCK_STATES": 4 if is_other else 1,
             }
             for is_other in (False, True)
         ],
         "attend_kernel": [
             {
-                **group, "PAGE": PAGE, "UNIT": PAGE, "DK": head_size, "BLOCK_SLOTS": config.tile, "BLOCK_DK": block,
-                "KEYS_SLOT": head_size, "VALUES_SLOT": head_size * (1 + is_other),
+                **group, "PAGE": PAGE, "UNIT": PAGE, "DK": head_size, "BLOCK_SLOTS": config.tile, "BLOCK_DK": part,
+                "BLOCK_DV": part, "KEYS_SLOT": bytes_of_token, "VALUES_SLOT": bytes_of_token * (1 + is_other),
                 "OPERAND": OPERANDS[dtype], "CAPPED": is_other, "SELECTED": is_other, "ROWS": is_other,
                 "SUM": is_other, "MEAN": is_other, "SINKS": is_other, "WHOLE": is_whole, "BLOCK_PAGES": 64,
-                "QUANTIZED": code is not None,
+                "QUANTIZED": code in CODES, "PACKED": code == PACKED,
             }
             for is_other, is_whole in ((False, True), (True, True), (True, False))
         ],
@@ -87,19 +94,20 @@ def constants_of(kernel: str, head_size: int, dtype: str, code: str | None) -> l
         "show_kernel": [
             {
                 "COLUMNS": show.COLUMNS, "BIAS": triton.language.float32, "KEY": key, "BOUND": bound,
-                "BOUNDS": has_bounds, "QUANTIZED": code is not None, "DK": head_size, "BLOCK_DK": block,
-                "BLOCK": PAGE if has_bounds else show.BLOCK_SLOTS,
+                "BOUNDS": has_bounds, "QUANTIZED": code in CODES, "PACKED": code == PACKED, "DK": head_size,
+                "BLOCK_DK": block, "BLOCK": PAGE if has_bounds else show.BLOCK_SLOTS,
             }
-            for has_bounds in (False, True)
-            for key, bound in [(CODES[code], triton.language.float32) if code else (OPERANDS[dtype],) * 2]
+            for has_bounds in ((True,) if code == PACKED else (False, True))
+            for key, bound in [(CODES[code], triton.language.float32) if code in CODES else (OPERANDS[dtype],) * 2]
         ],
     }[kernel]  # fmt: skip
 
 
 def type_of(name: str, dtype: str, code: str | None, kernel: str) -> str:
-    if code and (name in ("keys", "values") or (kernel == "append_kernel" and name in ("key", "value"))):
+    is_new = kernel == "append_kernel" and name in ("key", "value")  # a 4-bit cache gets them in the model's dtype
+    if code and (name in ("keys", "values") or (is_new and code in CODES)):
         return f"*{code}"
-    if code and name in ("key_min", "key_max"):
+    if code in CODES and name in ("key_min", "key_max"):
         return "*fp32"
     if name in STATES:
         return f"*{dtype}"
@@ -111,7 +119,7 @@ def type_of(name: str, dtype: str, code: str | None, kernel: str) -> str:
 def main(architecture: int) -> None:
     target = GPUTarget("cuda", architecture, 32)
     # fp8 as codes needs a GPU of 8.9 or newer.
-    codes = [None, "i8"] + (["fp8e4nv"] if architecture >= 89 else [])
+    codes = [None, "i8", PACKED] + (["fp8e4nv"] if architecture >= 89 else [])
     for name, module in KERNELS.items():
         kernel = getattr(module, name)
         reads_codes = name in ("append_kernel", "attend_kernel", "show_kernel")

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from raas_kernels import PagedKV, page_extremes, quantize
+from raas_kernels import PagedKV, key_states, pack_page, pack_values, page_extremes, quantize, value_states
 from raas_kernels.ops.append import reference as torch_append
 from raas_kernels.ops.attend import reference as torch_attend
 from raas_kernels.ops.page_bounds import reference as torch_page_bounds
@@ -16,7 +16,7 @@ from raas_kernels.ops.stamp import reference as torch_stamp
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
-CODES = [torch.int8, torch.float8_e4m3fn]
+CODES = [torch.int8, torch.float8_e4m3fn, torch.uint8]  # uint8: two 4-bit codes in a byte
 
 reference = SimpleNamespace(
     append=torch_append.append,
@@ -53,7 +53,7 @@ def make_kv(
 
     Args:
         decode_pages: pages that are evictable, the last ones of each row.
-        code: 8-bit dtype of the keys and values.
+        code: dtype of the codes of keys and values.
         bounds: keep key_min and key_max.
         states: numbers of the policy for each page.
         strided: keys and values are views of one larger buffer, tokens before heads.
@@ -75,11 +75,16 @@ def make_kv(
         evictable[:, :-1] = torch.rand(batch, pages - 1, device=DEVICE) < 0.5
     clock = torch.tensor([slots - page_size - page_size // 2 - 1, page_size // 2 - 1], device=DEVICE)
     key_min = key_max = key_scales = value_scales = None
+    open_slot, packed = torch.full(rows, slots - 2 * page_size, device=DEVICE), {}
     if bounds:
         key_min, key_max = page_extremes(keys, bias, page_size)
         if code is not None:
             key_min, key_max = key_min.float(), key_max.float()
-    if code is not None:
+    if code == torch.uint8:
+        packed = packed_contents(keys, values, bias, open_slot, page_size)
+        keys, values = packed.pop("keys"), packed.pop("values")
+        key_min, key_max = packed.pop("key_min"), packed.pop("key_max")
+    elif code is not None:
         (keys, key_scales), (values, value_scales) = quantize(keys, code), quantize(values, code)
     if strided:
         keys, values = as_views(keys, values)
@@ -90,7 +95,7 @@ def make_kv(
         positions=positions,
         priority=priority,
         evictable=evictable,
-        open_slot=torch.full(rows, slots - 2 * page_size, device=DEVICE),
+        open_slot=open_slot,
         clock=clock.expand(*rows, 2).contiguous(),
         page_size=page_size,
         key_scales=key_scales,
@@ -98,7 +103,30 @@ def make_kv(
         key_min=key_min,
         key_max=key_max,
         states=torch.rand(*rows, pages, states, dtype=torch.float64, device=DEVICE) if states else None,
+        **packed,
     )
+
+
+def packed_contents(keys, values, bias, open_slot, page_size):
+    """The fields of a 4-bit cache for exact keys and values; the open page's codes mean nothing."""
+    pages = keys.unflatten(2, (-1, page_size))  # [B, H, P, S, Dk]
+    codes, key_min, key_max = pack_page(pages, (bias != 0).unflatten(2, (-1, page_size)))
+    index = (open_slot // page_size)[..., None, None, None].expand(-1, -1, 1, page_size, keys.shape[-1])
+    open_keys = pages.gather(2, index)
+    codes.scatter_(2, index[..., : codes.shape[-1]], torch.randint_like(codes, 256))
+    value_codes, value_min, value_max = pack_values(values)
+    return {
+        "keys": codes.flatten(2, 3), "values": value_codes, "key_min": key_min, "key_max": key_max,
+        "open_keys": open_keys[:, :, 0].contiguous(), "value_min": value_min, "value_max": value_max,
+    }  # fmt: skip
+
+
+def decoded(kv):
+    """The same cache with its codes as the float64 numbers that they stand for."""
+    plain = mapped(kv, lambda name, tensor: tensor.double() if name in ("bias", "key_min", "key_max") else tensor)
+    plain.keys, plain.values = key_states(kv, torch.float64), value_states(kv, torch.float64)
+    plain.key_scales = plain.value_scales = plain.open_keys = plain.value_min = plain.value_max = None
+    return plain
 
 
 def as_views(keys, values):
@@ -134,7 +162,8 @@ def copied(kv):
 
 def exact(kv):
     """The same cache in float64, and its codes as float64 numbers: what the reference takes as the truth."""
-    names = {"keys", "values", "bias", "key_scales", "value_scales", "key_min", "key_max"}
+    names = {"bias", "key_scales", "value_scales", "key_min", "key_max", "open_keys", "value_min", "value_max"}
+    names |= set() if kv.is_packed else {"keys", "values"}  # two codes in a byte are no number
     return mapped(kv, lambda name, tensor: tensor.double() if name in names else tensor.clone())
 
 

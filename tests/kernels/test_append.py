@@ -16,8 +16,9 @@ fused = triton_engine()
 def make_token(kv, rows=None):
     """Key and value as a model gives them: one token's heads side by side, so that pairs are not contiguous."""
     batch = len(kv.bias) if rows is None else len(rows)
-    dtype = kv.keys.dtype if kv.key_scales is None else torch.float32
-    sizes = kv.keys.shape[-1], kv.values.shape[-1]
+    keys = kv.keys if kv.open_keys is None else kv.open_keys
+    dtype = keys.dtype if kv.key_scales is None else torch.float32
+    sizes = keys.shape[-1], kv.value_size
     return [torch.randn(batch, 1, kv.bias.shape[1], size, dtype=dtype, device=DEVICE).transpose(1, 2) for size in sizes]
 
 
@@ -91,13 +92,14 @@ def test_triton_compares_pages_in_blocks(monkeypatch):
 @pytest.mark.parametrize("in_step", [True, False])
 @pytest.mark.parametrize("with_rows", [False, True])
 @pytest.mark.parametrize("strided", [False, True])
-def test_against_loops(engine, in_step, with_rows, strided):
+@pytest.mark.parametrize("code", [None, torch.uint8], ids=str)
+def test_against_loops(code, engine, in_step, with_rows, strided):
     """In float64 for the torch engine: everything that append writes, in every row, after pages were recycled."""
     append = {"torch": reference.append, "graph": append_in_graph, "triton": fused.append}[engine]
     dtype = torch.float32 if engine == "triton" else torch.float64
     kv = make_kv(
         batch=3, pages=6, page_size=4, dk=8, dv=6, dtype=dtype, bounds=True, states=2, strided=strided,
-        rows_differ=True, decode_pages=1,
+        rows_differ=True, decode_pages=1, code=code,
     )  # fmt: skip
     if not in_step:
         spread_clocks(kv)
@@ -114,9 +116,9 @@ def test_against_loops(engine, in_step, with_rows, strided):
         assert_same(rows_of(kv, slice(1, 2)), rows_of(before, slice(1, 2)))
 
 
-@pytest.mark.parametrize("bounds", [False, True])
-def test_rows_that_are_not_in_step_get_what_each_gets_alone(bounds):
-    kv = make_kv(batch=3, page_size=4, dk=8, dv=8, bounds=bounds)
+@pytest.mark.parametrize("shape", [{}, {"bounds": True}, {"code": torch.uint8}], ids=str)
+def test_rows_that_are_not_in_step_get_what_each_gets_alone(shape):
+    kv = make_kv(batch=3, page_size=4, dk=8, dv=8, **shape)
     kv.clock[:] = torch.tensor([[[40, 0]] * 2, [[7, 2]] * 2, [[99, 5]] * 2], device=DEVICE)
     alone = [rows_of(copied(kv), slice(row, row + 1)) for row in range(3)]
     for _ in range(9):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from raas_kernels import PagedKV, dequantize, quantize
+from raas_kernels import PagedKV, dequantize, pack_page, pack_values, quantize, unpack
 from raas_kernels.ops.attend.configs import Config
 
 from . import by_hand
@@ -12,6 +12,7 @@ from .helpers import (
     DEVICE,
     TOLERANCE,
     as_views,
+    decoded,
     exact,
     make_kv,
     reference,
@@ -37,7 +38,7 @@ def check(
     page_score="max", group_score="max", **shape,
 ):  # fmt: skip
     kv = make_kv(dtype=dtype, **shape)
-    heads, dk = kv.keys.shape[1], kv.keys.shape[-1]
+    heads, dk = kv.keys.shape[1], shape.get("dk", 16)
     batch = len(kv.bias) if rows is None else len(rows)
     query = torch.randn(batch, heads * group, 1, dk, dtype=dtype, device=DEVICE)
     sinks = torch.linspace(-3, 3, heads * group, dtype=dtype, device=DEVICE) if has_sinks else None
@@ -173,14 +174,11 @@ def test_reference_against_loops(options, with_rows, strided):
 @pytest.mark.parametrize("code", CODES, ids=str)
 def test_reference_reads_codes_as_the_states_they_stand_for(code):
     kv = make_kv(batch=2, page_size=4, dtype=torch.float32, code=code)
-    decoded = exact(kv)
-    decoded.keys = dequantize(kv.keys, kv.key_scales, torch.float64)
-    decoded.values = dequantize(kv.values, kv.value_scales, torch.float64)
-    decoded.key_scales = decoded.value_scales = None
+    states = decoded(kv)
     query, selected = torch.randn(2, 6, 1, 16, device=DEVICE), choose_pages(kv, 4, 2, holes=True)
     for pages in (None, selected):
         ours = reference.attend(kv, query, 0.3, selected=pages)
-        expected = reference.attend(decoded, query.double(), 0.3, selected=pages)
+        expected = reference.attend(states, query.double(), 0.3, selected=pages)
         assert all(relative_error(*pair) < 1e-5 for pair in zip(ours, expected, strict=True))
 
 
@@ -248,6 +246,33 @@ def test_codes_give_the_states_back(code, bound):
     assert (again != states).any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_4_bit_codes_give_the_states_back(dtype):
+    """A key within half a step of its channel's range in the page, a value within half a step of its own range."""
+    states = (torch.randn(2, 3, 7, 16, 8, device=DEVICE).double() * torch.logspace(-4, 3, 8).to(DEVICE)).to(dtype)
+    states[0, 0, 0] = 3.0
+    hidden = torch.zeros(2, 3, 7, 16, dtype=torch.bool, device=DEVICE)
+    codes, low, high = pack_page(states, hidden)
+    assert codes.shape == (2, 3, 7, 16, 4) and low.dtype == dtype
+    again = unpack(codes, low[..., None, :], high[..., None, :], torch.float64)
+    error = (again - states.double()).abs().amax(-2)
+    assert (error <= 1.001 * (high.double() - low.double()) / 30).all() and (error > 0).any()
+    assert (again[0, 0, 0] == 3.0).all()
+    codes, low, high = pack_values(states)
+    again = unpack(codes, low[..., None], high[..., None], torch.float64)
+    assert ((again - states.double()).abs().amax(-1) <= 1.001 * (high.double() - low.double()) / 30).all()
+    assert torch.equal(low, states.amin(-1)) and torch.equal(high, states.amax(-1))
+
+
+def test_a_hidden_key_widens_no_bound_unless_all_are_hidden():
+    keys = torch.tensor([[1.0, 2.0], [3.0, 1.0], [-9.0, 99.0]], device=DEVICE)
+    hidden = torch.tensor([[False, False, True], [True, True, True]], device=DEVICE)
+    codes, low, high = pack_page(keys.expand(2, -1, -1), hidden)
+    assert low.tolist() == [[1.0, 1.0], [-9.0, 1.0]] and high.tolist() == [[3.0, 2.0], [3.0, 99.0]]
+    again = unpack(codes, low[:, None], high[:, None], torch.float32)
+    assert again[0].tolist() == [[1.0, 2.0], [3.0, 1.0], [1.0, 2.0]], "a hidden key is at the nearest bound"
+
+
 def test_views_of_a_callers_memory_hold_the_same_states():
     kv = make_kv()
     assert all(map(torch.equal, as_views(kv.keys, kv.values), (kv.keys, kv.values)))
@@ -263,6 +288,7 @@ def test_at_size(budget, dk, dtype):
     for group in (1, 4, 8):
         check(group=group, batch=4 if budget < 65536 else 1, decode_pages=pages - 8, **shape)
     for settings in (
-        {"pages_read": pages // 2}, {"page_score": "sum", "group_score": "mean"}, {"code": CODES[0]}, {"strided": True},
+        {"pages_read": pages // 2}, {"page_score": "sum", "group_score": "mean"}, {"strided": True},
+        {"code": CODES[0]}, {"code": CODES[2]},
     ):  # fmt: skip
         check(group=4, batch=1, decode_pages=8, **shape, **settings)

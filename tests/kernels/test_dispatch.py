@@ -66,8 +66,9 @@ class TestOperators:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     @pytest.mark.parametrize("full", [False, True])
-    def test_append(self, full, dtype):
-        kv = make_kv(batch=2, dtype=dtype, bounds=full, states=2 * full, strided=full)
+    @pytest.mark.parametrize("code", [None, torch.uint8], ids=str)
+    def test_append(self, code, full, dtype):
+        kv = make_kv(batch=2, dtype=dtype, bounds=full, states=2 * full, strided=full, code=code)
         kv.clock[..., 1] = kv.page_size - 1
         rows = torch.tensor([1]) if full else None
         key, value = torch.randn(2, 1 if full else 2, 2, 1, 16, dtype=dtype)
@@ -76,8 +77,9 @@ class TestOperators:
     # Triton's attend refuses float64.
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, *[torch.float64] * (DEVICE == "cpu")])
     @pytest.mark.parametrize("full", [False, True])
-    def test_attend(self, full, dtype):
-        kv = make_kv(batch=2, dtype=dtype, dv=24, code=torch.int8 if full else None)
+    @pytest.mark.parametrize("code", [torch.int8, torch.uint8], ids=str)
+    def test_attend(self, code, full, dtype):
+        kv = make_kv(batch=2, dtype=dtype, dv=24, code=code if full else None)
         selected, softcap, sinks, rows = (
             (torch.tensor([[[3, 1, -1], [0, 2, 4]]]), 2.0, torch.zeros(6, dtype=dtype), torch.tensor([1]))
             if full

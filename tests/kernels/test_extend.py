@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from raas_kernels import dequantize, extend, quantize, resident
+from raas_kernels import extend, resident
 
 from . import by_hand
-from .helpers import CODES, DEVICE, exact, make_kv, relative_error
+from .helpers import CODES, DEVICE, decoded, make_kv, relative_error
 
 
 TURN = 5
@@ -78,15 +78,11 @@ def test_a_hidden_query_gives_no_score():
 
 @pytest.mark.parametrize("code", CODES, ids=str)
 def test_codes(code):
-    kv = make_kv(batch=2, page_size=4)
-    decoded = exact(kv)
-    (kv.keys, kv.key_scales), (kv.values, kv.value_scales) = quantize(kv.keys, code), quantize(kv.values, code)
-    decoded.keys = dequantize(kv.keys, kv.key_scales, torch.float64)
-    decoded.values = dequantize(kv.values, kv.value_scales, torch.float64)
+    kv = make_kv(batch=2, page_size=4, code=code)
     query, tokens = torch.randn(2, 4, 3, 16, device=DEVICE), torch.tensor([11, 12, 13], device=DEVICE)
     for rows in (None, torch.tensor([1, 0], device=DEVICE)):
         found = extend(kv, query, tokens, 0.3, rows=rows)
-        expected = extend(decoded, query.double(), tokens, 0.3, rows=rows)
+        expected = extend(decoded(kv), query.double(), tokens, 0.3, rows=rows)
         assert all(relative_error(*pair) < 1e-5 for pair in zip(found, expected, strict=True))
 
 

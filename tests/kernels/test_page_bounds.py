@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from raas_kernels import attend, page_extremes, page_logit_bounds
+from raas_kernels import attend, key_states, page_extremes, page_logit_bounds
 
 from . import by_hand
 from .helpers import CODES, DEVICE, TOLERANCE, copied, exact, make_kv, reference, relative_error, triton_engine
@@ -15,7 +15,7 @@ fused = triton_engine()
 def check(group, dtype, softcap=None, rows=None, bounds=True, **shape):
     kv = make_kv(dtype=dtype, bounds=bounds, **shape)
     batch = len(kv.bias) if rows is None else len(rows)
-    query = torch.randn(batch, kv.bias.shape[1] * group, 1, kv.keys.shape[-1], dtype=dtype, device=DEVICE)
+    query = torch.randn(batch, kv.bias.shape[1] * group, 1, shape["dk"], dtype=dtype, device=DEVICE)
     found = fused.page_logit_bounds(kv, query, 0.3, softcap, rows)
     expected = reference.page_logit_bounds(exact(kv), query.double(), 0.3, softcap, rows)
     assert found.dtype == torch.float32 and found.shape == expected.shape
@@ -31,7 +31,7 @@ def test_triton(dk, dtype):
 
 @pytest.mark.parametrize("rows", [None, [2, 0]])
 @pytest.mark.parametrize("bounds", [False, True])
-@pytest.mark.parametrize("code", [None, torch.int8], ids=str)
+@pytest.mark.parametrize("code", [None, torch.int8, torch.uint8], ids=str)
 def test_triton_on_chosen_rows_of_a_callers_memory(code, bounds, rows):
     rows = None if rows is None else torch.tensor(rows, device=DEVICE)
     shape = {"batch": 3, "page_size": 4, "dk": 16, "code": code, "strided": True}
@@ -63,17 +63,17 @@ def test_bounds_of_codes_are_the_same_whether_kept_or_computed(code):
     kv = make_kv(batch=2, code=code)
     query = torch.randn(2, 6, 1, 16, device=DEVICE)
     computed = page_logit_bounds(kv, query, 0.3)
-    decoded = kv.keys.float() * kv.key_scales[..., None]
     kept = copied(kv)
-    kept.key_min, kept.key_max = page_extremes(decoded, kv.bias, kv.page_size)
+    kept.key_min, kept.key_max = page_extremes(key_states(kv, torch.float32), kv.bias, kv.page_size)
     torch.testing.assert_close(page_logit_bounds(kept, query, 0.3), computed)
 
 
-def test_bounds_the_logits_of_every_token():
-    kv = make_kv(batch=2, page_size=4, bounds=True)
+@pytest.mark.parametrize("code", [None, torch.uint8], ids=str)
+def test_bounds_the_logits_of_every_token(code):
+    kv = make_kv(batch=2, page_size=4, bounds=True, code=code)
     query = torch.randn(2, 6, 1, 16, device=DEVICE)
     bounds = page_logit_bounds(kv, query, 0.3)
-    logits = (query.view(2, 2, 3, 16) @ kv.keys.mT * 0.3 + kv.bias[:, :, None]).amax(2)
+    logits = (query.view(2, 2, 3, 16) @ key_states(kv, torch.float32).mT * 0.3 + kv.bias[:, :, None]).amax(2)
     assert (logits.unflatten(-1, (-1, 4)).amax(-1) <= bounds + 1e-5).all()
     _, scores = attend(kv, query, 0.3)
     assert (scores[bounds == float("-inf")] == 0).all()

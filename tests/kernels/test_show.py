@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from raas_kernels import PagedKV, dequantize, page_extremes, quantize
+from raas_kernels import PagedKV, dequantize, key_states, page_extremes, quantize
 
 from . import by_hand
-from .helpers import DEVICE, as_views, copied, mapped, reference, triton_engine
+from .helpers import DEVICE, as_views, copied, mapped, packed_contents, reference, triton_engine
 
 
 fused = triton_engine()
@@ -20,7 +20,7 @@ def make_layer(pages=5, page_size=4, dk=8, dtype=torch.float32, code=None, bound
     positions[..., page_size : 2 * page_size] = -1
     clock = torch.tensor([[[slots - 3, 5]] * 2, [[slots - 6, 2]] * 2])
     keys, key_scales = torch.randn(2, 2, slots, dk, generator=generator).to(dtype), None
-    if code is not None:
+    if code not in (None, torch.uint8):
         keys, key_scales = quantize(keys, code)
     bias = torch.full((2, 2, slots), float("-inf"))
     bias.masked_fill_((positions >= 0) & (positions <= clock[..., :1]), 0)
@@ -28,20 +28,21 @@ def make_layer(pages=5, page_size=4, dk=8, dtype=torch.float32, code=None, bound
     if bounds:
         wide = keys if key_scales is None else dequantize(keys, key_scales, torch.float32)
         key_min, key_max = page_extremes(wide, bias, page_size)
+    open_slot = torch.tensor([[0, 2 * page_size], [3 * page_size, 0]])
+    contents = {"keys": keys, "values": keys, "key_min": key_min, "key_max": key_max}
+    if code == torch.uint8:
+        contents |= packed_contents(keys, keys, bias, open_slot, page_size)
     kv = PagedKV(
-        keys=keys,
-        values=keys,
+        **contents,
         bias=bias,
         positions=positions.int(),
         priority=torch.zeros(2, 2, pages).double(),
         evictable=torch.ones(2, pages, dtype=torch.bool),
-        open_slot=torch.zeros(2, 2, dtype=torch.int64),
+        open_slot=open_slot,
         clock=clock,
         page_size=page_size,
         key_scales=key_scales,
         value_scales=key_scales,
-        key_min=key_min,
-        key_max=key_max,
     )
     kv = mapped(kv, lambda name, tensor: tensor.to(DEVICE))
     if strided:
@@ -68,11 +69,28 @@ def test_reference_shows_the_tokens_that_the_mask_names(bounds):
     assert torch.equal(kv.bias, before), "a hidden token can be shown again"
 
 
+def test_the_bounds_of_coded_pages_stay_with_their_codes():
+    """Only the open page's bounds follow the mask; the keys of all others are the same whatever is shown."""
+    kv = make_layer(code=torch.uint8)
+    before, keys = copied(kv), key_states(kv, torch.float64)
+    reference.show([kv], draw_mask(20, 0.5, seed=1))
+    assert torch.equal(key_states(kv, torch.float64), keys)
+    page = (kv.open_slot // 4)[..., None]
+    extremes = page_extremes(keys.float(), kv.bias, 4)
+    for name, expected in zip(("key_min", "key_max"), extremes, strict=True):
+        ours, old = getattr(kv, name), getattr(before, name)
+        is_open = (torch.arange(5, device=DEVICE) == page) & kv.is_open[..., None]
+        assert torch.equal(ours, torch.where(is_open[..., None], expected, old))
+        assert not torch.equal(ours, old)
+
+
 SHAPES = [
     {},
     {"bounds": True},
     {"bounds": True, "dk": 12, "page_size": 1, "pages": 7},
     {"bounds": True, "code": torch.int8},
+    {"bounds": True, "code": torch.uint8},
+    {"code": torch.uint8, "page_size": 8, "dk": 12, "dtype": torch.bfloat16, "strided": True},
     {"bounds": True, "dtype": torch.bfloat16},
     {"bounds": True, "strided": True},
     {"bounds": True, "strided": True, "code": torch.float8_e4m3fn},

@@ -207,7 +207,7 @@ def test_a_turn_longer_than_the_budget_is_evicted(method, scoring):
     assert oracle.evicted(0, 0, 0) >= 17
 
 
-@pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8", "int4"])
 @pytest.mark.parametrize(
     ("method", "mode"),
     [
@@ -328,6 +328,9 @@ def test_a_latent_a_cap_sinks_and_shared_kv(name, method, mode):
         ("tova", "evict", {"page_size": 1}),
         ("rkv", "evict", {}),
         ("quest", "select", {"kv_dtype": "int8"}),
+        ("raas", "pin", {"kv_dtype": "int4", "scoring": "minmax"}),
+        ("rkv", "evict", {"kv_dtype": "int4"}),
+        ("quest", "select", {"kv_dtype": "int4"}),
     ],
     ids=str,
 )

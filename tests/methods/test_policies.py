@@ -108,7 +108,7 @@ def test_each_method_is_one_short_file():
         ("quest", {"prompt": "evict"}, ValueError, "prompt='evict' is not supported by QuestPolicy.* 'select', 'pin'"),
         ("dense", {"prompt": "select"}, ValueError, "prompt='select' is not supported by DensePolicy"),
         ("raas", {"prompt": "keep"}, ValueError, "prompt='keep' is unknown: use one of 'pin', 'select', 'evict'"),
-        ("raas", {"kv_dtype": "int4"}, ValueError, "kv_dtype='int4' is unknown: use one of None, 'int8', 'fp8'"),
+        ("raas", {"kv_dtype": "int2"}, ValueError, "kv_dtype='int2' is unknown: use one of None, 'int8', 'fp8'"),
         ("raas", {"top_ratio": "0.5"}, TypeError, "top_ratio='0.5' must be a number, not str"),
         ("raas", {"budget": [64, 0]}, ValueError, "budget=0 must be positive"),
         ("raas", {"budget": []}, ValueError, "budget=.. must be an int, or a list with one int per layer"),

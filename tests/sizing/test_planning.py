@@ -39,20 +39,37 @@ def test_int8_takes_a_byte_each_and_a_scale_a_token():
     assert planned.saves_from == 1057
 
 
+@pytest.mark.parametrize(("page_size", "ratio"), [(16, 0.324), (32, 0.297)])
+def test_int4_takes_less_than_a_third(page_size, ratio):
+    """Half a byte each; two bounds in bfloat16 for each channel of a page of keys, and for each value; an open page."""
+    pages = 2048 // page_size
+    keys = 2048 * 64 + 2 * pages * 128 * 2 + page_size * 128 * 2
+    planned = plan(LLAMA, 2048, kv_dtype="int4", page_size=page_size)
+    assert planned.nbytes == 32 * 8 * (keys + 2048 * (64 + 4))
+    assert planned.nbytes / plan(LLAMA, 2048, page_size=page_size).nbytes == pytest.approx(ratio, abs=0.001)
+
+
+def test_int4_of_a_latent_is_refused():
+    with pytest.raises(ValueError, match="kv_dtype='int4' does not support models that cache a latent"):
+        plan(tiny_config("deepseek_v3"), 1024, kv_dtype="int4")
+
+
 # Grouped heads, a latent, a window beside full attention, linear attention in other layers and in the same ones.
-@pytest.mark.parametrize("name", ["llama", "deepseek_v3", "gemma3_text", "qwen3_next", "falcon_h1"])
+NAMES = ["llama", "deepseek_v3", "gemma3_text", "qwen3_next", "falcon_h1"]
+PLANNED = [
+    (64, {}),
+    ([64, 40, 48, 96], {}),
+    (64, {"kv_dtype": "int8"}),
+    (64, {"page_size": 8, "min_decode_pages": 5}),
+    (16, {}),
+    (16, {"prompt": "select"}),
+    (16, {"prompt": "evict"}),
+]
+PACKED = [(name, 64, {"kv_dtype": "int4"}) for name in NAMES if name != "deepseek_v3"]  # which caches a latent
+
+
 @pytest.mark.parametrize(
-    ("budget", "options"),
-    [
-        (64, {}),
-        ([64, 40, 48, 96], {}),
-        (64, {"kv_dtype": "int8"}),
-        (64, {"page_size": 8, "min_decode_pages": 5}),
-        (16, {}),
-        (16, {"prompt": "select"}),
-        (16, {"prompt": "evict"}),
-    ],
-    ids=str,
+    ("name", "budget", "options"), [*((name, *case) for name in NAMES for case in PLANNED), *PACKED], ids=str
 )
 @pytest.mark.filterwarnings("ignore:budget=16 leaves")
 def test_plan_is_what_a_run_allocates(name, budget, options):
@@ -73,7 +90,7 @@ def test_plan_is_what_a_run_allocates(name, budget, options):
     assert (planned.paged_layers, planned.layers) == (len(paged), len(dynamic.layers))
 
 
-@pytest.mark.parametrize("kv_dtype", [None, "int8"])
+@pytest.mark.parametrize("kv_dtype", [None, "int8", "int4"])
 def test_a_dense_cache_is_larger_from_saves_from_on(kv_dtype):
     of = {"prompt_tokens": 4, "page_size": 4, "min_decode_pages": 1, "kv_dtype": kv_dtype, "dtype": torch.float32}
     first = plan(tiny_config("gemma3_text"), 64, **of).saves_from
@@ -96,13 +113,13 @@ def test_the_config_stays_as_it_is():
     assert config.to_json_string() == before
 
 
-@pytest.mark.parametrize("kv_dtype", [None, "int8"])
+@pytest.mark.parametrize("kv_dtype", [None, "int8", "int4"])
 @pytest.mark.parametrize("batch_size", [1, 16])
 def test_largest_budget_fits_and_a_page_more_does_not(batch_size, kv_dtype):
     options = {"batch_size": batch_size, "kv_dtype": kv_dtype}
-    budget = largest_budget(LLAMA, 2_000_000_000, **options)
+    budget = largest_budget(LLAMA, 1_000_000_000, **options)
     assert budget % 16 == 0
-    assert plan(LLAMA, budget, **options).nbytes <= 2_000_000_000 < plan(LLAMA, budget + 16, **options).nbytes
+    assert plan(LLAMA, budget, **options).nbytes <= 1_000_000_000 < plan(LLAMA, budget + 16, **options).nbytes
 
 
 def test_largest_budget_holds_no_more_than_all_tokens():
@@ -125,7 +142,7 @@ def test_largest_budget_that_cannot_be():
         ("llama", {"batch_size": 0}, ValueError, "batch_size=0 must be positive"),
         ("llama", {"prompt_tokens": 0}, ValueError, "prompt_tokens=0 must be positive"),
         ("llama", {"tokens": 100}, ValueError, "tokens=100 includes the prompt: make it at least prompt_tokens=256"),
-        ("llama", {"kv_dtype": "int4"}, ValueError, "kv_dtype='int4' is unknown"),
+        ("llama", {"kv_dtype": "int2"}, ValueError, "kv_dtype='int2' is unknown"),
         ("mistral", {}, ValueError, "no layer of this 'mistral' has full attention"),
         ("bloom", {}, ValueError, "this 'bloom' cannot run a token.*did not read the paged cache"),
         ("deepseek_v32", {}, ValueError, "layer 0 of 'deepseek_v32' needs a DynamicIndexedLayer"),
@@ -165,9 +182,10 @@ def test_command():
     assert result.exit_code == 0, result.output
     assert result.output.startswith("llama: 32 of 32 layers are paged. They cache 131,072 bytes per token in bfloat16.")
     header, _, *lines = rows(result.output)
-    assert header[4] == "dynamic at 32,768" and len(lines) == 2 * 2 * 2
-    assert lines[6] == ["16", "2,048", "bfloat16", "4.29 GB", "68.72 GB", "16.0", "2,049", "1,792"]
-    assert lines[7][2:6] == ["int8", "2.21 GB", "68.72 GB", "31.0"]
+    assert header[4] == "dynamic at 32,768" and len(lines) == 2 * 2 * 3
+    assert lines[9] == ["16", "2,048", "bfloat16", "4.29 GB", "68.72 GB", "16.0", "2,049", "1,792"]
+    assert lines[10][2:6] == ["int8", "2.21 GB", "68.72 GB", "31.0"]
+    assert lines[11][2:6] == ["int4", "1.39 GB", "68.72 GB", "49.3"]
 
 
 def test_command_finds_the_largest_budget():
@@ -175,12 +193,13 @@ def test_command_finds_the_largest_budget():
     assert [line[1:4] for line in rows(result.output)[2:]] == [
         ["4,768", "bfloat16", "10.00 GB"],
         ["9,232", "int8", "9.98 GB"],
+        ["14,848", "int4", "9.99 GB"],
     ]
 
 
 def test_command_says_where_the_prompt_is_over_the_budget():
     result = run("--model", embedded_model(), "--budget", "256,1024", "--prompt", 1000, "--dtype", "bfloat16")
-    assert [line[-1] for line in rows(result.output)[2::2]] == ["128 (over budget)"] * 2
+    assert [line[-1] for line in rows(result.output)[2::2]] == ["128 (over budget)"] * 3
     assert result.output.rstrip().endswith("raise the budget.")
     assert "Over budget" not in run("--model", embedded_model(), "--budget", 512).output
 

@@ -13,14 +13,20 @@ from .paged_layer import PagedLayer, holding_pages
 
 
 def nbytes(layers: Iterable[object]) -> int:
-    """Bytes of the buffers of keys and values of `layers`, with the scales of 8-bit codes."""
+    """Bytes of the buffers of keys and values of `layers`, with the scales of 8-bit codes.
+
+    For 4-bit codes, with the bounds that they count from and with the keys of the open pages.
+    """
     buffers = []
     for layer in layers:
         for part in layer.parts if isinstance(layer, PagedLayer) else [layer]:
             # Linear-attention layers have no keys, layers not yet filled have None.
             buffers += [getattr(part, "keys", None), getattr(part, "values", None)]
             if isinstance(part, PagedLayer) and part.table.kv is not None:
-                buffers += [part.table.kv.key_scales, part.table.kv.value_scales]
+                kv = part.table.kv
+                buffers += [kv.key_scales, kv.value_scales]
+                if kv.is_packed:
+                    buffers += [kv.key_min, kv.key_max, kv.value_min, kv.value_max, kv.open_keys]
     return sum(buffer.nbytes for buffer in buffers if buffer is not None)
 
 

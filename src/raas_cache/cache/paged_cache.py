@@ -62,7 +62,8 @@ class PagedCache(Cache):
             - `"evict"`: after each prefill, its pages are evicted like all other pages, except the first page of the
               row (the sink). O(budget) memory for any prompt. Assisted decoding is not possible.
         kv_dtype (`str`, *optional*): store keys and values as `"int8"` or `"fp8"` codes, with one scale per token and
-            KV head. The default is the model's dtype.
+            KV head, or as `"int4"` codes: each channel of a page's keys between its smallest and its largest key, each
+            value between its smallest and its largest number. The default is the model's dtype.
         config (`PreTrainedConfig`, *optional*): config of the model. It says which layers have full attention and are
             paged; the others (sliding windows, linear attention, layers that share the KV of another layer) keep the
             cache of transformers. Without `config`, the first attention call provides it; a model that starts with
@@ -91,7 +92,7 @@ class PagedCache(Cache):
         granularity: Literal["head", "layer"] | None = None,
         min_decode_pages: int = 8,
         prompt: Literal["pin", "select", "evict"] | None = None,
-        kv_dtype: Literal["int8", "fp8"] | None = None,
+        kv_dtype: Literal["int8", "fp8", "int4"] | None = None,
         config: PreTrainedConfig | None = None,
         offloading: bool = False,
         shares: Shares | None = None,
@@ -287,7 +288,7 @@ class PagedCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the buffers of keys and values of all layers occupy, with the scales of 8-bit codes."""
+        """Bytes that the buffers of keys and values of all layers occupy, with the scales or bounds of codes."""
         return inspection.nbytes(self.layers)
 
     def resident_positions(self, layer_idx: int) -> torch.Tensor:

@@ -159,7 +159,7 @@ class PagedLayer(CacheLayerMixin):
         self.has_begun()
         for engine in (part.engine for part in self.parts):
             if engine.policy.uses_rotation and engine.rotation is None:
-                engine.rotation = rotation_of_caller(layer_idx, engine.kv.keys.shape[-1], engine.table.device)
+                engine.rotation = rotation_of_caller(layer_idx, engine.table.signature[2], engine.table.device)
         if not has_warned and (forward.is_first or forward.new > 1):
             has_warned = self.warn_if_prefill_fills_budget(forward.new)
         if forward.is_first or self.engine.is_latent:

@@ -42,7 +42,7 @@ class CacheOptions(TypedDict, total=False):
     granularity: Literal["head", "layer"] | None
     min_decode_pages: int
     prompt: Literal["pin", "select", "evict"] | None
-    kv_dtype: Literal["int8", "fp8"] | None
+    kv_dtype: Literal["int8", "fp8", "int4"] | None
     config: PreTrainedConfig | None
     offloading: bool
     shares: Shares | None
@@ -129,7 +129,7 @@ def checked_settings(
     granularity: Literal["head", "layer"] | None,
     min_decode_pages: object,
     prompt: Literal["pin", "select", "evict"] | None,
-    kv_dtype: Literal["int8", "fp8"] | None,
+    kv_dtype: Literal["int8", "fp8", "int4"] | None,
 ) -> tuple[int | tuple[int, ...], LayerSettings]:
     """The budget, and the settings of a layer without its budget (0). See `PagedCache` for the arguments.
 
@@ -146,7 +146,7 @@ def checked_settings(
     check_choice("scoring", scoring, ("exact", "minmax"))
     check_choice("granularity", granularity, ("head", "layer"))
     check_choice("prompt", prompt, ("pin", "select", "evict"))
-    check_choice("kv_dtype", kv_dtype, (None, "int8", "fp8"))
+    check_choice("kv_dtype", kv_dtype, (None, "int8", "fp8", "int4"))
     if prompt not in policy.prompts:
         able = ", ".join(map(repr, policy.prompts))
         raise ValueError(f"prompt={prompt!r} is not supported by {type(policy).__name__}: use one of {able}.")

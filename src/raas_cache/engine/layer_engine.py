@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     from .row_counts import Rows
 
 
+NO_PACKED_LATENT = (
+    "kv_dtype='int4' does not support models that cache a latent (MLA): use kv_dtype='int8', or do not pass kv_dtype."
+)
+
+
 class Tracer(Protocol):
     """Receives what the policy receives; see `raas_cache.tracing`."""
 
@@ -100,8 +105,12 @@ class LayerEngine:
         """Make the layer one that caches a latent, which the model expands before attention.
 
         Raises:
-            ValueError: the policy compares queries with the cached keys, which a latent does not allow.
+            ValueError: the policy compares queries with the cached keys, which a latent does not allow. Or the cache
+                stores 4-bit codes: the mask of a latent comes after its tokens, so a page would be coded before it is
+                known which of its tokens are hidden.
         """
+        if self.settings.is_packed:
+            raise ValueError(NO_PACKED_LATENT)
         if self.policy.uses_rotation:
             raise ValueError(
                 f"{type(self.policy).__name__} compares queries with the keys in the cache, but this model caches a "
@@ -138,6 +147,9 @@ class LayerEngine:
             key_min=None,
             key_max=None,
             states=None if kv.states is None else kv.states[rows],
+            open_keys=None,
+            value_min=None,
+            value_max=None,
             row_states=None if kv.row_states is None else kv.row_states[rows],
         )
 

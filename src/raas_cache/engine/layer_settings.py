@@ -10,7 +10,7 @@ import torch
 from .policy import Policy
 
 
-CODES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+CODES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "int4": torch.uint8}  # uint8: two 4-bit codes in a byte
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,18 @@ class LayerSettings:
     scoring: Literal["exact", "minmax"] = "exact"
     granularity: Literal["head", "layer"] = "head"
     prompt: Literal["pin", "select", "evict"] = "pin"
-    kv_dtype: Literal["int8", "fp8"] | None = None
+    kv_dtype: Literal["int8", "fp8", "int4"] | None = None
     shares: tuple[float, ...] = (1.0,)
 
     @property
     def code(self) -> torch.dtype | None:
-        """The 8-bit dtype in which keys and values are stored; None for the model's dtype."""
+        """The dtype of the codes of keys and values; None if they are stored in the model's dtype."""
         return None if self.kv_dtype is None else CODES[self.kv_dtype]
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether keys and values are stored as 4-bit codes."""
+        return self.kv_dtype == "int4"
 
     @property
     def grows(self) -> bool:
@@ -50,7 +55,7 @@ class LayerSettings:
 
     @property
     def has_key_bounds(self) -> bool:
-        """Whether the layer keeps `key_min` and `key_max` of each page."""
+        """Whether a decode step computes bounds of the pages' logits from `key_min` and `key_max`."""
         return self.scoring == "minmax" or not self.reads_all
 
     def prefill_pages_read(self, pinned_pages: int) -> int:

@@ -82,7 +82,7 @@ class PageTable:
             batch_size: number of rows to allocate.
 
         Raises:
-            ValueError: the device cannot compute in the layer's 8-bit dtype.
+            ValueError: the device cannot compute in the layer's 8-bit dtype, or 4-bit codes cannot store a head size.
         """
         heads, device = key.shape[1], key.device
         self.kv = new_kv(self.settings, key, value, batch_size)
@@ -270,21 +270,12 @@ class PageTable:
         """Keys and values of all slots in the dtypes of the model, `[batch, kv_heads, slots, head_dim]`."""
         kv = self.kv
         assert kv is not None
-        if kv.key_scales is None or kv.value_scales is None:
-            return kv.keys, kv.values
-        return (
-            raas_kernels.dequantize(kv.keys, kv.key_scales, self.dtypes[0]),
-            raas_kernels.dequantize(kv.values, kv.value_scales, self.dtypes[1]),
-        )
+        return raas_kernels.key_states(kv, self.dtypes[0]), raas_kernels.value_states(kv, self.dtypes[1])
 
     def summarise(self) -> None:
-        """Compute `key_min` and `key_max` of all pages again."""
-        kv = self.kv
-        assert kv is not None
-        if kv.key_min is not None and kv.key_max is not None:
-            low, high = raas_kernels.page_extremes(self.states()[0], kv.bias, self.page_size)
-            kv.key_min.copy_(low)
-            kv.key_max.copy_(high)
+        """Compute `key_min` and `key_max` again, see `raas_kernels.refresh_extremes`."""
+        assert self.kv is not None
+        raas_kernels.refresh_extremes(self.kv)
 
     # Rows.
 
@@ -308,7 +299,7 @@ class PageTable:
         assert kv is not None
         self.counts.clear(rows.on_host)
         index = rows.on_device
-        for held in (kv.keys, kv.values, kv.key_scales, kv.value_scales):
+        for held in (kv.keys, kv.values, kv.key_scales, kv.value_scales, kv.open_keys, kv.value_min, kv.value_max):
             if held is not None:  # attention multiplies what is hidden by 0, which leaves NaN as it is
                 movable(held)[index] = 0
         kv.bias[index], kv.positions[index] = float("-inf"), -1

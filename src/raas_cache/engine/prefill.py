@@ -7,6 +7,7 @@ import torch
 
 import raas_kernels
 
+from .packed_pages import write_prefill_keys
 from .page_table import PageTable
 from .resize import allocating, movable
 from .row_counts import Rows
@@ -193,7 +194,13 @@ def _write(
         key, value = (raas_kernels.finite(states, hidden[..., None]) for states in (key, value))
     positions = seen[:, None, None] + torch.arange(new, device=device)  # [rows, 1, new]
     writes = [(kv.bias, bias.expand(-1, heads, -1)), (kv.positions, positions.int().expand(-1, heads, -1))]
-    for buffer, scales, states in ((kv.keys, kv.key_scales, key), (kv.values, kv.value_scales, value)):
+    held = [(kv.keys, kv.key_scales, key), (kv.values, kv.value_scales, value)]
+    if kv.value_min is not None and kv.value_max is not None:
+        write_prefill_keys(kv, places, key, None if visible is None else hidden, rows)
+        codes, low, high = raas_kernels.pack_values(value)
+        writes += [(kv.value_min, low), (kv.value_max, high)]
+        held = [(kv.values, None, codes)]
+    for buffer, scales, states in held:
         if scales is not None:
             states, scale = raas_kernels.quantize(states, buffer.dtype)
             writes.append((scales, scale))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from .packed_pages import pack_open_pages
 from .page_table import PageTable
 from .prefill import Places
 from .resize import allocating, gathered
@@ -47,6 +48,10 @@ def keep_best(table: PageTable, places: Places, rows: Rows | None) -> None:
     touched = np.arange(table.batch_size) if rows is None else rows.on_host
     limit = table.limit_beside(1)
     # 1. Sort the pages after the sink by priority, and pages with equal priority by age. Empty pages come first.
+    is_touched = torch.zeros(table.batch_size, dtype=torch.bool, device=table.device)
+    is_touched[torch.from_numpy(touched).to(table.device)] = True
+    if kv.is_packed:  # step 3 closes their open pages
+        pack_open_pages(kv, is_touched)
     first = kv.first[..., 1:]  # [batch, kv_heads, pages - 1]
     by_age = first.argsort(dim=-1, stable=True)
     order = by_age.gather(-1, kv.priority[..., 1:].gather(-1, by_age).argsort(dim=-1, stable=True))
@@ -55,8 +60,6 @@ def keep_best(table: PageTable, places: Places, rows: Rows | None) -> None:
     index = torch.cat([torch.zeros_like(kv.open_slot)[..., None], best], -1)  # [batch, kv_heads, 1 + kept]
     small = gathered(kv, index)
     # 3. Close the open pages of these rows: the next decode token opens a new page. Other open pages have moved.
-    is_touched = torch.zeros(table.batch_size, dtype=torch.bool, device=table.device)
-    is_touched[torch.from_numpy(touched).to(table.device)] = True
     unfilled = (small.positions > small.clock[..., :1]) & is_touched[:, None, None]
     small.positions.masked_fill_(unfilled, -1)
     open_page = (index == (kv.open_slot // size)[..., None]).int().argmax(-1)

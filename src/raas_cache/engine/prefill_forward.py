@@ -31,7 +31,7 @@ class Prefill(Forward):
         self.is_first = is_first
         self.among: torch.Tensor | None = None
         self.places: Places | None = None
-        self.exact: Expanded | None = None  # the tokens before they become 8-bit codes, for rows that begin here
+        self.exact: Expanded | None = None  # the tokens before they become codes, for rows that begin here
         self.competes = False  # whether its pages must still be reduced to the budget (prompt="evict")
 
     @uncompiled
@@ -44,7 +44,7 @@ class Prefill(Forward):
         if visible is not None and len(visible) != count:  # one mask for all rows
             visible, leading = visible.expand(count, -1), leading and leading * count
         self.places = write_prefill(layer.table, self.key, self.value, visible, leading, layer.rows)
-        if layer.kv.key_scales is not None and not self.is_first and self.places.begins.any():
+        if layer.settings.kv_dtype is not None and not self.is_first and self.places.begins.any():
             self.exact = self.key, self.value
             if visible is not None:
                 hidden = ~visible[:, None, :, None]
@@ -70,7 +70,7 @@ class Prefill(Forward):
         return output
 
     def states(self) -> Expanded:
-        """As `Forward.states`. A row that begins here reads its tokens as in a first forward: not as 8-bit codes."""
+        """As `Forward.states`. A row that begins here reads its tokens as in a first forward: not as codes."""
         states = super().states()
         if self.exact is None or self.places is None:
             return states

@@ -12,6 +12,7 @@ import torch
 from raas_kernels import PagedKV
 
 from .layer_settings import CODES, LayerSettings
+from .packed_pages import check_head_sizes, packed_buffers
 
 
 AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
@@ -51,24 +52,28 @@ def new_kv(settings: LayerSettings, key: torch.Tensor, value: torch.Tensor, batc
         batch_size: number of rows to allocate.
 
     Raises:
-        ValueError: the device cannot compute in the layer's 8-bit dtype.
+        ValueError: the device cannot compute in the layer's 8-bit dtype, or 4-bit codes cannot store a head size.
     """
     code, device = settings.code, key.device
     if code == CODES["fp8"] and device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         if capability < (8, 9):
             raise ValueError(f"kv_dtype='fp8' needs a GPU of capability 8.9 or newer, not {capability}: use 'int8'.")
-    heads = key.shape[1]
+    is_packed = settings.is_packed
+    if is_packed:
+        check_head_sizes(key.shape[-1], value.shape[-1])
+    heads, in_a_byte = key.shape[1], 2 if is_packed else 1
     accumulate = torch.promote_types(torch.promote_types(key.dtype, value.dtype), torch.float32)
 
     def empty(*size: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(batch_size, heads, *size, dtype=dtype, device=device)
 
-    has_bounds, states, vectors = settings.has_key_bounds, len(settings.policy.state), len(settings.policy.row_state)
-    bounds_dtype = key.dtype if code is None else accumulate
+    has_bounds, has_scales = settings.has_key_bounds or is_packed, code is not None and not is_packed
+    states, vectors = len(settings.policy.state), len(settings.policy.row_state)
+    bounds_dtype = accumulate if has_scales else key.dtype
     return PagedKV(
-        keys=empty(0, key.shape[-1], dtype=code or key.dtype),
-        values=empty(0, value.shape[-1], dtype=code or value.dtype),
+        keys=empty(0, key.shape[-1] // in_a_byte, dtype=code or key.dtype),
+        values=empty(0, value.shape[-1] // in_a_byte, dtype=code or value.dtype),
         bias=empty(0, dtype=accumulate),
         positions=empty(0, dtype=torch.int32),
         priority=empty(0, dtype=torch.float64),
@@ -76,12 +81,13 @@ def new_kv(settings: LayerSettings, key: torch.Tensor, value: torch.Tensor, batc
         open_slot=empty(dtype=torch.int64).zero_(),
         clock=empty(2, dtype=torch.int64).fill_(-1),
         page_size=settings.page_size,
-        key_scales=None if code is None else empty(0, dtype=torch.float32),
-        value_scales=None if code is None else empty(0, dtype=torch.float32),
+        key_scales=empty(0, dtype=torch.float32) if has_scales else None,
+        value_scales=empty(0, dtype=torch.float32) if has_scales else None,
         key_min=empty(0, key.shape[-1], dtype=bounds_dtype) if has_bounds else None,
         key_max=empty(0, key.shape[-1], dtype=bounds_dtype) if has_bounds else None,
         states=empty(0, states, dtype=torch.float64) if states else None,
         row_states=empty(vectors, key.shape[-1], dtype=torch.float64).zero_() if vectors else None,
+        **(packed_buffers(key, value, batch_size, settings.page_size) if is_packed else {}),
     )
 
 
@@ -111,6 +117,8 @@ def map_pages(kv: PagedKV, function: Callable[[torch.Tensor, int, float], torch.
         key_min=optional(kv.key_min, 1),
         key_max=optional(kv.key_max, 1),
         states=optional(kv.states, 1),
+        value_min=optional(kv.value_min, kv.page_size),
+        value_max=optional(kv.value_max, kv.page_size),
     )
 
 
@@ -132,6 +140,7 @@ def map_rows(kv: PagedKV, function: RowFunction) -> PagedKV:
         open_slot=moved(kv.open_slot),
         clock=moved(kv.clock),
         row_states=None if kv.row_states is None else moved(kv.row_states),
+        open_keys=None if kv.open_keys is None else moved(kv.open_keys),
     )
 
 
@@ -175,6 +184,10 @@ def put_page(kv: PagedKV, page: torch.Tensor, contents: PagedKV) -> None:
         (kv.positions, contents.positions),
         (kv.key_scales, contents.key_scales),
         (kv.value_scales, contents.value_scales),
+        (kv.value_min, contents.value_min),
+        (kv.value_max, contents.value_max),
+        (kv.key_min, contents.key_min),
+        (kv.key_max, contents.key_max),
     ):
         put(buffer, before)
 

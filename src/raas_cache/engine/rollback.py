@@ -28,6 +28,11 @@ def _put_back(now: torch.Tensor | None, before: torch.Tensor | None, empty: floa
         now[:, :, before.shape[2] :] = empty
 
 
+def _next_lane(kv: PagedKV) -> torch.Tensor:
+    """`[batch, kv_heads, 1, 1]` int64, the place of the next decode token in its page."""
+    return ((kv.clock[..., 1] + 1) % kv.page_size)[..., None, None]
+
+
 @dataclass
 class DecodeNote:
     """What one decode step overwrites.
@@ -40,6 +45,8 @@ class DecodeNote:
         states: `[batch, kv_heads, pages, n]`, before the step; None if the policy has none.
         open_slot: `[batch, kv_heads]`, before the step.
         row_states: `[batch, kv_heads, vectors, head_dim]`, before the step; None if the policy has none.
+        open_key: `[batch, kv_heads, 1, head_dim]`, the key that the step overwrites in `open_keys`; None without 4-bit
+            codes. A step that codes a full page leaves its exact keys there.
     """
 
     page: torch.Tensor
@@ -50,6 +57,7 @@ class DecodeNote:
     states: torch.Tensor | None
     open_slot: torch.Tensor
     row_states: torch.Tensor | None
+    open_key: torch.Tensor | None
     length: ClassVar[int] = 1
 
     @classmethod
@@ -68,7 +76,10 @@ class DecodeNote:
             None if buffer is None else torch.take_along_dim(buffer, index, 2) for buffer in (kv.key_min, kv.key_max)
         )
         states, row_states = (None if buffer is None else buffer.clone() for buffer in (kv.states, kv.row_states))
-        return cls(page, contents, key_min, key_max, kv.priority.clone(), states, kv.open_slot.clone(), row_states)
+        open_key = None if kv.open_keys is None else torch.take_along_dim(kv.open_keys, _next_lane(kv), 2)
+        return cls(
+            page, contents, key_min, key_max, kv.priority.clone(), states, kv.open_slot.clone(), row_states, open_key
+        )
 
     def undo(self, table: PageTable, kept: int, attend: Callable[..., None]) -> int:
         """Put `table` back as it was before the step (`kept` is 0); returns the tokens taken back: 1."""
@@ -80,6 +91,8 @@ class DecodeNote:
             kv.bias.scatter_(2, slot[..., None], float("-inf"))
         else:
             put_page(kv, self.page, self.contents)
+        if kv.open_keys is not None and self.open_key is not None:
+            kv.open_keys.scatter_(2, _next_lane(kv).expand_as(self.open_key), self.open_key)
         index = self.page[..., None, None]
         for held, before in ((kv.key_min, self.key_min), (kv.key_max, self.key_max)):
             if held is not None and before is not None:
@@ -89,7 +102,8 @@ class DecodeNote:
         slots = pages * table.page_size
         kv.bias[:, :, slots:], kv.positions[:, :, slots:] = float("-inf"), -1
         if kv.key_min is not None and kv.key_max is not None:
-            kv.key_min[:, :, pages:], kv.key_max[:, :, pages:] = float("inf"), float("-inf")
+            empty = 0 if kv.is_packed else float("inf")  # the codes of empty pages are read, and must be finite
+            kv.key_min[:, :, pages:], kv.key_max[:, :, pages:] = empty, -empty
         _put_back(kv.priority, self.priority, float("-inf"))
         _put_back(kv.states, self.states, 0)
         kv.open_slot.copy_(self.open_slot)
@@ -104,8 +118,8 @@ class DecodeNote:
         self.page, self.priority, self.open_slot = (
             function(buffer) for buffer in (self.page, self.priority, self.open_slot)
         )
-        self.states, self.row_states, self.key_min, self.key_max = (
-            moved(buffer) for buffer in (self.states, self.row_states, self.key_min, self.key_max)
+        self.states, self.row_states, self.key_min, self.key_max, self.open_key = (
+            moved(buffer) for buffer in (self.states, self.row_states, self.key_min, self.key_max, self.open_key)
         )
         if self.contents is not None:
             self.contents = map_pages(self.contents, lambda buffer, entries, empty: function(buffer))
@@ -118,12 +132,16 @@ class PrefillNote:
     Args:
         length: number of tokens of the forward.
         priority, states: as in `DecodeNote`, before the forward.
+        tail: `[batch, kv_heads]` int64, the last pinned page, and `tail_contents`, a copy of it. None without 4-bit
+            codes: only their prefill changes the codes of tokens that are already in this page.
         reads: the attention calls of the forward: query `[rows, heads, length, head_dim]`, and settings of the softmax.
     """
 
     length: int
     priority: torch.Tensor
     states: torch.Tensor | None
+    tail: torch.Tensor | None = None
+    tail_contents: PagedKV | None = None
     reads: list[tuple[torch.Tensor, Softmax]] = field(default_factory=list)
 
     @classmethod
@@ -131,7 +149,13 @@ class PrefillNote:
         """Note what a forward of `length` prefill tokens will overwrite."""
         kv = table.kv
         assert kv is not None
-        return cls(length, kv.priority.clone(), None if kv.states is None else kv.states.clone())
+        note = cls(length, kv.priority.clone(), None if kv.states is None else kv.states.clone())
+        if kv.is_packed and kv.num_pages:
+            pinned = table.counts.pinned
+            last = np.where(pinned, np.arange(pinned.shape[1]), 0).max(1)
+            note.tail = torch.from_numpy(last).to(table.device)[:, None].expand(-1, table.num_heads).contiguous()
+            note.tail_contents = gathered(kv, note.tail[..., None])
+        return note
 
     def undo(self, table: PageTable, kept: int, attend: Callable[..., None]) -> int:
         """Take back all but the first `kept` tokens, and their effect on priorities. Returns the number removed."""
@@ -139,6 +163,8 @@ class PrefillNote:
         truncate(table, table.counts.seen - removed, drops_decoded=False)
         kv = table.kv
         assert kv is not None
+        if not kept and self.tail is not None and self.tail_contents is not None:
+            put_page(kv, self.tail, self.tail_contents)
         if table.is_decoding:
             pages = min(self.priority.shape[2], table.num_pages)
             _put_back(kv.priority, self.priority[:, :, :pages], float("-inf"))
@@ -152,6 +178,9 @@ class PrefillNote:
         self.priority = function(self.priority)
         self.states = None if self.states is None else function(self.states)
         self.reads = [(function(query), softmax) for query, softmax in self.reads]
+        if self.tail is not None and self.tail_contents is not None:
+            self.tail = function(self.tail)
+            self.tail_contents = map_pages(self.tail_contents, lambda buffer, entries, empty: function(buffer))
 
 
 class Rollback:

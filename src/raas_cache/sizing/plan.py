@@ -25,6 +25,7 @@ from ..cache.paged_layer import PagedLayer
 from ..common.measure import kv_nbytes
 from ..common.reporting import markdown
 from ..common.upstream import CACHE_ARGUMENT
+from ..engine.layer_engine import NO_PACKED_LATENT
 from ..engine.prefill_forward import Prefill
 from ..methods.raas import RaaSCache
 
@@ -45,7 +46,7 @@ class SizeOptions(TypedDict, total=False):
     page_size: int
     min_decode_pages: int
     prompt: Literal["pin", "select", "evict"]
-    kv_dtype: Literal["int8", "fp8"] | None
+    kv_dtype: Literal["int8", "fp8", "int4"] | None
 
 
 @dataclass(frozen=True)
@@ -170,6 +171,7 @@ class _Model:
             model.eval()(torch.zeros(1, 1, dtype=torch.int64), use_cache=True, **{CACHE_ARGUMENT: cache})
         self.places: list[int] = [layer.place for layer in cache.layers]  # type: ignore[union-attr]
         self.token_states = [_first_token(layer) for layer in cache.layers]
+        self.has_latent = any(isinstance(layer, PagedLayer) and layer.engine.is_latent for layer in cache.layers)
 
     def plan(self, budget: Budget, batch_size: int, prompt_tokens: int, tokens: int, options: SizeOptions) -> Plan:
         for name, value in (("batch_size", batch_size), ("prompt_tokens", prompt_tokens)):
@@ -177,6 +179,8 @@ class _Model:
                 raise ValueError(f"{name}={value} must be positive.")
         if tokens < prompt_tokens:
             raise ValueError(f"tokens={tokens} includes the prompt: make it at least prompt_tokens={prompt_tokens}.")
+        if self.has_latent and options.get("kv_dtype") == "int4":
+            raise ValueError(NO_PACKED_LATENT)
         cache, dynamic = RaaSCache(budget, config=self.config, **options), DynamicCache(config=self.config)
         for either in (cache, dynamic):
             either.layers = [copy.deepcopy(either.layers[place]) for place in self.places]
@@ -280,7 +284,8 @@ def table(
     """
     model = _Model(config, dtype)
     name = next(str(states[0].dtype) for states in model.token_states if states is not None).removeprefix("torch.")
-    ways: tuple[tuple[str, Literal["int8"] | None], ...] = ((name, None), ("int8", "int8"))
+    ways: list[tuple[str, Literal["int8", "int4"] | None]] = [(name, None), ("int8", "int8")]
+    ways += [] if model.has_latent else [("int4", "int4")]
     header = ["batch", "budget", "stored as", "KV", f"dynamic at {tokens:,}", "ratio", "saves from", "decode tokens"]
     lines, is_over_budget = [], False
     for batch_size, budget, (way, kv_dtype) in itertools.product(batches, budgets or (None,), ways):

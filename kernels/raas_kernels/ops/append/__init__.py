@@ -28,10 +28,13 @@ def append(
     are 0. "The open page's timestamp becomes t" at every token, says the paper. A page that stays open until it is full
     cannot be recycled before, so its priority is written only with its first and its last token.
 
+    In a 4-bit cache, the key goes to `open_keys`. When the page gets its last token, all its keys are coded at once
+    (`pack_page`).
+
     Args:
         kv: written in place.
-        key, value: `[R, H, 1, Dk]` and `[R, H, 1, Dv]`, in the dtype of `kv.keys` and `kv.values`; for an 8-bit cache
-            in the model's dtype.
+        key, value: `[R, H, 1, Dk]` and `[R, H, 1, Dv]`, in the dtype of `kv.keys` and `kv.values`; for an 8-bit or
+            4-bit cache in the model's dtype.
         visible: `[R]` bool, False where the attention mask hides the token; None if it hides the token of no row.
         rows: `[R]` int64, the batch rows to append to, each at most once; None for all.
         may_close: whether a page may be closed before it is full. Its priority is then written with every token.
@@ -48,7 +51,7 @@ def append(
     "Tensor key, Tensor value, Tensor? visible, Tensor? rows, bool may_close",
     writes=(
         "keys", "values", "bias", "positions", "priority", "open_slot", "clock", "key_scales", "value_scales",
-        "key_min", "key_max", "states",
+        "key_min", "key_max", "states", "open_keys", "value_min", "value_max",
     ),
 )  # fmt: skip
 def _append(

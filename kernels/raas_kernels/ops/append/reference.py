@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...paged_kv import PagedKV, finite, take_rows
-from ...quantize import dequantize, quantize
+from ...quantize import dequantize, pack_page, pack_values, quantize
 
 
 def victim(kv: PagedKV, rows: Tensor | None = None) -> Tensor:
@@ -70,6 +70,8 @@ def append(
     writes, key = _writes(kv, key, value)
     for buffer, new in writes:
         buffer.scatter_(2, (slot if new.ndim == 3 else slot.unsqueeze(-1)).expand_as(new), new)
+    if kv.open_keys is not None:
+        kv.open_keys[:, :, offset : offset + 1] = key
     if hidden is None:
         kv.bias.scatter_(2, slot, 0)
     else:
@@ -93,6 +95,15 @@ def append(
         ):
             seen = key if hidden is None else key.masked_fill(hidden[..., None], empty)
             extreme.scatter_(2, index, seen if offset == 0 else fold(extreme.gather(2, index), seen))
+
+    # 6. In a 4-bit cache, code the keys of a page that is full.
+    if kv.open_keys is not None and kv.key_min is not None and kv.key_max is not None and offset == size - 1:
+        slots = kv.open_slot[..., None] + torch.arange(size, device=kv.bias.device)  # [B, H, S]
+        codes, low, high = pack_page(kv.open_keys, kv.bias.gather(2, slots) != 0)
+        kv.keys.scatter_(2, slots[..., None].expand_as(codes), codes)
+        index = (kv.open_slot[..., None, None] // size).expand(-1, -1, 1, low.shape[-1])
+        kv.key_min.scatter_(2, index, low.unsqueeze(2))
+        kv.key_max.scatter_(2, index, high.unsqueeze(2))
 
 
 def append_in_graph(
@@ -156,6 +167,15 @@ def append_in_graph(
             seen = torch.where(shown[..., None], key, empty)
             put(extreme, page, torch.where(opening[..., None], seen, fold(extreme[row, head, page], seen)))
 
+    # 6. In a 4-bit cache, code the keys of a page that is full.
+    if kv.open_keys is not None and kv.key_min is not None and kv.key_max is not None:
+        put(kv.open_keys, offset, key)
+        codes, low, high = pack_page(kv.open_keys[row, head], kv.bias[at] != 0)  # [R, H, S, Dk / 2], [R, H, Dk]
+        closing = (offset == size - 1)[..., None]  # [R, H, 1]
+        put(kv.keys, slots, torch.where(closing[..., None], codes, kv.keys[at]))
+        put(kv.key_min, page, torch.where(closing, low, kv.key_min[row, head, page]))
+        put(kv.key_max, page, torch.where(closing, high, kv.key_max[row, head, page]))
+
 
 def _put_rows(buffer: Tensor, rows: Tensor | None, new: Tensor) -> None:
     """Write `new` `[R, ...]` into the rows of a buffer `[B, ...]`."""
@@ -166,7 +186,10 @@ def _put_rows(buffer: Tensor, rows: Tensor | None, new: Tensor) -> None:
 
 
 def _writes(kv: PagedKV, key: Tensor, value: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-    """Pairs of (buffer, what to write into it) for one token, and the key as attention will read it."""
+    """Pairs of (buffer, what to write into its slot) for one token, and the key as attention will read it."""
+    if kv.value_min is not None and kv.value_max is not None:
+        codes, low, high = pack_values(value)
+        return [(kv.values, codes), (kv.value_min, low), (kv.value_max, high)], key
     if kv.key_scales is None or kv.value_scales is None:
         return [(kv.keys, key), (kv.values, value)], key
     key_codes, key_scale = quantize(key, kv.keys.dtype)

@@ -14,13 +14,44 @@ MAX_BLOCK_PAGES = 1024  # pages whose priorities a program compares at once
 
 
 @triton.jit
+def finite_states(states, shown):
+    """0 for a NaN or an infinity of a hidden token, because its weight 0 * NaN would be NaN."""
+    wide = states.to(tl.float32)
+    return tl.where((shown > 0) | (wide - wide == 0.0), states, 0.0)  # only for finite x is x - x == 0
+
+
+@triton.jit
+def coded(states, low, high):
+    """4-bit codes of float32 `states` between the bounds `low` and `high`, see `pack`."""
+    step = (high - low) * (1.0 / 15)
+    below = states - low
+    # div_rn rounds as torch does; it takes two tensors of one shape.
+    codes = tl.floor(tl.div_rn(below, tl.where(step > 0, step, 1.0) + tl.zeros_like(below)) + 0.5)
+    return tl.minimum(tl.maximum(codes, 0.0), 15.0).to(tl.uint8)
+
+
+@triton.jit
+def code_channels(open_keys, key_min, key_max, ignored, lane, channel, DK: tl.constexpr):
+    """The codes [PAGE, BLOCK_DK // 2] of one half of the channels of the open page; it writes their bounds."""
+    inside = channel < DK // 2
+    address = lane[:, None] * DK + channel[None, :]
+    key = tl.load(open_keys + address, mask=inside[None, :], other=0.0).to(tl.float32)
+    low = tl.min(tl.where(ignored[:, None], float("inf"), key), 0)
+    high = tl.max(tl.where(ignored[:, None], float("-inf"), key), 0)
+    tl.store(key_min + channel, low.to(key_min.dtype.element_ty), mask=inside)
+    tl.store(key_max + channel, high.to(key_max.dtype.element_ty), mask=inside)
+    return coded(key, low[None, :], high[None, :])
+
+
+@triton.jit
 def append_kernel(
     keys, values, bias, positions, priority, evictable, open_slot, clock, key_scales, value_scales, key_min, key_max,
-    states, key, value, key_scale, value_scale, visible, rows,
+    states, open_keys, value_min, value_max, key, value, key_scale, value_scale, visible, rows,
     heads, pages, keys_row, keys_head, keys_slot, values_row, values_head, values_slot,
     key_row, key_head, value_row, value_head,
     PAGE: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, STATES: tl.constexpr,
-    BOUNDS: tl.constexpr, QUANTIZED: tl.constexpr, MASKED: tl.constexpr, MAY_CLOSE: tl.constexpr, ROWS: tl.constexpr,
+    BOUNDS: tl.constexpr, QUANTIZED: tl.constexpr, PACKED: tl.constexpr, MASKED: tl.constexpr, MAY_CLOSE: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK_PAGES: tl.constexpr, BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_STATES: tl.constexpr,
 ):  # fmt: skip
     """Program i serves KV head i % heads of the call's row i // heads, which is row `rows[i // heads]` of the cache."""
@@ -87,17 +118,35 @@ def append_kernel(
     new_value = tl.load(value + call_row * value_row + head * value_head + dv, mask=dv < DV, other=0.0)
     wide = new_key.to(tl.float32)
     if MASKED and not QUANTIZED:
-        # A hidden token may hold NaN, and its weight 0 * NaN is NaN. Only for finite x is x - x == 0.
-        wide_value = new_value.to(tl.float32)
-        new_key = tl.where((shown > 0) | (wide - wide == 0.0), new_key, 0.0)
-        new_value = tl.where((shown > 0) | (wide_value - wide_value == 0.0), new_value, 0.0)
+        new_key, new_value = finite_states(new_key, shown), finite_states(new_value, shown)
+        wide = new_key.to(tl.float32)
     if QUANTIZED:
         new_scale = tl.load(key_scale + call)
         wide *= new_scale
         tl.store(key_scales + pair * pages * PAGE + slot, new_scale)
         tl.store(value_scales + pair * pages * PAGE + slot, tl.load(value_scale + call))
-    tl.store(keys + row * keys_row + head * keys_head + slot * keys_slot + dk, new_key, mask=dk < DK)
-    tl.store(values + row * values_row + head * values_head + slot * values_slot + dv, new_value, mask=dv < DV)
+    keys += row * keys_row + head * keys_head
+    values += row * values_row + head * values_head + slot * values_slot
+    if PACKED:
+        open_keys += pair * PAGE * DK
+        tl.store(open_keys + offset * DK + dk, new_key, mask=dk < DK)
+        half = tl.arange(0, BLOCK_DV // 2)
+        is_half = half < DV // 2
+        source = value + call_row * value_row + head * value_head + half
+        first = tl.load(source, mask=is_half, other=0.0)
+        second = tl.load(source + DV // 2, mask=is_half, other=0.0)
+        if MASKED:
+            first, second = finite_states(first, shown), finite_states(second, shown)
+        first, second = first.to(tl.float32), second.to(tl.float32)
+        wide_value = new_value.to(tl.float32)
+        least = tl.min(tl.where(dv < DV, wide_value, float("inf")), 0)
+        most = tl.max(tl.where(dv < DV, wide_value, float("-inf")), 0)
+        tl.store(values + half, coded(first, least, most) | (coded(second, least, most) << 4), mask=is_half)
+        tl.store(value_min + pair * pages * PAGE + slot, least.to(value_min.dtype.element_ty))
+        tl.store(value_max + pair * pages * PAGE + slot, most.to(value_max.dtype.element_ty))
+    else:
+        tl.store(keys + slot * keys_slot + dk, new_key, mask=dk < DK)
+        tl.store(values + dv, new_value, mask=dv < DV)
 
     # 6. Widen the page's key_min and key_max by a visible key.
     if BOUNDS:
@@ -110,6 +159,26 @@ def append_kernel(
         high = tl.where(opening, highest_key, tl.maximum(high, highest_key))
         tl.store(key_min + extreme, low.to(key_min.dtype.element_ty), mask=dk < DK)
         tl.store(key_max + extreme, high.to(key_max.dtype.element_ty), mask=dk < DK)
+
+    # 7. In a 4-bit cache, code the keys of a page that is full, each channel between its own bounds.
+    if PACKED:  # noqa: SIM102  # only this `if` is decided when the kernel is compiled
+        if offset == PAGE - 1:
+            tl.debug_barrier()  # other warps have written a part of the last key, and the page's bounds
+            is_visible = tl.load(bias + pair * pages * PAGE + start + lane) == 0.0
+            ignored = (is_visible == 0) & (tl.max(is_visible.to(tl.int32), 0) > 0)
+            channel = tl.arange(0, BLOCK_DK // 2)
+            page_bounds = (pair * pages + page) * DK
+            low_codes = code_channels(
+                open_keys, key_min + page_bounds, key_max + page_bounds, ignored, lane, channel, DK
+            )
+            page_bounds += DK // 2
+            high_codes = code_channels(
+                open_keys + DK // 2, key_min + page_bounds, key_max + page_bounds, ignored, lane, channel, DK
+            )
+            tl.store(
+                keys + (start + lane)[:, None] * keys_slot + channel[None, :], low_codes | (high_codes << 4),
+                mask=(channel < DK // 2)[None, :],
+            )  # fmt: skip
 
 
 def append(
@@ -136,12 +205,13 @@ def append(
     append_kernel[(key.shape[0] * heads,)](
         kv.keys, kv.values, kv.bias, kv.positions, kv.priority, kv.evictable, kv.open_slot, kv.clock,
         *(unused if buffer is None else buffer
-          for buffer in (kv.key_scales, kv.value_scales, kv.key_min, kv.key_max, kv.states)),
+          for buffer in (kv.key_scales, kv.value_scales, kv.key_min, kv.key_max, kv.states, kv.open_keys, kv.value_min,
+                         kv.value_max)),
         key, value, key_scale, value_scale,
         unused if visible is None else visible.contiguous(), unused if rows is None else rows.contiguous(),
         heads, kv.num_pages, *kv.keys.stride()[:3], *kv.values.stride()[:3], *key.stride()[:2], *value.stride()[:2],
         PAGE=kv.page_size, DK=dk, DV=dv, STATES=states, BOUNDS=kv.key_min is not None, QUANTIZED=is_quantized,
-        MASKED=visible is not None, MAY_CLOSE=may_close, ROWS=rows is not None,
+        PACKED=kv.is_packed, MASKED=visible is not None, MAY_CLOSE=may_close, ROWS=rows is not None,
         BLOCK_PAGES=min(MAX_BLOCK_PAGES, triton.next_power_of_2(kv.num_pages)),
         BLOCK_DK=triton.next_power_of_2(dk), BLOCK_DV=triton.next_power_of_2(dv),
         BLOCK_STATES=triton.next_power_of_2(max(states, 1)),

@@ -83,5 +83,5 @@ def _attend(
 def _(*flat: Any) -> tuple[Tensor, Tensor]:
     kv, (query, _, selected, *_) = unflatten(flat)
     pages = kv.num_pages if selected is None else selected.shape[2]
-    output = query.new_empty(*query.shape[:3], kv.values.shape[-1])
-    return output, query.new_empty(query.shape[0], kv.keys.shape[1], pages, dtype=kv.bias.dtype)
+    output = query.new_empty(*query.shape[:3], kv.value_size)
+    return output, query.new_empty(query.shape[0], kv.bias.shape[1], pages, dtype=kv.bias.dtype)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...contents import key_states, value_states
 from ...paged_kv import PagedKV, resident, take_rows
-from ...quantize import dequantize
 from .reference import Reduction, cap, score_pages, softmax
 
 
@@ -55,12 +55,8 @@ def extend(
     tokens = query_positions.expand(batch, length)
 
     # 1. Keys [R, H, 1, Dk, N] and values [R, H, 1, N, Dv], decoded and in the dtype of the logits.
-    keys, values = (
-        take_rows(codes, rows).to(accumulate) if scales is None
-        else dequantize(take_rows(codes, rows), take_rows(scales, rows), accumulate)
-        for codes, scales in ((kv.keys, kv.key_scales), (kv.values, kv.value_scales))
-    )  # fmt: skip
-    keys, values = keys[:, :, None].mT, values[:, :, None]
+    keys = key_states(kv, accumulate, rows)[:, :, None].mT
+    values = value_states(kv, accumulate, rows)[:, :, None]
     grouped = query.reshape(batch, heads, -1, length, query.shape[-1])  # [R, H, G, T, Dk]
     if sinks is not None:
         sinks = sinks.view(heads, -1, 1, 1)

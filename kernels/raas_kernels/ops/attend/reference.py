@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ...paged_kv import PagedKV, take_rows
+from ...contents import take_pages, unpack_keys, unpack_values
+from ...paged_kv import PagedKV
 
 
 Reduction = Literal["max", "sum", "mean"]
@@ -27,10 +28,10 @@ def attend(
     rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `raas_kernels.attend`."""
-    # 1. Read the buffers where they are, or gather the rows and the pages to read.
+    # 1. Read the buffers where they are, or gather the rows and the pages to read, and decode 4-bit codes.
     keys, values, bias, key_scales, value_scales = (
         (kv.keys, kv.values, kv.bias, kv.key_scales, kv.value_scales)
-        if rows is None and selected is None
+        if rows is None and selected is None and not kv.is_packed
         else _gathered(kv, rows, selected)
     )
     batch, heads, slots = keys.shape[:3]
@@ -62,31 +63,19 @@ def attend(
 def _gathered(
     kv: PagedKV, rows: Tensor | None, selected: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Keys, values, bias and scales of `rows` `[R]`, all their slots or the pages `selected` `[R, H, K]`."""
-    if selected is None:
-        take = partial(take_rows, rows=rows)
-    else:
-        take = partial(_take_pages, rows=rows, selected=selected, page_size=kv.page_size)
-    scales = (None if tensor is None else take(tensor) for tensor in (kv.key_scales, kv.value_scales))
+    """Keys, values, bias and scales of `rows` `[R]`, all their slots or the pages `selected` `[R, H, K]`.
+
+    4-bit codes are decoded, 8-bit codes are not.
+    """
+    take = partial(take_pages, rows=rows, selected=selected, entries=kv.page_size)
     bias = take(kv.bias)
     if selected is not None:
         bias = bias.masked_fill((selected < 0).repeat_interleave(kv.page_size, -1), float("-inf"))
+    if kv.is_packed:
+        keys, values = (unpack_any(kv, bias.dtype, rows, selected) for unpack_any in (unpack_keys, unpack_values))
+        return keys, values, bias, None, None
+    scales = (None if tensor is None else take(tensor) for tensor in (kv.key_scales, kv.value_scales))
     return take(kv.keys), take(kv.values), bias, *scales  # type: ignore[return-value]  # two scales
-
-
-def _take_pages(tensor: Tensor, rows: Tensor | None, selected: Tensor, page_size: int) -> Tensor:
-    """The pages `selected` `[R, H, K]` of a buffer `[B, H, N, ...]`: `[R, H, K * S, ...]`, page 0 instead of -1."""
-    movable = tensor.view(torch.int8) if tensor.dtype == torch.float8_e4m3fn else tensor  # torch cannot index float8
-    pages: Tensor = movable.unflatten(2, (-1, page_size))  # [B, H, P, S, ...]
-    row = torch.arange(len(selected), device=selected.device) if rows is None else rows
-    row, head = row[:, None, None], torch.arange(tensor.shape[1], device=selected.device)[:, None]
-    page = selected.clamp(min=0)
-    if tensor.is_contiguous():  # index_select copies whole pages, in a third of the time
-        index = (row * tensor.shape[1] + head) * pages.shape[2] + page
-        picked: Tensor = pages.flatten(0, 2).index_select(0, index.flatten()).unflatten(0, index.shape)
-    else:
-        picked = pages[row, head, page]
-    return picked.flatten(2, 3).view(tensor.dtype)
 
 
 def score_pages(weights: Tensor, page_size: int, page_score: Reduction, group_score: Reduction) -> Tensor:

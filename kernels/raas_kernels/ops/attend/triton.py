@@ -49,13 +49,32 @@ def store_scores(
 
 
 @triton.jit
+def unpacked(codes, low, high):
+    """The float32 numbers that 4-bit `codes` between the bounds `low` and `high` stand for, see `unpack`."""
+    return low + codes.to(tl.float32) * ((high - low) * (1.0 / 15))
+
+
+@triton.jit
+def channels_of(codes, key_min, key_max, open_keys, bounds, exact, is_open, mask):
+    """A tile of one half of the channels of keys, float32: from `codes`, in the open page from `open_keys`.
+
+    `bounds` and `exact` are the offsets of the tile's numbers in `key_min` and in `open_keys`.
+    """
+    low = tl.load(key_min + bounds, mask=mask, other=0.0).to(tl.float32)
+    high = tl.load(key_max + bounds, mask=mask, other=0.0).to(tl.float32)
+    opened = tl.load(open_keys + exact, mask=mask & is_open[:, None], other=0.0).to(tl.float32)
+    return tl.where(is_open[:, None], opened, unpacked(codes, low, high))
+
+
+@triton.jit
 def attend_kernel(
-    query, keys, values, bias, selected, key_scales, value_scales, sinks, rows, scale, softcap,
+    query, keys, values, bias, selected, key_scales, value_scales, key_min, key_max, open_keys, open_slot, clock,
+    value_min, value_max, sinks, rows, scale, softcap,
     part_output, part_max, part_sum, unit_logit, output, scores,
     heads, slots, slots_per_slice, cache_slots, keys_row, keys_head, values_row, values_head, bias_row, bias_head,
     KEYS_SLOT: tl.constexpr, VALUES_SLOT: tl.constexpr,
-    CAPPED: tl.constexpr, SELECTED: tl.constexpr, QUANTIZED: tl.constexpr, SINKS: tl.constexpr, ROWS: tl.constexpr,
-    SUM: tl.constexpr, MEAN: tl.constexpr, WHOLE: tl.constexpr,
+    CAPPED: tl.constexpr, SELECTED: tl.constexpr, QUANTIZED: tl.constexpr, PACKED: tl.constexpr,
+    SINKS: tl.constexpr, ROWS: tl.constexpr, SUM: tl.constexpr, MEAN: tl.constexpr, WHOLE: tl.constexpr,
     GROUP: tl.constexpr, PAGE: tl.constexpr, UNIT: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     BLOCK_GROUP: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_PAGES: tl.constexpr, OPERAND: tl.constexpr,
@@ -65,6 +84,9 @@ def attend_kernel(
     Program (i, slice) serves KV head i % heads of the call's row i // heads, which is row `rows[i // heads]` of the
     cache. For each query head and each unit of UNIT slots (a page, or a tile if that is smaller) it keeps the largest
     logit; with SUM, the logarithm of the sum of exponentials.
+
+    With PACKED, keys and values are 4-bit codes: a byte has one code of the first half of the dimensions and one of the
+    second, so that each half has a dot product of its own. BLOCK_DK and BLOCK_DV are then blocks of a half.
     """
     call = tl.program_id(0).to(tl.int64)
     slice_id = tl.program_id(1)
@@ -82,12 +104,25 @@ def attend_kernel(
     if QUANTIZED:
         key_scales += (row * heads + head) * cache_slots
         value_scales += (row * heads + head) * cache_slots
+    KEY_PART: tl.constexpr = DK // 2 if PACKED else DK
+    VALUE_PART: tl.constexpr = DV // 2 if PACKED else DV
+    if PACKED:
+        pair = row * heads + head
+        key_min += pair * (cache_slots // PAGE) * DK
+        key_max += pair * (cache_slots // PAGE) * DK
+        open_keys += pair * PAGE * DK
+        value_min += pair * cache_slots
+        value_max += pair * cache_slots
+        is_full = (tl.load(clock + pair * 2 + 1) + 1) % PAGE == 0
+        open_begin = tl.where(is_full, -PAGE, tl.load(open_slot + pair))  # no slot is in a page before 0
 
     # 1. The queries of the group, [BLOCK_GROUP, BLOCK_DK].
-    q = tl.load(
-        query + (call * GROUP + group[:, None]) * DK + dk[None, :],
-        mask=in_group[:, None] & (dk[None, :] < DK), other=0.0,
-    ).to(OPERAND)  # fmt: skip
+    q_address = query + (call * GROUP + group[:, None]) * DK + dk[None, :]
+    q_mask = in_group[:, None] & (dk[None, :] < KEY_PART)
+    q = tl.load(q_address, mask=q_mask, other=0.0).to(OPERAND)
+    if PACKED:
+        q_second = tl.load(q_address + KEY_PART, mask=q_mask, other=0.0).to(OPERAND)
+        summed_second = tl.zeros([BLOCK_GROUP, BLOCK_DV], tl.float32)
     running_max = tl.full([BLOCK_GROUP], float("-inf"), tl.float32)
     running_sum = tl.zeros([BLOCK_GROUP], tl.float32)
     summed = tl.zeros([BLOCK_GROUP, BLOCK_DV], tl.float32)
@@ -108,10 +143,21 @@ def attend_kernel(
 
         # 3. Logits, [BLOCK_GROUP, BLOCK_SLOTS]; -inf where there is no visible token.
         hidden = tl.load(bias + stored, mask=is_read, other=float("-inf"))
-        k = tl.load(
-            keys + stored[:, None] * KEYS_SLOT + dk[None, :], mask=is_read[:, None] & (dk[None, :] < DK), other=0.0
-        ).to(OPERAND)  # fmt: skip
-        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        k_mask = is_read[:, None] & (dk[None, :] < KEY_PART)
+        k = tl.load(keys + stored[:, None] * KEYS_SLOT + dk[None, :], mask=k_mask, other=0.0)
+        if PACKED:
+            lane_of_open = stored - open_begin
+            is_open = (lane_of_open >= 0) & (lane_of_open < PAGE)
+            bounds = (stored // PAGE)[:, None] * DK + dk[None, :]
+            exact = lane_of_open[:, None] * DK + dk[None, :]
+            k_second = channels_of(
+                k >> 4, key_min + KEY_PART, key_max + KEY_PART, open_keys + KEY_PART, bounds, exact, is_open, k_mask
+            ).to(OPERAND)
+            k = channels_of(k & 15, key_min, key_max, open_keys, bounds, exact, is_open, k_mask).to(OPERAND)
+            logits = tl.dot(q, tl.trans(k), input_precision="ieee")
+            logits = (logits + tl.dot(q_second, tl.trans(k_second), input_precision="ieee")) * scale
+        else:
+            logits = tl.dot(q, tl.trans(k.to(OPERAND)), input_precision="ieee") * scale
         if QUANTIZED:
             logits *= tl.load(key_scales + stored, mask=is_read, other=0.0)[None, :]
         if CAPPED:
@@ -139,16 +185,24 @@ def attend_kernel(
         weights = tl.exp(logits - anchor[:, None])
         rescale = tl.exp(running_max - anchor)
         v = tl.load(
-            values + stored[:, None] * VALUES_SLOT + dv[None, :], mask=is_read[:, None] & (dv[None, :] < DV), other=0.0
-        ).to(OPERAND)  # fmt: skip
+            values + stored[:, None] * VALUES_SLOT + dv[None, :],
+            mask=is_read[:, None] & (dv[None, :] < VALUE_PART), other=0.0,
+        )  # fmt: skip
         running_sum = running_sum * rescale + tl.sum(weights, 1)
         if QUANTIZED:
             weights *= tl.load(value_scales + stored, mask=is_read, other=0.0)[None, :]
-        summed = summed * rescale[:, None] + tl.dot(weights.to(OPERAND), v, input_precision="ieee")
+        if PACKED:
+            low = tl.load(value_min + stored, mask=is_read, other=0.0).to(tl.float32)[:, None]
+            high = tl.load(value_max + stored, mask=is_read, other=0.0).to(tl.float32)[:, None]
+            v_second = unpacked(v >> 4, low, high).to(OPERAND)
+            summed_second = summed_second * rescale[:, None]
+            summed_second += tl.dot(weights.to(OPERAND), v_second, input_precision="ieee")
+            v = unpacked(v & 15, low, high)
+        summed = summed * rescale[:, None] + tl.dot(weights.to(OPERAND), v.to(OPERAND), input_precision="ieee")
         running_max = new_max
 
     # 6. Output and scores, or what the slices are joined from.
-    inside_output = in_group[:, None] & (dv[None, :] < DV)
+    inside_output = in_group[:, None] & (dv[None, :] < VALUE_PART)
     if WHOLE:
         total_max = running_max
         if SINKS:
@@ -160,10 +214,12 @@ def attend_kernel(
         if SINKS:
             total_sum += tl.exp(sink - total_max)
         inverse = 1.0 / tl.where(in_group, total_sum, 1.0)
-        tl.store(
-            output + (call * GROUP + group[:, None]) * DV + dv[None, :],
-            (summed * (rescale * inverse)[:, None]).to(output.dtype.element_ty), mask=inside_output,
-        )  # fmt: skip
+        output += (call * GROUP + group[:, None]) * DV + dv[None, :]
+        factor = (rescale * inverse)[:, None]
+        tl.store(output, (summed * factor).to(output.dtype.element_ty), mask=inside_output)
+        if PACKED:
+            second = (summed_second * factor).to(output.dtype.element_ty)
+            tl.store(output + VALUE_PART, second, mask=inside_output)
         tl.debug_barrier()  # other threads have stored some of the logits
         for block in range(tl.cdiv(slots // PAGE, BLOCK_PAGES)):
             store_scores(
@@ -174,7 +230,10 @@ def attend_kernel(
         part = (call * slices + slice_id) * GROUP + group
         tl.store(part_max + part, running_max, mask=in_group)
         tl.store(part_sum + part, running_sum, mask=in_group)
-        tl.store(part_output + part[:, None] * DV + dv[None, :], summed, mask=inside_output)
+        part_output += part[:, None] * DV + dv[None, :]
+        tl.store(part_output, summed, mask=inside_output)
+        if PACKED:
+            tl.store(part_output + VALUE_PART, summed_second, mask=inside_output)
 
 
 @triton.jit
@@ -261,7 +320,7 @@ def attend(
     """
     # 1. How the slots of each (row, KV head) are sliced.
     batch, heads, group = query.shape[0], kv.keys.shape[1], query.shape[1] // kv.keys.shape[1]
-    dk, dv, pairs = kv.keys.shape[-1], kv.values.shape[-1], batch * heads
+    dk, dv, pairs = query.shape[-1], kv.value_size, batch * heads
     pages = kv.num_pages if selected is None else selected.shape[-1]
     slots = pages * kv.page_size
     if config is None:
@@ -290,25 +349,28 @@ def attend(
     options = {
         "SINKS": sinks is not None, "SUM": page_score == "sum", "MEAN": group_score == "mean", "GROUP": group, "DV": dv,
         "BLOCK_GROUP": max(MIN_DOT, triton.next_power_of_2(group)), "BLOCK_PAGES": block_pages,
-        "BLOCK_DV": max(MIN_DOT, triton.next_power_of_2(dv)),
     }  # fmt: skip
+    key_part, value_part = (dk // 2, dv // 2) if kv.is_packed else (dk, dv)
     sinks = output if sinks is None else sinks
     attend_kernel[(pairs, slices)](
         query.contiguous(), keys, values, bias, bias if selected is None else selected.contiguous(),
-        bias if kv.key_scales is None else kv.key_scales, bias if kv.value_scales is None else kv.value_scales, sinks,
+        *(bias if buffer is None else buffer
+          for buffer in (kv.key_scales, kv.value_scales, kv.key_min, kv.key_max, kv.open_keys)),
+        kv.open_slot, kv.clock, *(bias if buffer is None else buffer for buffer in (kv.value_min, kv.value_max)), sinks,
         bias if rows is None else rows.contiguous(), scale, 1.0 if softcap is None else softcap,
         part_output, part_max, part_sum, unit_logit, output, scores,
         heads, slots, slots_per_slice, kv.bias.shape[2],
         *keys.stride()[:2], *values.stride()[:2], *bias.stride()[:2],
         KEYS_SLOT=keys.stride(2), VALUES_SLOT=values.stride(2),  # constants, because the inner loop multiplies by them
         CAPPED=softcap is not None, SELECTED=selected is not None, QUANTIZED=kv.key_scales is not None,
-        ROWS=rows is not None, WHOLE=is_whole, PAGE=kv.page_size, UNIT=unit, DK=dk, BLOCK_SLOTS=tile,
-        BLOCK_DK=max(MIN_DOT, triton.next_power_of_2(dk)), OPERAND=_dot_operand(query.dtype),
+        PACKED=kv.is_packed, ROWS=rows is not None, WHOLE=is_whole, PAGE=kv.page_size, UNIT=unit, DK=dk,
+        BLOCK_SLOTS=tile, BLOCK_DK=max(MIN_DOT, triton.next_power_of_2(key_part)),
+        BLOCK_DV=max(MIN_DOT, triton.next_power_of_2(value_part)), OPERAND=_dot_operand(query.dtype),
         num_warps=config.warps, num_stages=config.stages, **options,
     )  # fmt: skip
     if not is_whole:
         reduce_kernel[(pairs, triton.cdiv(pages, block_pages))](
             part_output, part_max, part_sum, unit_logit, sinks, output, scores, pages, slices, heads,
-            UNITS=kv.page_size // unit, **options,
+            UNITS=kv.page_size // unit, BLOCK_DV=triton.next_power_of_2(dv), **options,
         )  # fmt: skip
     return output, scores

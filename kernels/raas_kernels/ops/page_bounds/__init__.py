@@ -10,10 +10,10 @@ from torch import Tensor
 from ...dispatch import flatten, implementation, is_traceable, operator, unflatten
 from ...paged_kv import PagedKV
 from . import reference
-from .reference import page_extremes
+from .reference import page_extremes, refresh_extremes
 
 
-__all__ = ["page_extremes", "page_logit_bounds"]
+__all__ = ["page_extremes", "page_logit_bounds", "refresh_extremes"]
 
 
 def page_logit_bounds(
@@ -50,5 +50,5 @@ def _page_logit_bounds(kv: PagedKV, query: Tensor, scale: float, softcap: float 
 @_page_logit_bounds.register_fake
 def _(*flat: Any) -> Tensor:
     kv, (query, *_) = unflatten(flat)
-    bounds: Tensor = query.new_empty(query.shape[0], kv.keys.shape[1], kv.num_pages, dtype=kv.bias.dtype)
+    bounds: Tensor = query.new_empty(query.shape[0], kv.bias.shape[1], kv.num_pages, dtype=kv.bias.dtype)
     return bounds

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...contents import key_states, take_pages
 from ...paged_kv import PagedKV, take_rows
-from ...quantize import dequantize
 from ..attend.reference import cap
 
 
@@ -46,7 +46,24 @@ def extremes_of(kv: PagedKV, rows: Tensor | None = None) -> tuple[Tensor, Tensor
     """`[R, H, P, Dk]` key_min and key_max of a cache, computed of its keys if it keeps none."""
     if kv.key_min is not None and kv.key_max is not None:
         return take_rows(kv.key_min, rows), take_rows(kv.key_max, rows)
-    keys = take_rows(kv.keys, rows)
-    if kv.key_scales is not None:
-        keys = dequantize(keys, take_rows(kv.key_scales, rows), torch.float32)
-    return page_extremes(keys, take_rows(kv.bias, rows), kv.page_size)
+    dtype = kv.keys.dtype if kv.key_scales is None else torch.float32
+    return page_extremes(key_states(kv, dtype, rows), take_rows(kv.bias, rows), kv.page_size)
+
+
+def refresh_extremes(kv: PagedKV) -> None:
+    """Compute the key_min and key_max that a cache keeps again, from its bias.
+
+    In a 4-bit cache only those of the open page, because the codes of all other pages count from them.
+    """
+    if kv.key_min is None or kv.key_max is None:
+        return
+    if kv.open_keys is None:
+        keys = key_states(kv, kv.key_min.dtype)
+        for kept, new in zip((kv.key_min, kv.key_max), page_extremes(keys, kv.bias, kv.page_size), strict=True):
+            kept.copy_(new)
+        return
+    page = (kv.open_slot // kv.page_size)[..., None]  # [B, H, 1]
+    index = page[..., None].expand(-1, -1, -1, kv.key_min.shape[-1])  # [B, H, 1, Dk]
+    bias = take_pages(kv.bias, None, page, kv.page_size)  # [B, H, S]
+    for kept, new in zip((kv.key_min, kv.key_max), page_extremes(kv.open_keys, bias, kv.page_size), strict=True):
+        kept.scatter_(2, index, torch.where(kv.is_open[..., None, None], new, kept.gather(2, index)))

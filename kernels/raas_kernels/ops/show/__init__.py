@@ -24,6 +24,10 @@ def show(kvs: Sequence[PagedKV], visible: Tensor) -> None:
 
     Triton does so for all layers in one launch, instead of several launches a layer.
 
+    In a 4-bit cache, key_min and key_max follow in the open page only: the codes of other pages count from theirs. A
+    token that was hidden when its page was coded has the key of its code, which lies between the bounds of the keys
+    that were visible then.
+
     Args:
         kvs: the layers, on the device of `visible`; `bias`, `key_min` and `key_max` are written in place.
         visible: `[B, T]` bool, by sequence index. Tokens from index T on stay as they are.

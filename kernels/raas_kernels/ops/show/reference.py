@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from ...paged_kv import PagedKV
-from ...quantize import dequantize
-from ..page_bounds.reference import page_extremes
+from ..page_bounds.reference import refresh_extremes
 
 
 def show(kvs: Sequence[PagedKV], visible: Tensor) -> None:
@@ -27,8 +26,4 @@ def show(kvs: Sequence[PagedKV], visible: Tensor) -> None:
         kv.bias.copy_(torch.where(is_told, told, kv.bias))
 
         # 3. The bounds of each page's visible keys.
-        if kv.key_min is not None and kv.key_max is not None:
-            keys = kv.keys if kv.key_scales is None else dequantize(kv.keys, kv.key_scales, kv.key_min.dtype)
-            key_min, key_max = page_extremes(keys, kv.bias, kv.page_size)
-            kv.key_min.copy_(key_min)
-            kv.key_max.copy_(key_max)
+        refresh_extremes(kv)

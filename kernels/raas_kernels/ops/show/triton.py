@@ -16,7 +16,7 @@ from ...paged_kv import PagedKV
 
 
 BLOCK_SLOTS = 1024
-COLUMNS = 11  # numbers in a layer's row of the address table
+COLUMNS = 12  # numbers in a layer's row of the address table
 MAX_TABLES = 64
 _TABLES: dict[tuple[int, ...], Tensor] = {}
 
@@ -25,12 +25,14 @@ _TABLES: dict[tuple[int, ...], Tensor] = {}
 def show_kernel(
     table, visible, heads, length,
     COLUMNS: tl.constexpr, BIAS: tl.constexpr, KEY: tl.constexpr, BOUND: tl.constexpr,
-    BOUNDS: tl.constexpr, QUANTIZED: tl.constexpr, DK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_DK: tl.constexpr,
+    BOUNDS: tl.constexpr, QUANTIZED: tl.constexpr, PACKED: tl.constexpr, DK: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_DK: tl.constexpr,
 ):  # fmt: skip
     """Program (layer, pair, block) serves BLOCK slots of one (row, KV head) of one layer: one page if it has bounds.
 
     A layer's row of `table` holds the addresses of its bias, positions, clock, keys, key_scales, key_min and key_max,
-    its number of slots, and the strides of its keys by row, KV head and slot.
+    its number of slots, the strides of its keys by row, KV head and slot, and the address of its open_slot. The keys of
+    a 4-bit cache are its open_keys.
     """
     layer, pair, block = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     entry = table + layer * COLUMNS
@@ -55,6 +57,12 @@ def show_kernel(
     # 3. A page whose visible tokens have changed gets new bounds.
     if BOUNDS:
         changed = tl.max((before != after).to(tl.int32), 0)
+        key_lane = lane
+        if PACKED:  # the codes of all pages but the open one count from their bounds, which must stay
+            open_slot = tl.load(entry + 11).to(tl.pointer_type(tl.int64))
+            is_open = (tl.load(open_slot + pair) == block * BLOCK) & ((tl.load(clock + pair * 2 + 1) + 1) % BLOCK != 0)
+            changed = tl.where(is_open, changed, 0)
+            key_lane = lane - block * BLOCK
         if changed > 0:
             keys = tl.load(entry + 3).to(tl.pointer_type(KEY))
             key_min = tl.load(entry + 5).to(tl.pointer_type(BOUND))
@@ -62,7 +70,7 @@ def show_kernel(
             keys += row * tl.load(entry + 8) + head * tl.load(entry + 9)
             dk = tl.arange(0, BLOCK_DK)
             mask = inside[:, None] & (dk[None, :] < DK)
-            key = tl.load(keys + lane[:, None] * tl.load(entry + 10) + dk[None, :], mask=mask, other=0.0)
+            key = tl.load(keys + key_lane[:, None] * tl.load(entry + 10) + dk[None, :], mask=mask, other=0.0)
             key = key.to(tl.float32)
             if QUANTIZED:
                 scales = tl.load(entry + 4).to(tl.pointer_type(tl.float32))
@@ -79,7 +87,8 @@ def show(kvs: Sequence[PagedKV], visible: Tensor) -> None:
     """See `raas_kernels.show`."""
     groups: dict[tuple[object, ...], list[PagedKV]] = {}
     for kv in kvs:
-        shape = (kv.bias.shape[:2], kv.keys.shape[-1], kv.page_size, kv.keys.dtype, kv.key_min is None)
+        keys = _keys(kv)
+        shape = (kv.bias.shape[:2], keys.shape[-1], kv.page_size, keys.dtype, kv.key_min is None, kv.is_packed)
         groups.setdefault(shape, []).append(kv)
     for group in groups.values():
         _launch(group, visible.contiguous())
@@ -88,16 +97,21 @@ def show(kvs: Sequence[PagedKV], visible: Tensor) -> None:
 def _launch(kvs: list[PagedKV], visible: Tensor) -> None:
     first = kvs[0]
     batch, heads, _ = first.bias.shape
-    has_bounds, dk = first.key_min is not None, first.keys.shape[-1]
+    has_bounds, dk = first.key_min is not None, _keys(first).shape[-1]
     block = first.page_size if has_bounds else BLOCK_SLOTS
     most_slots = max(kv.bias.shape[2] for kv in kvs)
     show_kernel[(len(kvs), batch * heads, triton.cdiv(most_slots, block))](
         _table(kvs), visible.view(torch.uint8), heads, visible.shape[1],
-        COLUMNS=COLUMNS, BIAS=_triton_dtype(first.bias.dtype), KEY=_triton_dtype(first.keys.dtype),
+        COLUMNS=COLUMNS, BIAS=_triton_dtype(first.bias.dtype), KEY=_triton_dtype(_keys(first).dtype),
         BOUND=_triton_dtype(first.bias.dtype if first.key_min is None else first.key_min.dtype),
-        BOUNDS=has_bounds, QUANTIZED=first.key_scales is not None, DK=dk, BLOCK=block,
-        BLOCK_DK=triton.next_power_of_2(dk),
+        BOUNDS=has_bounds, QUANTIZED=first.key_scales is not None, PACKED=first.is_packed, DK=dk,
+        BLOCK=block, BLOCK_DK=triton.next_power_of_2(dk),
     )  # fmt: skip
+
+
+def _keys(kv: PagedKV) -> Tensor:
+    """The keys from which the kernel computes bounds."""
+    return kv.keys if kv.open_keys is None else kv.open_keys
 
 
 def _triton_dtype(dtype: torch.dtype) -> tl.dtype:
@@ -109,9 +123,9 @@ def _table(kvs: list[PagedKV]) -> Tensor:
     device = kvs[0].bias.device
     entries: list[int] = [-1 if device.index is None else device.index]
     for kv in kvs:
-        tensors = kv.bias, kv.positions, kv.clock, kv.keys, kv.key_scales, kv.key_min, kv.key_max
+        tensors = kv.bias, kv.positions, kv.clock, _keys(kv), kv.key_scales, kv.key_min, kv.key_max
         entries += [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-        entries += [kv.bias.shape[2], *kv.keys.stride()[:3]]
+        entries += [kv.bias.shape[2], *_keys(kv).stride()[:3], kv.open_slot.data_ptr()]
     key = tuple(entries)
     if key not in _TABLES:
         if len(_TABLES) >= MAX_TABLES:
