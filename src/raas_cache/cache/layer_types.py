@@ -14,7 +14,7 @@ from ..engine.forward import ForwardGuard
 from ..engine.layer_settings import LayerSettings
 from .head_groups import new_layer
 from .paged_layer import PagedLayer
-from .settings import settings_of_layer
+from .settings import Shares, check_offloading, checked_config, checked_shares, settings_of_layer
 
 
 if TYPE_CHECKING:
@@ -92,19 +92,26 @@ class LayerPlan:
     Args:
         settings, budget, shares: settings of all layers, and the budget and shares of each, see `settings_of_layer`.
         config: the config that the user gave to the cache, or None.
+        offloading: whether the cache moves layers to CPU memory.
         modes: the modes of the cache, which new layers learn.
+
+    Raises:
+        TypeError, ValueError: `shares`, `config` or `offloading` cannot be used.
     """
 
     def __init__(
         self,
         settings: LayerSettings,
         budget: int | tuple[int, ...],
-        shares: tuple[tuple[float, ...], ...] | None,
+        shares: Shares | None,
         config: PreTrainedConfig | None,
+        offloading: bool,
         modes: Modes,
     ):
-        self._settings, self._budget, self._shares = settings, budget, shares
-        self._config, self._modes = config, modes
+        check_offloading(offloading)
+        self._settings, self._budget = settings, budget
+        self._shares = checked_shares(shares, settings, offloading)
+        self._config, self._modes = checked_config(config), modes
 
     def settings_of(self, layer_idx: int) -> LayerSettings:
         """The settings of the paged layer `layer_idx`."""

@@ -21,15 +21,7 @@ from .modes import Modes
 from .paged_layer import PagedLayer, holding_pages
 from .past_mask import tagged
 from .rows import release_rows
-from .settings import (
-    Budget,
-    Shares,
-    check_offloading,
-    checked_config,
-    checked_settings,
-    checked_shares,
-    property_of_an_instance,
-)
+from .settings import Budget, Shares, checked_settings, property_of_an_instance
 
 
 if TYPE_CHECKING:
@@ -46,7 +38,7 @@ class PagedCache(Cache):
     Args:
         budget (`int`, or a list of ints): number of tokens to hold for each row, layer and KV head, including the
             prompt; at least one page. For a method that never evicts: number of tokens to read. A list has one number
-            per layer of the model (see `learn_budgets`); the numbers of layers without full attention are not used.
+            per layer of the model; the numbers of layers without full attention are not used.
         policy (`Policy`): the method, for example `H2OPolicy()`. `RaaSCache` and the other classes set it themselves.
         page_size (`int`): tokens per page, a power of two.
         scoring (`str`): with `"exact"`, the score of a page comes from the softmax weights of its tokens; with
@@ -61,17 +53,14 @@ class PagedCache(Cache):
               bounds, at most half of the budget. O(budget) time and O(prompt + budget) memory for any prompt.
             - `"evict"`: after each prefill, its pages are evicted like all other pages, except the first page of the
               row (the sink). O(budget) memory for any prompt. Assisted decoding is not possible.
-        kv_dtype (`str`, *optional*): store keys and values as `"int8"` or `"fp8"` codes, with one scale per token and
-            KV head, or as `"int4"` codes: each channel of a page's keys between its smallest and its largest key, each
-            value between its smallest and its largest number. The default is the model's dtype.
-        config (`PreTrainedConfig`, *optional*): config of the model. It says which layers have full attention and are
-            paged; the others (sliding windows, linear attention, layers that share the KV of another layer) keep the
-            cache of transformers. Without `config`, the first attention call provides it; a model that starts with
-            linear attention needs it.
+        kv_dtype (`str`, *optional*): codes of keys and values instead of the model's dtype: `"int8"` or `"fp8"`, with a
+            scale per token and KV head; `"int4"`, with ranges per channel of a page's keys and per token's value.
+        config (`PreTrainedConfig`, *optional*): config of the model. Layers of full attention are paged; the others
+            (sliding windows, linear attention, shared KV) keep the cache of transformers. The first attention call
+            provides it, except for a model that starts with linear attention.
         offloading (`bool`): keep the keys and values of a layer in CPU memory while other layers run. Needs a CUDA GPU.
-        shares (`list`, *optional*): for each layer of the model, the factor on the decode pages that the budget leaves
-            beside the prompt: one number, or a list with one number per KV head. With a mean of 1, all layers together
-            hold as much as without shares. `learn_shares` finds them.
+        shares (`list`, *optional*): for each layer, the factor on the decode pages that the budget leaves beside the
+            prompt: one number, or a list with one number per KV head. `learn_shares` finds shares of mean 1.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type or is out of range, the method does not support it, or
@@ -101,9 +90,7 @@ class PagedCache(Cache):
             budget, policy, page_size, scoring, granularity, min_decode_pages, prompt, kv_dtype
         )
         self._modes = Modes()
-        check_offloading(offloading)
-        checked = checked_shares(shares, self.settings, offloading)
-        self._plan = LayerPlan(self.settings, self.budget, checked, checked_config(config), self._modes)
+        self._plan = LayerPlan(self.settings, self.budget, shares, config, offloading, self._modes)
         super().__init__(layers=self._plan.first(), offloading=offloading)
         self._forget()
 
@@ -116,14 +103,11 @@ class PagedCache(Cache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Receive the new tokens of a layer. Its attention call stores them (see `PagedLayer.update`).
+        """Receive the new tokens of a layer, and return key and value for its attention call, which stores them.
 
         Args:
             key_states, value_states: `[rows, kv_heads, new, head_dim]`; RoPE applied to the keys.
             layer_idx: index of the layer in the model.
-
-        Returns:
-            Key and value to pass to the attention function.
 
         Raises:
             RuntimeError: no attention function read the result of the last update, or the last forward was interrupted.
