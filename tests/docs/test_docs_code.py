@@ -11,6 +11,7 @@ import contextlib
 import importlib.util
 import inspect
 import io
+import json
 import re
 import runpy
 import shlex
@@ -45,8 +46,9 @@ FENCE = re.compile(r"^( *)```(\S*)[^\n]*\n(.*?)^\1```\s*$", re.MULTILINE | re.DO
 LONGEST = 700
 """Tokens that a block may generate; a chain of the embedded model ends by itself before."""
 STAND_INS = {
-    "demo": "--problems 1 --lines 3",
+    "demo": "--model chain_reasoner --problems 1 --lines 3",
     "eval": "--dataset chains-3 --limit 2 --max-new-tokens 16",
+    "fidelity": "--model chain_reasoner --data chains.jsonl --tokens 40 --page-size 4",
     "bench": "--model small --device cpu --seen 64 --batch 1 --budget 64 --steps 2 --mode eager",
 }
 """Options that a command gets beside its own, of which the last one counts; models of the Hub are the embedded one."""
@@ -142,6 +144,8 @@ def offline(monkeypatch, tmp_path, tokenizer, inputs):
     monkeypatch.setattr("socket.socket.connect", refuse)
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.chdir(tmp_path)
+    (chain,) = problems(1, num_lines=4, seed=0)
+    Path("chains.jsonl").write_text(json.dumps({"problem": chain.prompt, "reasoning": chain.chain}) + "\n")
     policies, caches, threads = dict(POLICIES), dict(CACHES), torch.get_num_threads()
     yield tmp_path
     for registry, before in ((POLICIES, policies), (CACHES, caches)):
@@ -204,6 +208,10 @@ def run_command(words):
             from torch.distributed.run import get_args_parser
 
             launched = get_args_parser().parse_args(arguments)
+            if launched.module:
+                assert launched.training_script == "raas_cache.fidelity"
+                run_raas_cache(["fidelity", *launched.training_script_args])
+                return None
             know_options(launched.training_script, launched.training_script_args)
         case ["lm_eval", *arguments]:
             parse_lm_eval(arguments)
@@ -237,6 +245,7 @@ def run_command(words):
         "raas-cache eval --no-such-option",
         "raas-cache bench --copies many",
         "accelerate launch -m raas_cache.eval --no-such-option",
+        "torchrun -m raas_cache.fidelity --no-such-option",
         "python examples/long_chain.py --no-such-option",
         "python -m raas_cache.no_such_module",
         "python -m pytest tests/no_such_file.py",

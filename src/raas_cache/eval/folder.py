@@ -61,26 +61,44 @@ def prepare(out: Path, inputs: dict[str, Any], methods: dict[str, str], task: Ta
     Raises:
         ValueError: the folder contains rows that depend on other values.
     """
-    inputs = json.loads(json.dumps(inputs))  # the values that JSON gives back
-    known = read_settings(out)
-    known_marker, known_methods = known.pop("marker", None), known.pop("methods", {})
+    known_marker = read_settings(out).get("marker")
+    settings = agree(out, inputs, methods)
     if row_files(out):
-        both = [(name, known.get(name), inputs.get(name)) for name in inputs]
-        both += [(name, known_methods[name], methods[name]) for name in known_methods.keys() & methods.keys()]
-        for name, theirs, ours in both:
-            if theirs != ours:
-                raise ValueError(
-                    f"out={str(out)!r} contains rows with {name}={theirs!r}, but this run has {ours!r}: give another "
-                    "folder."
-                )
         rows = read_rows(out)
         for row in rows:
             if row.index < len(hashes) and row.prompt_hash != hashes[row.index]:
                 raise ValueError(f"out={str(out)!r} contains row {row.index} with another prompt: give another folder.")
         _mark_again(out, rows, task, task.marker is not None and task.marker == known_marker)
-    else:
-        known, known_methods = {}, {}
-    settings = {**known, **inputs, "marker": task.marker, "methods": {**known_methods, **methods}}
+    write_settings(out, {**settings, "marker": task.marker})
+
+
+def agree(out: Path, inputs: dict[str, Any], methods: dict[str, str]) -> dict[str, Any]:
+    """Check that the rows of a locked folder depend on the same values. Returns the new settings of the folder.
+
+    Args:
+        inputs, methods: as in `prepare`.
+
+    Raises:
+        ValueError: the folder contains rows that depend on other values.
+    """
+    inputs = json.loads(json.dumps(inputs))  # the values that JSON gives back
+    known = read_settings(out)
+    known_methods = known.pop("methods", {})
+    if not row_files(out):
+        return {**inputs, "methods": methods}
+    both = [(name, known.get(name), inputs.get(name)) for name in inputs]
+    both += [(name, known_methods[name], methods[name]) for name in known_methods.keys() & methods.keys()]
+    for name, theirs, ours in both:
+        if theirs != ours:
+            raise ValueError(
+                f"out={str(out)!r} contains rows with {name}={theirs!r}, but this run has {ours!r}: give another "
+                "folder."
+            )
+    return {**known, **inputs, "methods": {**known_methods, **methods}}
+
+
+def write_settings(out: Path, settings: dict[str, Any]) -> None:
+    """Write the values that the rows of a folder depend on."""
     _write_whole(out / SETTINGS_FILE, (json.dumps(settings, indent=1) + "\n").encode())
 
 

@@ -44,14 +44,21 @@ def of_run(decoder: Decoder, batch_size: int) -> dict[str, Any]:
     return {
         "task": decoder.task.name,
         "seed": decoding.seed,
-        "dtype": str(model.dtype).removeprefix("torch."),
         **{name: decoder.options[name] for name in ("max_new_tokens", "temperature", "top_p")},
         # A greedy row is the same in every batch. A sampled row depends on the other rows of its batch.
         "batch_size": batch_size if decoding.temperature else None,
         "generation_config": generation,
+        **of_model(model, decoder.tokenizer),
+    }
+
+
+def of_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Everything that a forward of the model depends on, except its tokens and its cache. JSON values only."""
+    return {
+        "dtype": str(model.dtype).removeprefix("torch."),
         "weights": of_weights(model),
         "config": of_config(model),
-        "tokenizer": of_tokenizer(decoder.tokenizer),
+        "tokenizer": of_tokenizer(tokenizer),
         "attention": model.config._attn_implementation,
         "kernels": raas_kernels.engine(model.device),
         "device": model.device.type,

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..common.measure import wilson_interval
 from ..common.reporting import markdown
@@ -17,10 +17,68 @@ from .settings import DYNAMIC, Setting, SettingKey, common_options
 
 
 RowKey = tuple[str, int | tuple[int, ...] | None, int]
+AnyRow = TypeVar("AnyRow", bound="StoredRow")
+
+
+class StoredRow:
+    """What the rows of every folder have in common. A subclass is a frozen dataclass of JSON values.
+
+    Args:
+        index: index of the row in its data set.
+        method, budget, options: the setting, see `Setting`.
+    """
+
+    index: int
+    method: str
+    budget: int | list[int] | tuple[int, ...] | None
+    options: dict[str, Any]
+
+    @property
+    def setting(self) -> Setting:
+        return Setting(self.method, tuple(self.budget) if isinstance(self.budget, list) else self.budget, self.options)
+
+    @property
+    def key(self) -> RowKey:
+        """Identifies the row in a folder."""
+        return *self.setting.key, self.index
+
+    def to_json(self) -> str:
+        """The row as one line of JSON."""
+        return json.dumps(asdict(self), ensure_ascii=False) + "\n"  # type: ignore[call-overload]
+
+    @classmethod
+    def from_json(cls: type[AnyRow], line: bytes) -> AnyRow:
+        """Parse a row from one line of JSON.
+
+        Rows with the method `"dense"` and no budget come from a version in which `"dense"` was the name of
+        `DynamicCache`. They become rows of `"dynamic"`.
+
+        Raises:
+            ValueError: the line is damaged; the message says where.
+        """
+        try:
+            found = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"column {error.colno}: {error.msg}") from error
+        except (ValueError, RecursionError) as error:  # not UTF-8, or too many nested brackets
+            raise ValueError(str(error)) from error
+        if not isinstance(found, dict):
+            raise ValueError("it is not a JSON object")
+        known = fields(cls)  # type: ignore[arg-type]
+        for field in known:
+            if field.name not in found:
+                raise ValueError(f"it has no {field.name!r}")
+            if not _fits(found[field.name], str(field.type)):
+                raise ValueError(f"{field.name}={found[field.name]!r} is not a valid value")
+        if unknown := found.keys() - {field.name for field in known}:
+            raise ValueError(f"{min(unknown)!r} is not a field of a row")
+        if found["method"] == "dense" and found["budget"] is None:
+            found["method"] = DYNAMIC
+        return cls(**found)
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(StoredRow):
     """The result of one problem with one setting.
 
     Args:
@@ -60,48 +118,6 @@ class Row:
     kv_bytes: int
     evictions: int
 
-    @property
-    def setting(self) -> Setting:
-        return Setting(self.method, tuple(self.budget) if isinstance(self.budget, list) else self.budget, self.options)
-
-    @property
-    def key(self) -> RowKey:
-        """Identifies the row in a folder."""
-        return *self.setting.key, self.index
-
-    def to_json(self) -> str:
-        """The row as one line of JSON."""
-        return json.dumps(asdict(self), ensure_ascii=False) + "\n"
-
-    @classmethod
-    def from_json(cls, line: bytes) -> Row:
-        """Parse a row from one line of JSON.
-
-        Rows with the method `"dense"` and no budget come from a version in which `"dense"` was the name of
-        `DynamicCache`. They become rows of `"dynamic"`.
-
-        Raises:
-            ValueError: the line is damaged; the message says where.
-        """
-        try:
-            found = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"column {error.colno}: {error.msg}") from error
-        except (ValueError, RecursionError) as error:  # not UTF-8, or too many nested brackets
-            raise ValueError(str(error)) from error
-        if not isinstance(found, dict):
-            raise ValueError("it is not a JSON object")
-        for field in fields(cls):
-            if field.name not in found:
-                raise ValueError(f"it has no {field.name!r}")
-            if not _fits(found[field.name], str(field.type)):
-                raise ValueError(f"{field.name}={found[field.name]!r} is not a valid value")
-        if unknown := found.keys() - {field.name for field in fields(cls)}:
-            raise ValueError(f"{min(unknown)!r} is not a field of a row")
-        if found["method"] == "dense" and found["budget"] is None:
-            found["method"] = DYNAMIC
-        return cls(**found)
-
 
 _TYPES: dict[str, tuple[type, ...]] = {
     "bool": (bool,),
@@ -111,6 +127,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "int": (int,),
     "float": (int, float),
     "int | list[int] | tuple[int, ...] | None": (int, list, type(None)),
+    "list[float]": (list,),
 }
 """The types that JSON values of a row's fields may have, by the annotation of the field."""
 
@@ -118,7 +135,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 def _fits(value: Any, of_field: str) -> bool:
     """Whether a field may have this value. All numbers of a row are finite and not negative."""
     if isinstance(value, list) and list in _TYPES[of_field]:
-        return bool(value) and all(_fits(entry, "int") for entry in value)
+        return bool(value) and all(_fits(entry, "float" if "float" in of_field else "int") for entry in value)
     if isinstance(value, (int, float)) and not isinstance(value, bool) and not 0 <= value < math.inf:
         return False
     return isinstance(value, _TYPES[of_field]) and isinstance(value, bool) == (of_field == "bool")
@@ -165,7 +182,7 @@ class RowFile:
             # Remove an incomplete last line of a killed run: the next row would be appended to it.
             os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
 
-    def append(self, row: Row) -> None:
+    def append(self, row: StoredRow) -> None:
         """Append a row, and wait until it is on disk."""
         # A decoded text may end with half a character. Write it anyway.
         with self.path.open("a", encoding="utf-8", errors="surrogatepass") as file:
@@ -180,18 +197,23 @@ def row_files(folder: Path) -> list[Path]:
 
 
 def read_rows(folder: Path) -> list[Row]:
+    """Read the rows of a folder, see `read_rows_of`."""
+    return read_rows_of(folder, Row)
+
+
+def read_rows_of(folder: Path, kind: type[AnyRow]) -> list[AnyRow]:
     """Read the rows of a folder, from all processes.
 
     An incomplete last line, left by a killed run, is ignored. A damaged line is also ignored, and a warning names the
     file, the line and the problem.
     """
-    rows: dict[RowKey, Row] = {}
+    rows: dict[RowKey, AnyRow] = {}
     for path in row_files(folder):
         for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
             if not line.strip():
                 continue
             try:
-                row = Row.from_json(line)
+                row = kind.from_json(line)
             except ValueError as error:
                 warnings.warn(
                     f"{path}, line {number} is damaged ({error}): its row is ignored. Delete the line to stop "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
@@ -86,10 +87,15 @@ def run(
         rows, file = [], None
         if out is not None:
             out = Path(out)
-            if refusal := _prepare(out, decoder, settings, batch_size, about or {}, state, stack):
-                raise refusal
+            folder_of_rows = out
+
+            def check() -> None:
+                depends_on = {**inputs.of_run(decoder, batch_size), **(about or {})}
+                folder.prepare(folder_of_rows, depends_on, inputs.of_methods(settings), decoder.task, decoder.hashes)
+
+            prepare(out, check, state, stack)
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", ".* is damaged", UserWarning)  # `_prepare` has warned already
+                warnings.filterwarnings("ignore", ".* is damaged", UserWarning)  # `prepare` has warned already
                 wanted = set(order)
                 rows = [row for row in read_rows(out) if row.key in wanted]
             state.wait_for_everyone()  # no process may write before all processes have read
@@ -103,32 +109,20 @@ def run(
     return [found[key] for key in order]
 
 
-def _prepare(
-    out: Path,
-    decoder: Decoder,
-    settings: list[Setting],
-    batch_size: int,
-    about: dict[str, Any],
-    state: PartialState,
-    stack: ExitStack,
-) -> Exception | None:
-    """On the main process, lock the folder until `stack` is closed, and prepare the folder.
-
-    Returns:
-        On all processes: the error, or None if the folder is ready.
-    """
+def prepare(out: Path, check: Callable[[], None], state: PartialState, stack: ExitStack) -> None:
+    """On the main process, lock the folder until `stack` is closed, and call `check`. All processes raise its error."""
     from accelerate.utils import broadcast_object_list
 
     refusal: list[Exception | None] = [None]
     if state.is_main_process:
         try:
             stack.enter_context(folder.locked(out))
-            depends_on = {**inputs.of_run(decoder, batch_size), **about}
-            folder.prepare(out, depends_on, inputs.of_methods(settings), decoder.task, decoder.hashes)
+            check()
         except Exception as error:  # the other processes must not wait forever, whatever the error is
             refusal[0] = error
     broadcast_object_list(refusal)
-    return refusal[0]
+    if refusal[0] is not None:
+        raise refusal[0]
 
 
 def _work(

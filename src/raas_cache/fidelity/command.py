@@ -1,0 +1,115 @@
+"""The `fidelity` command, which also runs as `torchrun -m raas_cache.fidelity`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
+
+from .. import pretrained
+from ..common import arguments
+from ..eval.command import load
+from ..eval.runner import processes
+from ..eval.settings import parse_methods, settings
+from ..models.pretrained import PRETRAINED
+from .measure import measure
+from .results import rivals_of
+from .texts import TRACES, load_texts
+
+
+def fidelity(
+    model: Annotated[str, typer.Option(help=f"{', '.join(PRETRAINED)}, a folder, or a name on the Hub.")] = "smollm2",
+    data: Annotated[
+        str,
+        typer.Option(help="A JSONL file with problem and reasoning, or traces: twelve real chains of thought."),
+    ] = TRACES,
+    methods: Annotated[
+        str, typer.Option(help="Methods, separated by commas, with options after colons: raas:alpha=0.01:page_size=8.")
+    ] = "raas,streaming_llm:prompt=pin,quest",
+    budgets: Annotated[
+        str, typer.Option(help="Budgets, separated by commas: tokens, or shares of --tokens (25%). The prompt counts.")
+    ] = "25%",
+    tokens: Annotated[
+        int,
+        typer.Option(min=1, max=arguments.LARGEST, help="Tokens to read of each chain. Shorter ones are left out."),
+    ] = 1024,
+    rows: Annotated[int | None, typer.Option(min=1, help="Number of texts.", show_default="all")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="A method from --methods: also compare every method with this one.")
+    ] = None,
+    recommend: Annotated[
+        bool, typer.Option("--recommend", help="Print the constructor call of the best bounded cache at each budget.")
+    ] = False,
+    page_size: Annotated[
+        int, typer.Option(min=1, callback=arguments.power_of_two, help="Tokens per page, a power of two.")
+    ] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Largest number of texts in a batch.")] = 1,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16.", show_default="float32; on a GPU bfloat16")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for rows; an interrupted run continues there.", show_default="prints tables only"),
+    ] = None,
+) -> None:
+    """Measure how much each cache changes what a model predicts, on chains of thought that it reads token by token."""
+    with arguments.refusing("--methods", budget="--budgets"):
+        wanted = settings(parse_methods(methods, page_size=page_size), _budgets(budgets, tokens))
+    with arguments.refusing("--against"):
+        if against is not None:
+            rivals_of(wanted, against)
+    with arguments.refusing("--data"):
+        texts = load_texts(data, rows)
+    with arguments.refusing():
+        state = processes()
+    precision = arguments.dtype(dtype or ("bfloat16" if state.device.type == "cuda" else "float32"))
+    with arguments.folder("--out", out), arguments.plain_warnings():
+        network, tokenizer = _load(model, precision)
+        with arguments.refusing("--model", out="--out", folder="--out", tokens="--tokens"):
+            found = measure(
+                network,
+                tokenizer,
+                texts,
+                wanted,
+                tokens=tokens,
+                batch_size=batch_size,
+                out=out,
+                about={"model": model, "data": Path(data).name},
+            )
+    if state.is_main_process:
+        print(f"{len(texts) - found.too_short} texts from {data}, {tokens:,} tokens each, {model}, {network.dtype}")
+        if found.too_short:
+            print(f"{found.too_short} of {len(texts)} texts have shorter chains and are left out.")
+        print(f"\n{found.table(against)}\n\nLoss - dynamic by position in the chain:\n\n{found.by_position()}")
+        print(f"\nLoss - dynamic by tokens since the last use of the same token:\n\n{found.by_distance()}")
+        if recommend:
+            print(f"\n{found.recommend()}")
+    state.destroy_process_group()
+
+
+def _load(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if name not in PRETRAINED:
+        tokenizer, model = load(name, dtype)
+        return model, tokenizer
+    disable_progress_bar()
+    with arguments.refusing("--model"):
+        model, tokenizer = pretrained(name, dtype=dtype)
+    return model.to(processes().device), tokenizer
+
+
+def _budgets(text: str, tokens: int) -> list[int]:
+    """Parse budgets such as `"12.5%,25%,768"`."""
+    found = []
+    for part in text.split(","):
+        number = re.fullmatch(r"\s*(\d+(?:\.\d+)?)(%?)\s*", part)
+        if number is None or (not number[2] and "." in number[1]):
+            raise typer.BadParameter(
+                f"{part.strip()!r} must be a number of tokens, or a share such as 25%.", param_hint="--budgets"
+            )
+        found.append(round(float(number[1]) / 100 * tokens) if number[2] else int(number[1]))
+    return found

@@ -1,0 +1,172 @@
+"""Read a batch of texts with all caches at the same time, and compare each cache with `DynamicCache`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+from ..cache.paged_cache import PagedCache
+from ..cache.paged_layer import PagedLayer
+from ..common.measure import kv_nbytes
+from ..eval.settings import Setting
+from ..sizing.read_text import steps
+from .texts import Ids
+
+
+PARTS = 4
+"""Number of equal parts of the chain for the table by position."""
+EDGES = (16, 64, 256, 1024)
+"""Largest distance of each group of tokens, except of the last two groups."""
+DISTANCES = ("1 to 16", "17 to 64", "65 to 256", "257 to 1,024", "over 1,024", "first use")
+"""Tokens since the last earlier occurrence of the same token, in prompt or chain."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a cache did to one text.
+
+    Args:
+        cells: `[PARTS, len(DISTANCES), 4]` float64: for each part of the chain and each distance, the number of tokens,
+            and the sums of their loss, of KL(dynamic || method), and of the tokens whose most likely prediction is that
+            of `dynamic`. Loss and KL are in nats.
+        kv_bytes: bytes of keys and values that the cache held for the batch at the end, divided by its rows.
+        over_budget: whether the prompt left fewer decode pages than `min_decode_pages`.
+    """
+
+    cells: torch.Tensor
+    kv_bytes: int
+    over_budget: bool
+
+
+@torch.no_grad()
+def read_batch(
+    model: PreTrainedModel,
+    texts: Sequence[Ids],
+    settings: Sequence[Setting],
+    pad: int,
+    compiled: Callable[..., Any] | None = None,
+    on_token: Callable[[], object] = lambda: None,
+) -> list[list[Reading]]:
+    """Read texts whose chains have the same length, token by token, with the caches of all settings side by side.
+
+    All caches take a step before any cache takes the next one, so only one step of logits is in memory. Shorter prompts
+    are padded on the left.
+
+    Args:
+        settings: the caches to compare with `DynamicCache`.
+        pad: id of the padding token.
+        compiled: the forward from `compiled_forward`. It runs the decode steps of the caches that it can serve.
+        on_token: called after each token.
+
+    Returns:
+        For `DynamicCache` and then for each setting, the readings of the texts.
+    """
+    # 1. The batch: prompts padded on the left.
+    prompt, chain = max(len(text.prompt) for text in texts), len(texts[0].chain)
+    padding = [prompt - len(text.prompt) for text in texts]
+    rows = [[pad] * empty + [*text.prompt, *text.chain] for empty, text in zip(padding, texts, strict=True)]
+    ids = torch.tensor(rows, device=model.device)  # [rows, prompt + chain]
+    places = torch.arange(prompt, device=model.device)
+    mask = (places >= torch.tensor(padding, device=model.device)[:, None]).long() if any(padding) else None
+
+    # 2. One generator of logits for each cache. The first one is the reference.
+    caches: list[Cache] = [
+        DynamicCache(config=model.config),
+        *(setting.new_cache(model.config) for setting in settings),
+    ]
+    readers = [steps(model, ids, prompt, cache, mask, _decode(cache, compiled)) for cache in caches]
+
+    # 3. The steps.
+    found = torch.empty(len(caches), 3, len(rows), chain, dtype=torch.float64, device=model.device)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "budget=.* leaves", UserWarning)  # a reading stores `over_budget` instead
+        for step in range(chain):
+            target = ids[:, prompt + step]  # [rows]
+            reference = _log_probabilities(next(readers[0]))  # [rows, vocabulary]
+            found[0, :, :, step] = _compare(reference, reference, target)
+            for number, reader in enumerate(readers[1:], 1):
+                found[number, :, :, step] = _compare(reference, _log_probabilities(next(reader)), target)
+            on_token()
+
+    # 4. Sums over the tokens of each cell.
+    cells = [_cells(text, found[:, :, row].cpu()) for row, text in enumerate(texts)]
+    return [
+        [
+            Reading(
+                of_row[number], kv_nbytes(cache) // len(rows), isinstance(cache, PagedCache) and cache.is_over_budget
+            )
+            for of_row in cells
+        ]
+        for number, cache in enumerate(caches)
+    ]
+
+
+def _log_probabilities(logits: torch.Tensor) -> torch.Tensor:
+    """`[rows, vocabulary]`, at least in float32."""
+    return torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), -1)
+
+
+def _compare(reference: torch.Tensor, ours: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """`[3, rows]`: loss, KL(reference || ours), and whether the most likely tokens are the same."""
+    loss = -ours.gather(-1, target[:, None])[:, 0]
+    # A vocabulary may contain tokens whose logit is -inf. They have no share in the sum.
+    kl = torch.where(reference.isinf(), 0, reference.exp() * (reference - ours)).sum(-1)
+    return torch.stack([loss, kl, reference.argmax(-1).eq(ours.argmax(-1)).to(loss.dtype)]).double()
+
+
+def compiled_forward(model: PreTrainedModel) -> Callable[..., Any] | None:
+    """The model's forward, compiled for steps of one shape; None on a CPU, where it saves little."""
+    if model.device.type != "cuda":
+        return None
+    forward = torch.compile(model.forward, dynamic=False, mode="reduce-overhead")
+
+    def decode(*args: Any, **inputs: Any) -> Any:
+        torch.compiler.cudagraph_mark_step_begin()
+        # Each cache is compiled separately.
+        with torch._dynamo.config.patch(recompile_limit=256):
+            return forward(*args, **inputs)
+
+    return decode
+
+
+def _decode(cache: Cache, compiled: Callable[..., Any] | None) -> Callable[..., Any] | None:
+    """The compiled forward if it can serve the cache, otherwise None."""
+    if compiled is None or not isinstance(cache, PagedCache):
+        return None
+    if not cache.is_compileable or not all(isinstance(layer, PagedLayer) for layer in cache.layers):
+        return None
+    cache.preallocate()
+    return compiled
+
+
+def _cells(text: Ids, found: torch.Tensor) -> torch.Tensor:
+    """Sums over the tokens of each cell, `[caches, PARTS, len(DISTANCES), 4]`.
+
+    Args:
+        found: `[caches, 3, chain]`: loss, KL and agreement of each token.
+    """
+    chain = len(text.chain)
+    part = torch.arange(chain) * PARTS // chain
+    cell = part * len(DISTANCES) + torch.tensor(distance_groups(text))  # [chain]
+    values = torch.cat([torch.ones_like(found[:, :1]), found], 1)  # [caches, 4, chain]
+    sums = values.new_zeros(*values.shape[:2], PARTS * len(DISTANCES)).index_add_(2, cell, values)
+    return sums.view(*values.shape[:2], PARTS, len(DISTANCES)).permute(0, 2, 3, 1)
+
+
+def distance_groups(text: Ids) -> list[int]:
+    """For each token of the chain, the index in `DISTANCES` of its distance to the last earlier occurrence."""
+    last: dict[int, int] = {}
+    groups = []
+    for place, token in enumerate((*text.prompt, *text.chain)):
+        distance = place - last[token] if token in last else None
+        last[token] = place
+        first, beyond = len(DISTANCES) - 1, len(EDGES)
+        groups.append(
+            first if distance is None else next((group for group, edge in enumerate(EDGES) if distance <= edge), beyond)
+        )
+    return groups[len(text.prompt) :]
