@@ -46,7 +46,7 @@ class PagedCache(Cache):
     Args:
         budget (`int`, or a list of ints): number of tokens to hold for each row, layer and KV head, including the
             prompt; at least one page. For a method that never evicts: number of tokens to read. A list has one number
-            per layer of the model (see `learn_budgets`); the numbers of layers without full attention are not used.
+            per layer of the model; the numbers of layers without full attention are not used.
         policy (`Policy`): the method, for example `H2OPolicy()`. `RaaSCache` and the other classes set it themselves.
         page_size (`int`): tokens per page, a power of two.
         scoring (`str`): with `"exact"`, the score of a page comes from the softmax weights of its tokens; with
@@ -68,9 +68,10 @@ class PagedCache(Cache):
             cache of transformers. Without `config`, the first attention call provides it; a model that starts with
             linear attention needs it.
         offloading (`bool`): keep the keys and values of a layer in CPU memory while other layers run. Needs a CUDA GPU.
-        shares (`list`, *optional*): for each layer of the model, the factor on the decode pages that the budget leaves
-            beside the prompt: one number, or a list with one number per KV head. With a mean of 1, all layers together
-            hold as much as without shares. `learn_shares` finds them.
+        shares (`list`, `str` or `PathLike`, *optional*): for each layer of the model, the factor on the decode pages
+            that the budget leaves beside the prompt: one number, or a list with one number per KV head. With a mean of
+            1, all layers together hold as much as without shares. `learn_shares` finds them. A path is a JSON file that
+            `raas-cache shares` has written.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type or is out of range, the method does not support it, or

@@ -95,7 +95,9 @@ def plan(
 
 @app.command()
 def bench(
-    method: Annotated[str, typer.Option(help="Methods, separated by commas.")] = "raas,quest,h2o,streaming_llm",
+    method: Annotated[
+        str, typer.Option(help="Methods, separated by commas, with options after colons: raas:shares=FILE.")
+    ] = "raas,quest,h2o,streaming_llm",
     seen: Annotated[str, typer.Option(help="Tokens seen before the first step, separated by commas.")] = ",".join(
         str(1024 << doublings) for doublings in range(8)
     ),
