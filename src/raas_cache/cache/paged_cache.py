@@ -326,8 +326,10 @@ class PagedCache(Cache):
         """Send scores and priorities of all pages to `recording`; None ends this. See `raas_cache.record`.
 
         Raises:
-            ValueError: the cache is already recorded.
+            ValueError: the cache is already recorded, or the KV heads of a recorded layer have different shares.
         """
+        if recording is not None:
+            self._plan.check_recording(recording.wanted[0])
         self._modes.observe(recording, self.layers)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

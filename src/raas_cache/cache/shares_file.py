@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,12 @@ def read_shares(path: str | os.PathLike[str]) -> list[Any]:
     return shares
 
 
-def write_shares(
-    path: str | os.PathLike[str], shares: list[list[float]], *, model: str, budget: int, prompt: int, page_size: int
-) -> None:
-    """Write shares, and what they were learnt with, as JSON: one line per layer of the model."""
-    about = {"model": model, "budget": budget, "prompt": prompt, "page_size": page_size}
+def write_shares(path: str | os.PathLike[str], shares: list[list[float]], about: Mapping[str, str | int]) -> None:
+    """Write shares as JSON, with one line per layer of the model.
+
+    Args:
+        about: what the shares were learnt with, such as the name of the model. Readers ignore it.
+    """
     lines = [f"  {json.dumps(name)}: {json.dumps(value)}," for name, value in about.items()]
     layers = ",\n".join(f"    {json.dumps(layer)}" for layer in shares)
     text = "\n".join(["{", *lines, f'  "shares": [\n{layers}\n  ]', "}"])
