@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from raas_cache import embedded_model, learn_budgets
+from raas_cache import embedded_model, learn_shares
 from raas_cache.bench import report
 from raas_cache.bench import run as run_bench
 from raas_cache.bench.filling import build_model, load_config
@@ -72,15 +72,17 @@ def main() -> None:
 
     compared, varied = sections(args.quick)
     if not args.quick:
-        calibration = tokenizer([p.prompt for p in problems(16, 50, seed=0, split="train")], return_tensors="pt")
-        inputs = {name: calibration[name].to(state.device) for name in ("input_ids", "attention_mask")}
-        prompt, layers = inputs["input_ids"].shape[1], model.config.num_hidden_layers
+        sample = problems(16, 50, seed=0, split="train")
+        texts = [f"{problem.prompt} {problem.chain}" for problem in sample]
+        ids = tokenizer(texts, return_tensors="pt")["input_ids"].to(state.device)
+        prompt, layers = len(tokenizer(sample[0].prompt)["input_ids"]), model.config.num_hidden_layers
         for budget in ABLATION_BUDGETS:
-            learnt = learn_budgets(model, inputs, budget, 605, page_size=COMMON["page_size"])
-            varied.append(Setting("raas", tuple(learnt), COMMON))
+            for sizes in (1, model.config.num_key_value_heads):  # by layer, and by KV head
+                learnt = learn_shares(model, ids, prompt, budget, page_size=COMMON["page_size"], sizes=sizes)
+                varied.append(Setting("raas", budget, {**COMMON, "shares": learnt}))
             for bottom in PYRAMIDS:
-                shares = [bottom + (2 - 2 * bottom) * layer / (layers - 1) for layer in range(layers)]
-                varied.append(Setting("raas", tuple(prompt + round(s * (budget - prompt)) for s in shares), COMMON))
+                pages = [bottom + (2 - 2 * bottom) * layer / (layers - 1) for layer in range(layers)]
+                varied.append(Setting("raas", tuple(prompt + round(p * (budget - prompt)) for p in pages), COMMON))
     task = load_task("chains", args.problems, seed=1)
     every = list({setting.key: setting for setting in compared + varied}.values())
     rows = run(model, tokenizer, task, every, out=args.rows, batch_size=args.batch_size)
@@ -93,7 +95,7 @@ def main() -> None:
     text = [f"`{command}`: {args.problems} {ran}.\n", "## Every method\n", tabled(rows, compared)]
     text += ["\n## RaaS, one option at a time\n", tabled(rows, varied)]
     args.out.mkdir(parents=True, exist_ok=True)
-    by_option = [setting for setting in varied if isinstance(setting.budget, int)]
+    by_option = [one for one in varied if isinstance(one.budget, int) and "shares" not in one.options]
     drawn, alone = (
         figures(summarize(chain.from_iterable(chosen(rows, wanted))), ran) for wanted in (compared, by_option)
     )

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from raas_cache import RaaSCache, embedded_model, learn_budgets
+from raas_cache import RaaSCache, embedded_model, learn_shares
 from raas_cache.eval.chains import TOKENS_PER_LINE, problems, tokens_of
 from raas_cache.sizing.read_text import steps
 
@@ -67,20 +67,20 @@ def main() -> None:
     sample = problems(args.problems, args.lines, seed=3)
     total = max(map(tokens_of, sample))
     budget = int(args.budget * total)
-    calibration = [p.prompt for p in problems(16, args.lines, seed=0, split="train")]
-    inputs = tokenizer(calibration, padding=True, return_tensors="pt", return_token_type_ids=False)
-    steps = total - inputs["input_ids"].shape[1]
-    learnt = learn_budgets(model, inputs, budget, steps, page_size=args.page_size)
+    calibration = [f"{p.prompt} {p.chain}" for p in problems(16, args.lines, seed=0, split="train")]
+    ids = tokenizer(calibration, return_tensors="pt")["input_ids"]
+    prompt = len(tokenizer(sample[0].prompt)["input_ids"])
+    learnt = learn_shares(model, ids, prompt, budget, page_size=args.page_size)
     caches = {
-        f"alpha 1e-4 (paper), budget {budget}": (budget, {"alpha": 1e-4}),
-        f"default, budget {budget}": (budget, {}),
-        f"budgets learnt, {learnt}": (learnt, {}),
+        f"alpha 1e-4 (paper), budget {budget}": {"alpha": 1e-4},
+        f"default, budget {budget}": {},
+        f"shares {learnt}": {"shares": learnt},
     }
     print(f"{args.problems} gold chains of {args.lines} lines, {total} tokens, pages of {args.page_size}.\n")
     bands = [f"{low} to {high} lines" for low, high in BANDS[:-1]] + [f"{BANDS[-1][0]} lines or more"]
     print("| cache | | " + " | ".join(bands) + " |\n|---|---|" + "---|" * len(bands))
-    for name, (tokens, options) in caches.items():
-        cache = RaaSCache(tokens, page_size=args.page_size, min_decode_pages=1, **options)
+    for name, options in caches.items():
+        cache = RaaSCache(budget, page_size=args.page_size, min_decode_pages=1, **options)
         groups = defaultdict(list)
         for ago, held, right in cited(model, tokenizer, sample, cache):
             groups[next(band for band in BANDS if band[0] <= max(ago, 2) <= band[1])].append((held, right))

@@ -23,7 +23,7 @@ from .methods.vase import VaSECache
 from .methods.window import WindowCache
 from .models.pretrained import embedded_model, pretrained
 from .register import register, unregister
-from .sizing.learn_budgets import learn_budgets
+from .sizing.learn_shares import learn_shares
 from .sizing.plan import Plan, largest_budget, plan
 from .sizing.read_text import read
 from .tracing.recording import Recording
@@ -52,7 +52,7 @@ __all__ = [
     "embedded_model",
     "from_name",
     "largest_budget",
-    "learn_budgets",
+    "learn_shares",
     "list_methods",
     "plan",
     "pretrained",

@@ -1,10 +1,14 @@
 """Shares of the decode pages: for each layer, and for each KV head."""
 
+import json
+import re
+
 import pytest
 import torch
 from transformers import DynamicCache
 
 from raas_cache import DenseCache, H2OCache, RaaSCache, from_name, record
+from raas_cache.cache.shares_file import write_shares
 
 from ..helpers import generate, prompt, tiny_model
 
@@ -144,21 +148,25 @@ def test_rows_that_start_at_different_steps():
     torch.testing.assert_close(torch.stack(logits), expected)
 
 
-def test_one_share_per_layer_can_be_recorded():
+def test_layers_of_one_share_can_be_recorded():
     model, by_layer = tiny_model(), cache([1.5, 0.5])
     with record(by_layer) as recording:
         generate(model, prompt(), by_layer, 60)
     assert set(recording.layers) == {0, 1}
-    with pytest.raises(ValueError, match=r"which raas_cache\.record cannot show"):
-        by_head = cache(BY_HEAD)
-        with record(by_head):
-            generate(model, prompt(), by_head, 60)
+    by_head, alone = cache([1.0, [1.5, 0.5]]), cache([1.0, [1.5, 0.5]])
+    message = r"shares differ between the KV heads of layer 1, which raas_cache\.record cannot show"
+    with pytest.raises(ValueError, match=message), record(by_head):
+        raise AssertionError("the block must not run")
+    with record(by_head, layers=[0]) as recording:
+        generated = generate(model, prompt(), by_head, 60)
+    assert recording.recorded == [0]
+    assert torch.equal(generated, generate(model, prompt(), alone, 60))
 
 
 @pytest.mark.parametrize(
     ("make", "error", "says"),
     [
-        (lambda: RaaSCache(64, shares="1.0"), TypeError, "must be a list with one entry per layer"),
+        (lambda: RaaSCache(64, shares=1.0), TypeError, "must be a list with one entry per layer"),
         (lambda: RaaSCache(64, shares=[]), TypeError, "must be a list with one entry per layer"),
         (lambda: RaaSCache(64, shares=[1.0, 0]), ValueError, r"shares\[1\]=0 must be a positive number"),
         (lambda: RaaSCache(64, shares=[[1.0, float("nan")]]), ValueError, r"shares\[0\]=.* must be a positive number"),
@@ -177,3 +185,61 @@ def test_shares_for_another_model():
         generate(model, prompt(), cache([1.0]), 10)
     with pytest.raises(ValueError, match="shares has 3 entries for a layer, but the layer stores 2 KV heads"):
         generate(model, prompt(), cache([[1.0, 2.0, 0.5]] * 2), 10)
+
+
+class TestFiles:
+    def test_a_file_gives_the_same_cache(self, tmp_path):
+        file = tmp_path / "shares.json"
+        write_shares(file, BY_HEAD, {"model": "tiny", "budget": 64, "prompt": 20, "page_size": PAGE})
+        assert json.loads(file.read_text()) == {
+            "model": "tiny", "budget": 64, "prompt": 20, "page_size": 4, "shares": BY_HEAD,
+        }  # fmt: skip
+        model, inputs = tiny_model(), prompt()
+        expected = generate(model, inputs, cache(BY_HEAD), 100)
+        for path in (file, str(file)):
+            assert torch.equal(generate(model, inputs, cache(path), 100), expected)
+
+    def test_missing(self, tmp_path):
+        with pytest.raises(
+            ValueError,
+            match=r"shares='.*none\.json' does not exist: write .*raas-cache shares --model .*--out .*none\.json",
+        ):
+            cache(tmp_path / "none.json")
+
+    @pytest.mark.parametrize(
+        "content", [b"", b"{", b"[[1.0]]", b'{"shares": 1}', b'{"shares": []}', b"\xff\xfe", b"[" * 100_000]
+    )
+    def test_damaged(self, tmp_path, content):
+        file = tmp_path / "shares.json"
+        file.write_bytes(content)
+        with pytest.raises(
+            ValueError, match=r"shares='.*shares\.json' is not a file of shares \(.+\): write it again with"
+        ):
+            cache(file)
+
+    def test_a_folder(self, tmp_path):
+        with pytest.raises(ValueError, match="is not a file of shares"):
+            cache(tmp_path)
+
+    def test_wrong_numbers_are_refused_as_in_a_list(self, tmp_path):
+        file = tmp_path / "shares.json"
+        file.write_text('{"shares": [[1.0, -1.0]]}')
+        with pytest.raises(ValueError, match=r"shares\[0\]=.* must be a positive number"):
+            cache(file)
+
+
+def test_jupyter_shows_the_groups():
+    model = tiny_model()
+    by_head = cache([[1.5, 0.5], [1.0, 1.0]], config=model.config)
+    assert "layer 0: HeadGroupsLayer, no pages" in by_head._repr_html_()
+    generate(model, prompt(), by_head, 120)
+    lines = re.sub(r"<[^>]*>", "", by_head._repr_html_().replace("</div>", "\n")).splitlines()
+    found = [line.partition(";")[0] for line in lines if line.startswith("layer")]
+    # The prompt has 5 pages of 4 tokens, and leaves 11 pages: 16 for the first head, 6 for the second.
+    held = by_head.resident_tokens(0)[0].tolist()
+    assert found == [
+        f"layer 0, KV head 0: {held[0]} of 139 tokens held, budget 64, share 1.5",
+        f"layer 0, KV head 1: {held[1]} of 139 tokens held, budget 64, share 0.5",
+        f"layer 1: {by_head.resident_tokens(1).max()} of 139 tokens held, budget 64",
+    ]
+    assert "5 pinned" in by_head._repr_html_() and "16 evictable" in by_head._repr_html_()

@@ -19,7 +19,7 @@ from raas_cache import (
     embedded_model,
     from_name,
     largest_budget,
-    learn_budgets,
+    learn_shares,
     list_methods,
     plan,
     read,
@@ -53,16 +53,18 @@ def swap_methods(model: PreTrainedModel) -> None:
     assert_type(list_methods(), list[str])
     assert_type(from_name("quest", budget=1024, dense_layers=1), PagedCache)
     H2OCache([512, 1024], recent_ratio=0.5, prompt="pin")
-    budgets = learn_budgets(model, inputs, 384, 600, page_size=4, alpha=0.1)
-    assert_type(budgets, list[int])
-    assert_type(read(model, torch.zeros(1, 9, dtype=torch.int64), 3, RaaSCache(budgets)), torch.Tensor)
+    ids = torch.zeros(1, 900, dtype=torch.int64)
+    shares = learn_shares(model, ids, 100, 384, page_size=4, sizes=1)
+    assert_type(shares, list[list[float]])
+    assert_type(read(model, ids, 3, RaaSCache(384, shares=shares)), torch.Tensor)
+    RaaSCache(384, shares=[1.5, [0.5, 0.5]])
 
 
 def misuse(model: PreTrainedModel) -> None:
     RaaSCache("1024")  # type: ignore[arg-type]
     RaaSCache(1024, alpah=0.1)  # type: ignore[call-arg]
     RaaSCache(1024, prompt="keep")  # type: ignore[arg-type]
-    learn_budgets(model, inputs, 384, 600, pagesize=4)  # type: ignore[call-arg]
+    learn_shares(model, torch.zeros(1, 9, dtype=torch.int64), 3, 384, pagesize=4)  # type: ignore[call-arg]
 
 
 def look_inside(path: Path) -> None:

@@ -1,6 +1,5 @@
 """Methods by name, a user's own, budgets by layer; and that to add a method takes a file and a line."""
 
-import math
 import re
 import shutil
 import subprocess
@@ -9,17 +8,11 @@ import warnings
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import raas_cache
-from raas_cache import PagedCache, Policy, RaaSCache, from_name, learn_budgets, list_methods, register_policy
+from raas_cache import PagedCache, Policy, RaaSCache, from_name, list_methods, register_policy
 from raas_cache.common.measure import wilson_interval
-from raas_cache.eval import chain_task, run
-from raas_cache.eval.chains import problems, share_right, tokens_of
-from raas_cache.eval.settings import Setting
 from raas_cache.methods.raas import RaaSPolicy
-from raas_cache.sizing.learn_budgets import _deal_out, _interpolated
 
 from ..helpers import generate, prompt, resident_set, tiny_model
 
@@ -163,35 +156,6 @@ class TestBudgetsByLayer:
     def test_too_few_of_them(self):
         with pytest.raises(ValueError, match=r"budget=\(96,\) has 1 entries, but the model has a layer 1"):
             generate(tiny_model(), prompt(), RaaSCache([96], page_size=4), 10)
-
-    def test_pages_go_where_they_save_most(self):
-        flat, near, far = [1.0, 1.0, 1.0, 1.0, 0.0], [9.0, 0.5, 0.2, 0.1, 0.0], [9.0, 9.0, 9.0, 0.0, 0.0]
-        assert _deal_out({0: flat, 1: near, 2: far}, 2) == {0: 1, 1: 2, 2: 3}
-        assert _deal_out({0: [0.0] * 9, 1: [0.0] * 9}, 3) == {0: 3, 1: 3}
-        assert _interpolated([2, 4], [6.0, 2.0], 6) == [6.0, 6.0, 6.0, 4.0, 2.0, 1.0, 0.0]
-
-    def test_learnt_ones_keep_more_of_a_chain_right(self):
-        tokenizer = AutoTokenizer.from_pretrained(raas_cache.embedded_model())
-        model = AutoModelForCausalLM.from_pretrained(raas_cache.embedded_model(), dtype=torch.float32).eval()
-        sample = problems(8, 20, seed=0, split="train")
-        inputs = tokenizer([p.prompt for p in sample], padding=True, return_tensors="pt", return_token_type_ids=False)
-        budget = math.ceil(tokens_of(sample[0]) / 2)
-        budgets = learn_budgets(model, inputs, budget, 250, page_size=4, levels=(0.5, 1.0, 2.0))
-        assert sum(budgets) <= 3 * budget and budgets[1] == max(budgets), "it is layer 1 that looks lines up"
-        fresh, options = chain_task(problems(16, 20, seed=0)), {"page_size": 4, "min_decode_pages": 1}
-        settings = [Setting("raas", size, options) for size in (tuple(budgets), budget)]
-        rows = run(model, tokenizer, fresh, settings, batch_size=16)
-        learnt, same = rows[:16], rows[16:]
-        assert learnt[0].kv_bytes <= same[0].kv_bytes
-        right = [sum(share_right(row.output, row.gold) for row in part) / 16 for part in (learnt, same)]
-        assert right[0] > right[1] + 0.02
-
-    def test_nothing_to_learn_from(self):
-        model = tiny_model(dtype=torch.float32)
-        with pytest.raises(ValueError, match="budget=24 leaves no page of 16 tokens beside a prompt of 20 tokens"):
-            learn_budgets(model, prompt(), 24, 10)
-        with pytest.raises(ValueError, match="budget=256 loses nothing over max_new_tokens=10: raise max_new_tokens"):
-            learn_budgets(model, prompt(), 256, 10)
 
 
 def test_wilson_interval():

@@ -1,6 +1,7 @@
 """Fill caches as after any number of tokens, with random keys and values and without running the model."""
 
 import copy
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,8 +13,10 @@ from ..cache.paged_cache import PagedCache
 from ..cache.paged_layer import PagedLayer
 from ..engine.attention_inputs import Softmax
 from ..engine.forward_base import Forward
+from ..engine.policy import Policy
 from ..engine.rotation import Rotation
-from ..methods.registry import from_name
+from ..methods.parse import parse_methods
+from ..methods.registry import POLICIES, from_name
 
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -106,6 +109,27 @@ def build_model(config: PreTrainedConfig, device: torch.device, dtype: torch.dty
     return model
 
 
+def new_cache(method: str, budget: int, **common: Any) -> PagedCache:
+    """Create an empty cache of a method with its options, such as `"raas:alpha=0.1"`.
+
+    Args:
+        common: options that the benchmark sets for all methods.
+
+    Raises:
+        TypeError, ValueError: the method or an option is invalid, or the method sets an option of all methods.
+    """
+    ((name, options),) = parse_methods(method)
+    for option in ("page_size", "min_decode_pages", "prompt", "offloading"):
+        if option in options:
+            raise ValueError(f"method={method!r}: bench times all methods with the same {option!r}: remove it here.")
+    return from_name(name, budget, **common, **options)
+
+
+def policy_of(method: str) -> type[Policy]:
+    """The policy class of a method with options."""
+    return POLICIES[method.partition(":")[0]]
+
+
 class Filler:
     """Creates caches of one model that have seen a given number of tokens.
 
@@ -174,23 +198,25 @@ class Filler:
         return torch.randn(size, generator=self.generator, dtype=self.dtype, device=self.device)
 
     def paged(self, method: str, seen: int) -> PagedCache:
-        """Create a cache with `from_name(method)` that has seen `seen` tokens.
+        """Create a cache of a method with its options, such as `"raas:alpha=0.1"`, that has seen `seen` tokens.
 
         A cache that never evicts gets all tokens as one prompt. A cache that evicts decodes after a short prompt, until
         every page is full and some pages have been recycled. Then `fast_forward` sets it forward.
         """
         pages = self.budget // self.page_size
-        prompt, full = min(PROMPT, pages // 2 * self.page_size, seen), (pages + 2) * self.page_size
+        prompt = min(PROMPT, pages // 2 * self.page_size, seen)
+        prompt_pages = -(-prompt // self.page_size)
+        room = max(1, pages - prompt_pages)
+        options = {"page_size": self.page_size, "min_decode_pages": min(8, room), "config": self.config}
+        cache = new_cache(method, self.budget, **options)
+        largest = max([1.0, *(max(part.settings.shares) for part in _parts(cache))])
+        full = (prompt_pages + math.ceil(room * largest) + 2) * self.page_size
         if method in self._full and seen >= full:
             cache = copy.deepcopy(self._full[method])
         else:
-            room = max(1, pages - -(-prompt // self.page_size))
-            options = {"page_size": self.page_size, "min_decode_pages": min(8, room), "config": self.config}
-            cache = from_name(method, self.budget, **options)
             cache.preallocate()
-            for layer in cache.layers:
-                if isinstance(layer, PagedLayer):  # without a model, the cache cannot ask for the rotary embedding
-                    layer.engine.rotation = Rotation.standard(self.head_dim, 10_000.0, self.device)
+            for part in _parts(cache):  # without a model, the cache cannot ask for the rotary embedding
+                part.engine.rotation = Rotation.standard(self.head_dim, 10_000.0, self.device)
             if not cache.settings.policy.evicts:
                 self._feed_alike(cache, [seen])
                 return cache
@@ -203,9 +229,13 @@ class Filler:
         return cache
 
     def _feed_alike(self, cache: PagedCache, forwards: list[int]) -> None:
-        """Feed forwards of these lengths to one layer per policy, and copy this layer to the other layers."""
-        policies = [layer.settings.policy for layer in cache.layers if isinstance(layer, PagedLayer)]
-        sources = [policies.index(policy) for policy in policies]
+        """Feed forwards of these lengths to one of the layers with equal settings, and copy it to the others."""
+        kinds = [
+            (getattr(layer, "head_groups", None), [part.settings for part in layer.parts])
+            for layer in cache.layers
+            if isinstance(layer, PagedLayer)
+        ]
+        sources = [kinds.index(kind) for kind in kinds]
         for tokens in forwards:
             self.feed(cache, tokens, sorted(set(sources)))
         for index, source in enumerate(sources):
@@ -219,12 +249,15 @@ def fast_forward(cache: PagedCache, pages: int) -> None:
     Pinned pages do not change. The positions and priorities of the other pages and the clock increase. This is correct
     for policies whose priority is a time, and for policies that rank all pages again at every step.
     """
-    for layer in cache.layers:
-        if not isinstance(layer, PagedLayer):
-            continue
-        table, kv = layer.table, layer.engine.kv
+    for part in _parts(cache):
+        table, kv = part.table, part.engine.kv
         tokens = pages * kv.page_size
         evictable = kv.evictable[:, None].expand(-1, table.num_heads, -1)  # [batch, kv_heads, pages]
         kv.positions += tokens * evictable.repeat_interleave(kv.page_size, -1).int()
         kv.priority += tokens  # empty pages stay at -inf
         table.move_clock(tokens, tokens)
+
+
+def _parts(cache: PagedCache) -> list[PagedLayer]:
+    """The paged layers of a cache; of a layer with groups of KV heads, its parts."""
+    return [part for layer in cache.layers if isinstance(layer, PagedLayer) for part in layer.parts]

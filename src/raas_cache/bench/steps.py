@@ -18,8 +18,7 @@ from transformers.cache_utils import Cache
 
 from ..common.measure import kv_nbytes
 from ..common.upstream import CACHE_ARGUMENT
-from ..methods.registry import POLICIES, from_name
-from .filling import Filler
+from .filling import Filler, new_cache, policy_of
 from .peer import Peer
 
 
@@ -37,7 +36,8 @@ class Grid:
     """The measurements to make. Each combination of `seen`, `batches`, `budgets` and `modes` is a cell.
 
     Args:
-        methods: names that `from_name` accepts. `BASELINES` are always timed and need not be named.
+        methods: names that `from_name` accepts, with options after colons, as in `parse_methods`. `BASELINES` are
+            always timed and need not be named.
         seen: numbers of tokens that the caches have seen before the first step.
         batches: numbers of rows.
         budgets: numbers of tokens that each row, layer and KV head holds.
@@ -71,7 +71,7 @@ class Grid:
         methods = tuple(name for name in dict.fromkeys(self.methods) if name not in BASELINES)
         object.__setattr__(self, "methods", methods)
         for method in self.methods:
-            from_name(method, max(self.budgets), page_size=self.page_size)
+            new_cache(method, max(self.budgets), page_size=self.page_size)
         for mode in self.modes:
             if mode not in MODES:
                 raise ValueError(f"mode={mode!r} is unknown: use one of {', '.join(map(repr, MODES))}.")
@@ -198,7 +198,7 @@ def _run_cell(
     model: PreTrainedModel, grid: Grid, filler: Filler, seen: int, mode: str, peer: Peer | None
 ) -> list[StepRow]:
     tokens = {DYNAMIC: seen, STATIC_SEEN: seen, STATIC_BUDGET: filler.budget}
-    tokens |= {method: filler.budget if POLICIES[method].evicts else seen for method in grid.methods}
+    tokens |= {method: filler.budget if policy_of(method).evicts else seen for method in grid.methods}
     if peer is not None:
         tokens[KVPRESS] = filler.budget
     needed = {name: filler.nbytes(held) for name, held in tokens.items()}

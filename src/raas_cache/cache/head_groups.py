@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from ..engine.layer_engine import LayerEngine, Pending
     from ..engine.page_table import PageTable
     from ..engine.row_counts import Rows
-    from ..tracing.layer_trace import LayerTrace
 
 
 class GroupedForward(Forward):
@@ -198,18 +197,6 @@ class HeadGroupsLayer(PagedLayer):
     def head_groups(self) -> list[list[int]]:
         """The KV heads of each of `parts`."""
         return self._heads
-
-    @property
-    def trace(self) -> LayerTrace | None:
-        return None
-
-    @trace.setter
-    def trace(self, trace: LayerTrace | None) -> None:
-        if trace is not None:
-            raise ValueError(
-                "shares differ between the KV heads of a layer, which raas_cache.record cannot show: record a cache "
-                "without shares, or with one share per layer."
-            )
 
     def reset(self) -> None:
         for part in self.parts:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -133,6 +133,15 @@ class LayerPlan:
         """Raise a ValueError if the cache does not know the config of its model."""
         if isinstance(layers, LayersToCome):
             raise ValueError(NEEDS_CONFIG)
+
+    def check_recording(self, wanted: Sequence[int] | None) -> None:
+        """Raise a ValueError if the KV heads of one of the layers `wanted` (None for all) have different shares."""
+        for layer_idx, shares in enumerate(self._shares or ()):
+            if len(set(shares)) > 1 and (wanted is None or layer_idx in wanted):
+                raise ValueError(
+                    f"shares differ between the KV heads of layer {layer_idx}, which raas_cache.record cannot show: "
+                    "record other layers, or a cache with one share per layer."
+                )
 
     def learn(
         self, cache: Cache, layer_idx: int, module: torch.nn.Module, key: torch.Tensor, value: torch.Tensor

@@ -59,8 +59,8 @@ class PagedCache(Cache):
             (sliding windows, linear attention, shared KV) keep the cache of transformers. The first attention call
             provides it, except for a model that starts with linear attention.
         offloading (`bool`): keep the keys and values of a layer in CPU memory while other layers run. Needs a CUDA GPU.
-        shares (`list`, *optional*): for each layer, the factor on the decode pages that the budget leaves beside the
-            prompt: one number, or a list with one number per KV head. `learn_shares` finds shares of mean 1.
+        shares (`list` or path, *optional*): for each layer, the factor on its decode pages: one number, or a list with
+            one number per KV head. `learn_shares` finds them; a path names a JSON file of `raas-cache shares`.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type or is out of range, the method does not support it, or
@@ -310,8 +310,10 @@ class PagedCache(Cache):
         """Send scores and priorities of all pages to `recording`; None ends this. See `raas_cache.record`.
 
         Raises:
-            ValueError: the cache is already recorded.
+            ValueError: the cache is already recorded, or the KV heads of a recorded layer have different shares.
         """
+        if recording is not None:
+            self._plan.check_recording(recording.wanted[0])
         self._modes.observe(recording, self.layers)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
@@ -13,6 +14,7 @@ from transformers import PreTrainedConfig
 
 from ..engine.layer_settings import LayerSettings
 from ..engine.policy import Policy
+from .shares_file import read_shares
 
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ else:
 
 
 Budget = int | list[int] | tuple[int, ...]
-Shares = Sequence[float | Sequence[float]]
+Shares = Sequence[float | Sequence[float]] | str | os.PathLike[str]
 
 
 class CacheOptions(TypedDict, total=False):
@@ -161,8 +163,12 @@ def checked_shares(shares: object, settings: LayerSettings, offloading: bool) ->
     """
     if shares is None:
         return None
-    if not isinstance(shares, Sequence) or isinstance(shares, str) or not shares:
-        raise TypeError(f"shares={shares!r} must be a list with one entry per layer, as learn_shares returns it.")
+    if isinstance(shares, (str, os.PathLike)):
+        shares = read_shares(shares)
+    if not isinstance(shares, Sequence) or not shares:
+        raise TypeError(
+            f"shares={shares!r} must be a list with one entry per layer, as learn_shares returns it, or a file."
+        )
     checked = []
     for index, entry in enumerate(shares):
         listed = entry if isinstance(entry, Sequence) and entry else [entry]

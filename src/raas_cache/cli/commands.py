@@ -1,6 +1,6 @@
 """The command line. `raas-cache demo` shows a model with a bounded cache, `eval` measures accuracy, `fidelity` measures
-what a cache changes on a given text, `plan` computes the memory of a budget, `bench` times decode steps, and `plot`
-draws the results."""
+what a cache changes on a given text, `shares` learns a share of the budget for each KV head, `plan` computes the memory
+of a budget, `bench` times decode steps, and `plot` draws the results."""
 
 import sys
 from contextlib import ExitStack
@@ -22,6 +22,7 @@ from ..eval.command import evaluate
 from ..fidelity.command import fidelity
 from ..sizing import plan as planning
 from .demo import demo
+from .shares import shares
 
 
 PAGE_SIZE = typer.Option(
@@ -33,6 +34,7 @@ app: typer.Typer = typer.Typer(add_completion=False, no_args_is_help=True, rich_
 app.command()(demo)
 app.command("eval")(evaluate)
 app.command()(fidelity)
+app.command()(shares)
 
 
 @app.callback()
@@ -95,7 +97,9 @@ def plan(
 
 @app.command()
 def bench(
-    method: Annotated[str, typer.Option(help="Methods, separated by commas.")] = "raas,quest,h2o,streaming_llm",
+    method: Annotated[
+        str, typer.Option(help="Methods, separated by commas, with options after colons: raas:shares=FILE.")
+    ] = "raas,quest,h2o,streaming_llm",
     seen: Annotated[str, typer.Option(help="Tokens seen before the first step, separated by commas.")] = ",".join(
         str(1024 << doublings) for doublings in range(8)
     ),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -139,10 +139,14 @@ def of_package() -> str:
         return f"code {code}"
 
 
-def of_methods(settings: Iterable[Setting]) -> dict[str, str]:
-    """Fingerprints of the methods that are not part of this package: the source of the policy class and its bases."""
+def of_methods(settings: Sequence[Setting]) -> dict[str, str]:
+    """Fingerprints of what the settings name: policies that are not part of this package, and files with shares."""
     names = {setting.method for setting in settings} - CACHES.keys() - {DYNAMIC}
-    return {name: _of_policy(POLICIES[name]) for name in sorted(names)}
+    shares = {setting.options.get("shares") for setting in settings if isinstance(setting.options.get("shares"), str)}
+    return {
+        **{name: _of_policy(POLICIES[name]) for name in sorted(names)},
+        **{f"shares={path}": hash_of(Path(path).read_text(encoding="utf-8")) for path in sorted(shares)},
+    }
 
 
 @cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -10,11 +9,10 @@ from typing import Any
 
 from transformers import Cache, DynamicCache, PreTrainedConfig
 
+from ..methods.parse import DYNAMIC as DYNAMIC
+from ..methods.parse import parse_methods as parse_methods
 from ..methods.registry import from_name
 
-
-DYNAMIC = "dynamic"
-"""The baseline: transformers' own `DynamicCache`, which has no budget. `"dense"` is this package's `DenseCache`."""
 
 SettingKey = tuple[str, int | tuple[int, ...] | None]
 
@@ -63,34 +61,6 @@ class Setting:
         return self.label, self.budget
 
 
-def parse_methods(text: str, **common: Any) -> list[tuple[str, dict[str, Any]]]:
-    """Parse methods and their options from a line such as `"dynamic,raas,raas:alpha=1e-4:page_size=8"`.
-
-    Args:
-        text: methods separated by commas, each with its options after colons.
-        common: options for every method except `"dynamic"`. An option in `text` has priority.
-
-    Raises:
-        ValueError: an option is not written as `name=value`, is given twice, or may not be set for a single method.
-    """
-    methods = []
-    for entry in text.split(","):
-        name, *rest = (part.strip() for part in entry.split(":"))
-        options = {}
-        for part in rest:
-            option, equals, value = part.partition("=")
-            if not equals:
-                raise ValueError(f"method={entry.strip()!r}: write {part!r} as {part}=VALUE.")
-            option = option.strip()
-            if option in options:
-                raise ValueError(f"method={entry.strip()!r}: {option!r} is given twice: remove one of the two.")
-            if option in ("name", "budget", "config"):
-                raise ValueError(f"method={entry.strip()!r}: {option!r} applies to all methods: remove it here.")
-            options[option] = _literal(value.strip())
-        methods.append((name, options if name == DYNAMIC else {**common, **options}))
-    return methods
-
-
 def settings(methods: Iterable[tuple[str, Mapping[str, Any]]], budgets: Iterable[int]) -> list[Setting]:
     """Combine every method with every budget, and `"dynamic"` with none. Duplicates are removed.
 
@@ -115,10 +85,3 @@ def common_options(settings: Iterable[Setting]) -> list[str]:
         for part, count in counts.items()
         if 2 * count > len(bounded) and all(part.partition("=")[0] in setting.options for setting in bounded)
     ]
-
-
-def _literal(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # the documented errors of literal_eval
-        return text

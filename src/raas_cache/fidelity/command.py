@@ -59,7 +59,7 @@ def fidelity(
 ) -> None:
     """Measure how much each cache changes what a model predicts, on chains of thought that it reads token by token."""
     with arguments.refusing("--methods", budget="--budgets"):
-        wanted = settings(parse_methods(methods, page_size=page_size), _budgets(budgets, tokens))
+        wanted = settings(parse_methods(methods, page_size=page_size), budgets_of(budgets, tokens, "--budgets"))
     with arguments.refusing("--against"):
         if against is not None:
             rivals_of(wanted, against)
@@ -69,7 +69,7 @@ def fidelity(
         state = processes()
     precision = arguments.dtype(dtype or ("bfloat16" if state.device.type == "cuda" else "float32"))
     with arguments.folder("--out", out), arguments.plain_warnings():
-        network, tokenizer = _load(model, precision)
+        network, tokenizer = load_model(model, precision)
         with arguments.refusing("--model", out="--out", folder="--out", tokens="--tokens"):
             found = measure(
                 network,
@@ -92,7 +92,8 @@ def fidelity(
     state.destroy_process_group()
 
 
-def _load(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a pretrained model of an installed package, a folder or the Hub, on the device of this process."""
     if name not in PRETRAINED:
         tokenizer, model = load(name, dtype)
         return model, tokenizer
@@ -102,14 +103,14 @@ def _load(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTok
     return model.to(processes().device), tokenizer
 
 
-def _budgets(text: str, tokens: int) -> list[int]:
-    """Parse budgets such as `"12.5%,25%,768"`."""
+def budgets_of(text: str, tokens: int, option: str) -> list[int]:
+    """Parse budgets such as `"12.5%,25%,768"`, shares of `tokens` tokens or numbers of tokens."""
     found = []
     for part in text.split(","):
         number = re.fullmatch(r"\s*(\d+(?:\.\d+)?)(%?)\s*", part)
         if number is None or (not number[2] and "." in number[1]):
             raise typer.BadParameter(
-                f"{part.strip()!r} must be a number of tokens, or a share such as 25%.", param_hint="--budgets"
+                f"{part.strip()!r} must be a number of tokens, or a share such as 25%.", param_hint=option
             )
         found.append(round(float(number[1]) / 100 * tokens) if number[2] else int(number[1]))
     return found

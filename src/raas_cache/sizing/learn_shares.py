@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy, pad
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
+from transformers.cache_utils import LinearAttentionLayer
 from transformers.masking_utils import sdpa_mask
 
 from raas_kernels.ops.attend.reference import softmax
@@ -22,6 +23,9 @@ from .deal_out import deal_out, merged
 OBSERVED = "raas_observed"  # name of the attention function that keeps what the curves need
 MIN_PAGES = 2  # decode pages of every head: the open page and the page before it
 BLOCK = 256  # queries whose attention weights are in memory at once
+TEMPERATURE = 3.0
+"""The logits are divided by this number. Where a model is sure of a token, the gradient of the plain loss is nearly 0,
+even if the prediction would be wrong without a distant token."""
 
 
 @dataclass
@@ -45,7 +49,7 @@ class Observed:
 def learn_shares(
     model: PreTrainedModel,
     ids: torch.Tensor,
-    prompt: int,
+    prompt: int | Sequence[int],
     budget: int,
     *,
     page_size: int = 16,
@@ -56,14 +60,14 @@ def learn_shares(
     The total memory is that of equal shares. The model reads the text once, forward and backward, row by row. For each
     KV head and for windows of several lengths, this gives the change of the head's output if it could only read the
     prompt and the window. The mean of (change * gradient of the loss)^2 is the head's cost (the diagonal of an
-    empirical Fisher matrix, which predicts the loss to second order). Pages then go to the heads whose cost they reduce
-    most, under the assumption that the costs of the heads add up.
+    empirical Fisher matrix of softened predictions). Pages then go to the heads whose cost they reduce
+    most, under the assumption that the costs of the heads add up. The paper of RaaS has one budget for all heads.
 
     Args:
         model: the model that will use the shares. Its gradients are not changed.
         ids: `[rows, tokens]` int64, texts that are typical for the task, without padding: prompts, each with a chain of
             thought. A text should be longer than the budget.
-        prompt: number of prompt tokens at the start of each row. They are pinned.
+        prompt: number of prompt tokens at the start of each row, or a list with one number per row. They are pinned.
         budget: number of tokens that a KV head holds on average, including the prompt.
         page_size: as in the cache that will use the shares.
         sizes: number of different shares within a layer, at least 1. With 1, all KV heads of a layer have the same
@@ -86,13 +90,21 @@ def learn_shares(
     """
     # 1. Check the arguments, and compute the number of pages to deal out.
     size, sizes = checked_page_size(page_size), whole_number("sizes", sizes)
-    prompt_pages = -(-whole_number("prompt", prompt) // size)
-    pages_each = whole_number("budget", budget) // size - prompt_pages
-    most = ids.shape[1] // size - prompt_pages  # decode pages of the whole text
+    if ids.ndim != 2 or not len(ids):
+        raise ValueError(f"ids has the shape {tuple(ids.shape)}: give token ids [rows, tokens].")
+    prompts = list(prompt) if isinstance(prompt, Sequence) else [prompt] * len(ids)
+    if len(prompts) != len(ids):
+        raise ValueError(f"prompt={prompt} has {len(prompts)} entries, but ids has {len(ids)} rows: give one per row.")
+    prompts = [whole_number("prompt", tokens) for tokens in prompts]
+    if max(prompts) >= ids.shape[1]:
+        raise ValueError(f"prompt={max(prompts)} must be less than the {ids.shape[1]} tokens of a row of ids.")
+    prompt_pages = [-(-tokens // size) for tokens in prompts]
+    pages_each = whole_number("budget", budget) // size - max(prompt_pages)
+    most = ids.shape[1] // size - min(prompt_pages)  # decode pages of the longest chain
     if pages_each < MIN_PAGES:
         raise ValueError(
-            f"budget={budget} leaves fewer than {MIN_PAGES} pages of {size} tokens beside prompt={prompt} tokens: "
-            "raise it."
+            f"budget={budget} leaves fewer than {MIN_PAGES} pages of {size} tokens beside a prompt of {max(prompts)} "
+            "tokens: raise it."
         )
     if most <= pages_each:
         raise ValueError(
@@ -103,8 +115,8 @@ def learn_shares(
 
     # 2. The cost of each window, for each layer and KV head, summed over the texts: [kv_heads, windows].
     costs: dict[int, torch.Tensor] = {}
-    for row in ids:
-        for layer, cost in _costs_of(model, row[None], prompt, size, windows).items():
+    for row, tokens in zip(ids, prompts, strict=True):
+        for layer, cost in _costs_of(model, row[None], tokens, size, windows).items():
             costs[layer] = cost if layer not in costs else costs[layer] + cost
     if not costs:
         raise ValueError(
@@ -114,12 +126,15 @@ def learn_shares(
     # 3. Deal out the pages, and let the heads of a layer share few sizes.
     curves = {(layer, head): cost[head].tolist() for layer, cost in costs.items() for head in range(len(cost))}
     dealt = deal_out(windows, curves, pages_each * len(curves))
-    layers = model.config.get_text_config().num_hidden_layers
     shares = []
-    for layer in range(layers):
-        pages = [dealt[layer, head] for head in range(len(costs[layer]))] if layer in costs else [pages_each]
+    for layer, cached in enumerate(DynamicCache(config=model.config).layers):
+        pages = [pages_each]
         if layer in costs:
-            pages = merged(windows, [curves[layer, head] for head in range(len(pages))], pages, sizes)
+            heads = range(len(costs[layer]))
+            most_sizes = 1 if isinstance(cached, LinearAttentionLayer) else sizes  # the layer has both kinds
+            pages = merged(
+                windows, [curves[layer, head] for head in heads], [dealt[layer, head] for head in heads], most_sizes
+            )
         shares.append([round(count / pages_each, 4) for count in pages])
     return shares
 
@@ -139,7 +154,7 @@ def _costs_of(
     observed: dict[int, Observed] = {}
     with _observing(model, observed), torch.enable_grad():
         logits = model(ids, use_cache=False).logits[0, prompt - 1 : -1]
-        loss = cross_entropy(logits.float(), ids[0, prompt:], reduction="sum")
+        loss = cross_entropy(logits.float() / TEMPERATURE, ids[0, prompt:].long(), reduction="sum")
         gradients = torch.autograd.grad(loss, [call.output for call in observed.values()])
     del logits, loss
     return {

@@ -177,6 +177,10 @@ class _Model:
         for name, value in (("batch_size", batch_size), ("prompt_tokens", prompt_tokens)):
             if value < 1:
                 raise ValueError(f"{name}={value} must be positive.")
+        if "shares" in options:
+            raise ValueError(
+                "shares: plan takes none. With a mean of 1 they need the bytes of equal shares: leave them out."
+            )
         if tokens < prompt_tokens:
             raise ValueError(f"tokens={tokens} includes the prompt: make it at least prompt_tokens={prompt_tokens}.")
         if self.has_latent and options.get("kv_dtype") == "int4":

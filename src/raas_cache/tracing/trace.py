@@ -25,8 +25,8 @@ def record(
 
     Raises:
         TypeError: `cache` is not a paged cache.
-        ValueError: `cache` is being recorded already, or `layers` or `heads` are not indices. If a layer has no such
-            head, the first recorded step raises the error.
+        ValueError: `cache` is being recorded already, the KV heads of a recorded layer have different shares, or
+            `layers` or `heads` are not indices. If a layer has no such head, the first recorded step raises the error.
 
     Example:
 

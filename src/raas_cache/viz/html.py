@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from html import escape
 from itertools import groupby
 
+from ..cache.head_groups import HeadGroupsLayer
 from ..cache.paged_layer import PagedLayer
 
 
@@ -69,17 +70,27 @@ def of_cache(name: str, about: str, layers: Sequence[object], is_over_budget: bo
         is_over_budget: whether the cache exceeds its budget.
     """
     lines = [f"<b>{escape(name)}</b> {escape(about)}"]
-    glances = [_glance(layer) for layer in layers]
-    widest = max((sum(pages) for _, pages in glances), default=0)
-    for (said, pages), alike in groupby(enumerate(glances), key=lambda glance: glance[1]):
+    glances = [_glances(layer) for layer in layers]
+    widest = max((sum(pages) for of_layer in glances for _, _, pages in of_layer), default=0)
+    for of_layer, alike in groupby(enumerate(glances), key=lambda glance: glance[1]):
         indices = [index for index, _ in alike]
         name = f"layer {indices[0]}" if len(indices) == 1 else f"layers {indices[0]} to {indices[-1]}"
-        lines.append(f"{name}: {said}{_bar(pages, widest)}")
+        lines += [f"{name}{heads}: {said}{_bar(pages, widest)}" for heads, said, pages in of_layer]
     if not layers:
         lines.append("empty")
     if is_over_budget:
         lines.append("<b>over budget</b>: the prompt leaves fewer than min_decode_pages pages")
     return Html("".join(f'<div style="{SMALL}">{line}</div>' for line in lines))
+
+
+def _glances(layer: object) -> list[tuple[str, str, tuple[int, ...]]]:
+    """For each group of KV heads with the same share: the names of the heads, empty for all, and `_glance`."""
+    if not isinstance(layer, HeadGroupsLayer) or not layer.is_initialized:
+        return [("", *_glance(layer))]
+    groups = zip(layer.head_groups, layer.parts, strict=True)
+    return [
+        (f", KV head{'s' * (len(heads) > 1)} {', '.join(map(str, heads))}", *_glance(part)) for heads, part in groups
+    ]
 
 
 def _glance(layer: object) -> tuple[str, tuple[int, ...]]:
@@ -94,7 +105,8 @@ def _glance(layer: object) -> tuple[str, tuple[int, ...]]:
     evictable = min(opened, limit, allocated)
     pages = pinned, evictable, allocated - evictable
     held = int((layer.engine.kv.bias == 0).sum(-1).max())
-    budget = "" if layer.settings.grows else f", budget {layer.settings.budget:,}"
+    share = layer.settings.shares[0]
+    budget = "" if layer.settings.grows else f", budget {layer.settings.budget:,}" + f", share {share:g}" * (share != 1)
     names = (PINNED, "pinned"), (EVICTABLE, "evictable"), (FREE, "free")
     counts = [
         f'<span style="background:{colour}">&emsp;</span> {count:,} {name}'

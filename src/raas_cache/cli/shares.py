@@ -1,0 +1,85 @@
+"""The `shares` command: learn a share of the budget for each KV head, and write the shares to a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from ..cache.shares_file import write_shares
+from ..common import arguments
+from ..eval.runner import processes
+from ..fidelity.command import budgets_of, load_model
+from ..fidelity.texts import TRACES, Ids, load_texts, token_ids
+from ..models.pretrained import PRETRAINED
+from ..sizing.learn_shares import learn_shares
+
+
+def shares(
+    out: Annotated[Path, typer.Option(help="The JSON file to write.")],
+    model: Annotated[str, typer.Option(help=f"{', '.join(PRETRAINED)}, a folder, or a name on the Hub.")] = "smollm2",
+    data: Annotated[
+        str,
+        typer.Option(help="A JSONL file with problem and reasoning, or traces: twelve real chains of thought."),
+    ] = TRACES,
+    budget: Annotated[
+        str, typer.Option(help="Mean budget of a KV head: tokens, or a share of --tokens (25%). The prompt counts.")
+    ] = "25%",
+    tokens: Annotated[
+        int,
+        typer.Option(min=1, max=arguments.LARGEST, help="Tokens to read of each chain. Shorter ones are left out."),
+    ] = 1024,
+    rows: Annotated[int | None, typer.Option(min=1, help="Number of texts.", show_default="all")] = None,
+    sizes: Annotated[
+        int, typer.Option(min=1, help="Most different shares in a layer. Each costs one attention call per step.")
+    ] = 2,
+    page_size: Annotated[
+        int, typer.Option(min=1, callback=arguments.power_of_two, help="Tokens per page, a power of two.")
+    ] = 16,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16.", show_default="float32; on a GPU bfloat16")
+    ] = None,
+) -> None:
+    """Learn from chains of thought how many pages each KV head needs, for RaaSCache(budget, shares=FILE)."""
+    if out.is_dir():
+        raise typer.BadParameter(f"'{out}' is a folder: give the name of a file.", param_hint="--out")
+    each = budgets_of(budget, tokens, "--budget")
+    if len(each) > 1:
+        raise typer.BadParameter(f"{budget!r} must be one budget.", param_hint="--budget")
+    with arguments.refusing("--data"):
+        texts = load_texts(data, rows)
+    with arguments.refusing():
+        device = processes().device
+    precision = arguments.dtype(dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    with arguments.folder("--out", out.parent), arguments.plain_warnings():
+        network, tokenizer = load_model(model, precision)
+        with arguments.refusing("--data", budget="--budget", ids="--tokens", tokens="--tokens", model="--model"):
+            found = [token_ids(text, tokenizer) for text in texts]
+            long = [ids for ids in found if len(ids.chain) >= tokens]
+            if not long:
+                most = max(len(ids.chain) for ids in found)
+                raise ValueError(f"tokens={tokens} is more than the longest of {len(found)} chains has: give {most}.")
+            prompts = [len(ids.prompt) for ids in long]
+            learnt = learn_shares(
+                network,
+                _packed(long, min(prompts) + tokens).to(network.device),
+                prompts,
+                each[0],
+                page_size=page_size,
+                sizes=sizes,
+            )
+        with arguments.refusing("--out"):
+            about = {"model": model, "budget": each[0], "prompt": max(prompts), "page_size": page_size}
+            write_shares(out, learnt, about)
+    print(f"{len(long)} texts from {data}, {tokens:,} tokens each, {model}, {network.dtype}")
+    if len(long) < len(texts):
+        print(f"{len(texts) - len(long)} of {len(texts)} texts have shorter chains and are left out.")
+    print(f"{out}: shares of the KV heads of {len(learnt)} layers\n")
+    print(f"RaaSCache(budget={each[0]}, page_size={page_size}, shares={str(out)!r})")
+
+
+def _packed(texts: list[Ids], length: int) -> torch.Tensor:
+    """Prompts and chains `[rows, length]`, cut to the same number of tokens."""
+    return torch.tensor([(ids.prompt + ids.chain)[:length] for ids in texts])
