@@ -1,4 +1,4 @@
-"""LazyEviction: Lagged KV Eviction for Efficient Long Reasoning (Zhang et al., ACL 2026, arXiv 2506.15969).
+"""LazyEviction: Lagged KV Eviction for Efficient Long Reasoning (Zhang et al., 2025, arXiv 2506.15969).
 
 Rule: a page has a timestamp, as in RaaS, and remembers the longest interval between two of its timestamps.
 If a page is needed, the page is evicted whose time since its timestamp is the largest multiple of that interval.
@@ -31,8 +31,7 @@ class LazyEvictionPolicy(Policy):
     The tokens of a page are timestamped together, and a page is timestamped at each step until it can be full. The
     longest interval is taken over the life of the page: a page with attention at every step would otherwise have an
     interval of 1. The paper evicts once per observation window; here one page is evicted whenever a page is needed, and
-    the window is `recent_tokens`. The paper converts time and interval to a score with a sigmoid; only the order of the
-    pages has an effect here.
+    the window is `recent_tokens`.
 
     Args:
         alpha: a page with a score of at least `alpha` gets a new timestamp. In (0, 1).

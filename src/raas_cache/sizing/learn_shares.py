@@ -23,9 +23,6 @@ from .deal_out import deal_out, merged
 OBSERVED = "raas_observed"  # name of the attention function that keeps what the curves need
 MIN_PAGES = 2  # decode pages of every head: the open page and the page before it
 BLOCK = 256  # queries whose attention weights are in memory at once
-TEMPERATURE = 3.0
-"""The logits are divided by this number. Where a model is sure of a token, the gradient of the plain loss is nearly 0,
-even if the prediction would be wrong without a distant token."""
 
 
 @dataclass
@@ -154,7 +151,7 @@ def _costs_of(
     observed: dict[int, Observed] = {}
     with _observing(model, observed), torch.enable_grad():
         logits = model(ids, use_cache=False).logits[0, prompt - 1 : -1]
-        loss = cross_entropy(logits.float() / TEMPERATURE, ids[0, prompt:].long(), reduction="sum")
+        loss = cross_entropy(logits.float(), ids[0, prompt:].long(), reduction="sum")
         gradients = torch.autograd.grad(loss, [call.output for call in observed.values()])
     del logits, loss
     return {
