@@ -154,6 +154,8 @@ def _costs_of(
     observed: dict[int, Observed] = {}
     with _observing(model, observed), torch.enable_grad():
         logits = model(ids, use_cache=False).logits[0, prompt - 1 : -1]
+        if not observed:
+            return {}
         loss = cross_entropy(logits.float() / TEMPERATURE, ids[0, prompt:].long(), reduction="sum")
         gradients = torch.autograd.grad(loss, [call.output for call in observed.values()])
     del logits, loss
