@@ -46,7 +46,7 @@ def observed(model, ids):
         hooks.append(module.register_forward_pre_hook(arguments, with_kwargs=True))
         hooks.append(module.o_proj.register_forward_pre_hook(output))
     logits = model(ids, use_cache=False).logits[0, PROMPT - 1 : -1]
-    cross_entropy(logits / learning.TEMPERATURE, ids[0, PROMPT:], reduction="sum").backward()
+    cross_entropy(logits, ids[0, PROMPT:], reduction="sum").backward()
     for hook in hooks:
         hook.remove()
     return calls
@@ -111,6 +111,18 @@ def test_blocks_of_queries_give_the_same(monkeypatch):
     monkeypatch.setattr(learning, "BLOCK", 7)
     for layer, cost in learning._costs_of(model, ids, PROMPT, PAGE, WINDOWS).items():
         torch.testing.assert_close(cost, whole[layer], rtol=1e-5, atol=0)
+
+
+def test_predictions_are_softened_where_the_model_is_sure():
+    targets = torch.arange(8)
+    unsure, sure = 2 * torch.eye(8), 60 * torch.eye(8)
+    assert learning._loss(unsure, targets) == cross_entropy(unsure, targets, reduction="sum")
+    assert cross_entropy(sure, targets) == 0
+    softened = learning._loss(sure, targets) / 8
+    assert learning.LEAST_LOSS <= softened < 2 * learning.LEAST_LOSS
+    # The smallest power of 1.25 that reaches the loss.
+    losses = [cross_entropy(sure / 1.25**power, targets).item() for power in range(30)]
+    assert softened.item() == pytest.approx(next(loss for loss in losses if loss >= learning.LEAST_LOSS))
 
 
 def test_windows_reach_from_two_pages_to_the_whole_text():
@@ -206,7 +218,7 @@ def test_frozen_models_and_other_integers():
     ("change", "error", "says"),
     [
         ({"budget": 16}, ValueError, "budget=16 leaves fewer than 2 pages of 4 tokens beside a prompt of 10 tokens"),
-        ({"budget": 48}, ValueError, "ids has 47 tokens in a row, so budget=48 evicts nothing"),
+        ({"budget": 48}, ValueError, "budget=48 evicts nothing from rows of 47 tokens"),
         ({"budget": 2.5}, TypeError, r"budget=2\.5 must be an int"),
         ({"prompt": 0}, ValueError, "prompt=0 must be positive"),
         ({"prompt": 47}, ValueError, "prompt=47 must be less than the 47 tokens of a row of ids"),
@@ -230,7 +242,7 @@ def test_models_without_full_attention_are_refused():
 
 @pytest.mark.parametrize("method", ["raas", "window"])
 def test_learnt_shares_keep_more_of_a_chain(method):
-    """On chains that were not learnt from, at the same bytes. The model is sure of every token: see `TEMPERATURE`."""
+    """On chains that were not learnt from, at the same bytes. The model is sure of every token: see `LEAST_LOSS`."""
     model, tokenizer = pretrained("chain_reasoner")
 
     def texts(count, **choice):

@@ -142,7 +142,7 @@ def of_package() -> str:
 def of_methods(settings: Sequence[Setting]) -> dict[str, str]:
     """Fingerprints of what the settings name: policies that are not part of this package, and files with shares."""
     names = {setting.method for setting in settings} - CACHES.keys() - {DYNAMIC}
-    shares = {setting.options.get("shares") for setting in settings if isinstance(setting.options.get("shares"), str)}
+    shares = {path for setting in settings if isinstance(path := setting.options.get("shares"), str)}
     return {
         **{name: _of_policy(POLICIES[name]) for name in sorted(names)},
         **{f"shares={path}": hash_of(Path(path).read_text(encoding="utf-8")) for path in sorted(shares)},
