@@ -15,7 +15,7 @@ from ..engine.attention_inputs import Softmax
 from ..engine.forward_base import Forward
 from ..engine.policy import Policy
 from ..engine.rotation import Rotation
-from ..methods.parse import parse_method
+from ..common.parse_methods import parse_method
 from ..methods.registry import POLICIES, from_name
 
 
