@@ -186,7 +186,8 @@ def test_a_config_with_code_of_its_own_is_refused_and_not_asked_about(tmp_path):
 def test_the_embedded_model(name, data, tmp_path, monkeypatch):
     folder = shutil.copytree(embedded_model(), tmp_path / "model")
     (folder / name).write_bytes(data)
-    monkeypatch.setattr(commands, "embedded_model", lambda: str(folder))
+    for module in ("raas_cache.models.pretrained", "raas_cache.cli.demo"):
+        monkeypatch.setattr(f"{module}.embedded_model", lambda: str(folder))
     assert f"the embedded model in {str(folder)!r} cannot be loaded" in error_of(command("demo", "--problems", 1))
 
 

@@ -107,7 +107,7 @@ def test_out_that_cannot_be_written_to(command, path, tmp_path, monkeypatch):
     for work in (
         "raas_cache.cli.commands.build_model",
         "raas_cache.cli.commands.kernel_bench.run_kernels",
-        "raas_cache.eval.command._load",
+        "raas_cache.eval.command.load",
     ):
         monkeypatch.setattr(work, lambda *args, **kwargs: pytest.fail("at work already"))
     error = refused(invoke(command, "--out", path))
