@@ -11,11 +11,11 @@ from transformers.cache_utils import Cache
 
 from ..cache.paged_cache import PagedCache
 from ..cache.paged_layer import PagedLayer
+from ..common.parse_methods import parse_method
 from ..engine.attention_inputs import Softmax
 from ..engine.forward_base import Forward
 from ..engine.policy import Policy
 from ..engine.rotation import Rotation
-from ..common.parse_methods import parse_method
 from ..methods.registry import POLICIES, from_name
 
 

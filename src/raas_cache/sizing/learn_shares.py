@@ -60,7 +60,8 @@ def learn_shares(
     KV head and for windows of several lengths, this gives the change of the head's output if it could only read the
     prompt and the window. The mean of (change * gradient of the loss)^2 is the head's cost (the diagonal of an
     empirical Fisher matrix, which predicts the loss to second order). Pages then go to the heads whose cost they reduce
-    most, under the assumption that the costs of the heads add up. The paper of RaaS has one budget for all heads.
+    most, under the assumption that the costs of the heads add up. Where the model is nearly sure of the whole text, its
+    predictions are softened, because their gradients would be nearly 0. The paper of RaaS has one budget for all heads.
 
     Args:
         model: the model that will use the shares. Its gradients are not changed.
