@@ -11,6 +11,7 @@ from transformers import LlamaConfig
 from raas_cache import list_methods
 from raas_cache.bench import filling
 from raas_cache.bench.filling import Filler, build_model, fast_forward, load_config
+from raas_cache.cache.shares_file import write_shares
 from raas_cache.methods.registry import POLICIES
 
 from .tiny import BUDGET, CONFIG, CPU, LAYERS, PAGE, TOKEN_BYTES
@@ -150,3 +151,47 @@ def test_other_layers_than_full_attention_are_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"\(mistral\) has layers that do not cache plain keys"):
         load_config(str(tmp_path))
+
+
+@pytest.fixture
+def shares(tmp_path):
+    """A file of shares by KV head."""
+    write_shares(tmp_path / "shares.json", [[1.5, 0.5], [0.5, 1.5]], {})
+    return tmp_path / "shares.json"
+
+
+@pytest.mark.parametrize("seen", [20, 70, 998])
+def test_shares_by_head(model, seen, shares):
+    """Each KV head holds its own number of pages, whether the cache was fast-forwarded or not."""
+    cache = filler().paged(f"raas:shares={shares}", seen)
+    assert all(layer.get_seq_length() == seen for layer in cache.layers)
+    with torch.no_grad():
+        for step in range(2 * PAGE):
+            position = torch.full((2, 1), seen + step)
+            model(input_ids=torch.ones_like(position), past_key_values=cache, position_ids=position)
+    # Half of the 16 pages are the prompt's: the heads have 12 and 4 decode pages.
+    held = [cache.resident_tokens(layer)[0].tolist() for layer in range(LAYERS)]
+    if seen == 998:
+        assert [[-(-tokens // PAGE) for tokens in heads] for heads in held] == [[8 + 12, 8 + 4], [8 + 4, 8 + 12]]
+        assert cache.evicted_pages(0)[0].tolist() == [(998 + 2 * PAGE - 32 + 3) // PAGE - pages for pages in (12, 4)]
+    assert cache.nbytes <= filler().paged("raas", 998).nbytes
+    positions = cache.resident_positions(0)[0, 0]
+    assert positions.max() == seen + 2 * PAGE - 1
+
+
+def test_fast_forward_with_shares_is_where_the_cache_really_gets_to(shares):
+    method = f"streaming_llm:shares={shares}"
+    quick, slow = filler().paged(method, 470), filler().paged(method, 70)
+    for _ in range(400):
+        filler().feed(slow, 1)
+    for layer in range(LAYERS):
+        for head in range(2):
+            assert sorted(held(quick, layer, 1, head)) == sorted(held(slow, layer, 1, head))
+        assert torch.equal(quick.evicted_pages(layer), slow.evicted_pages(layer))
+
+
+@pytest.mark.parametrize("option", ["page_size=8", "min_decode_pages=1", "prompt='evict'", "offloading=True"])
+def test_options_of_all_methods_are_refused(option):
+    name = option.partition("=")[0]
+    with pytest.raises(ValueError, match=f"bench times all methods with the same '{name}': remove it here"):
+        filling.new_cache(f"raas:{option}", BUDGET)

@@ -49,6 +49,7 @@ STAND_INS = {
     "demo": "--model chain_reasoner --problems 1 --lines 3",
     "eval": "--dataset chains-3 --limit 2 --max-new-tokens 16",
     "fidelity": "--model chain_reasoner --data chains.jsonl --tokens 40 --page-size 4",
+    "shares": "--model chain_reasoner --data chains.jsonl --tokens 40 --budget 56 --page-size 4",
     "bench": "--model small --device cpu --seen 64 --batch 1 --budget 64 --steps 2 --mode eager",
 }
 """Options that a command gets beside its own, of which the last one counts; models of the Hub are the embedded one."""

@@ -227,3 +227,10 @@ def test_bad_options_are_one_line_and_exit_code_2(options, message):
 def test_a_model_without_full_attention_is_refused(tmp_path):
     tiny_config("mistral").save_pretrained(tmp_path)
     assert "no layer of this 'mistral' has full attention" in refused(run("--model", tmp_path))
+
+
+def test_shares_are_refused():
+    with pytest.raises(
+        ValueError, match=r"shares: plan takes none\. With a mean of 1 they need the bytes of equal shares"
+    ):
+        plan(load_config("small"), 1024, shares=[1.0])

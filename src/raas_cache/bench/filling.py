@@ -11,11 +11,11 @@ from transformers.cache_utils import Cache
 
 from ..cache.paged_cache import PagedCache
 from ..cache.paged_layer import PagedLayer
+from ..common.parse_methods import parse_method
 from ..engine.attention_inputs import Softmax
 from ..engine.forward_base import Forward
 from ..engine.policy import Policy
 from ..engine.rotation import Rotation
-from ..methods.parse import parse_methods
 from ..methods.registry import POLICIES, from_name
 
 
@@ -118,7 +118,7 @@ def new_cache(method: str, budget: int, **common: Any) -> PagedCache:
     Raises:
         TypeError, ValueError: the method or an option is invalid, or the method sets an option of all methods.
     """
-    ((name, options),) = parse_methods(method)
+    name, options = parse_method(method)
     for option in ("page_size", "min_decode_pages", "prompt", "offloading"):
         if option in options:
             raise ValueError(f"method={method!r}: bench times all methods with the same {option!r}: remove it here.")

@@ -36,7 +36,7 @@ class Grid:
     """The measurements to make. Each combination of `seen`, `batches`, `budgets` and `modes` is a cell.
 
     Args:
-        methods: names that `from_name` accepts, with options after colons, as in `parse_methods`. `BASELINES` are
+        methods: names that `from_name` accepts, with options after colons, as in `raas:alpha=0.1`. `BASELINES` are
             always timed and need not be named.
         seen: numbers of tokens that the caches have seen before the first step.
         batches: numbers of rows.

@@ -79,7 +79,7 @@ class GroupedForward(Forward):
             forward.store(seen)
 
     def read(self, query: torch.Tensor, softmax: Softmax, expanded: Expanded | None) -> torch.Tensor | None:
-        raise AssertionError("`attend` of each group reads.")
+        raise NotImplementedError  # `attend` of each group reads
 
     def hide(self, seen: Seen) -> None:
         for forward in self.forwards:

@@ -17,18 +17,16 @@ def read_shares(path: str | os.PathLike[str]) -> list[Any]:
             that writes such a file.
     """
     command = f"raas-cache shares --model MODEL --budget BUDGET --out {os.fspath(path)}"
+    found, reason = None, "it has no list of shares"
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(found, dict) or not isinstance(found.get("shares"), list) or not found["shares"]:
-            raise ValueError("it has no list of shares")
     except FileNotFoundError:
         raise ValueError(f"shares={str(path)!r} does not exist: write this file with `{command}`.") from None
     except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(
-            f"shares={str(path)!r} is not a file of shares ({reason}): write it again with `{command}`."
-        ) from None
-    shares: list[Any] = found["shares"]
+        reason = getattr(error, "strerror", None) or str(error)
+    shares = found.get("shares") if isinstance(found, dict) else None
+    if not isinstance(shares, list) or not shares:
+        raise ValueError(f"shares={str(path)!r} is not a file of shares ({reason}): write it again with `{command}`.")
     return shares
 
 

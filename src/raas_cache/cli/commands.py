@@ -178,7 +178,8 @@ def bench(
             return
 
         tokens = arguments.numbers("--seen", seen)
-        grid = Grid(arguments.names(method), tokens, batches, budgets, modes, page_size, steps, copies, seed)
+        with arguments.refusing("--method", **of_options):
+            grid = Grid(arguments.names(method), tokens, batches, budgets, modes, page_size, steps, copies, seed)
         if out:
             require_matplotlib()
         print(_in_words(about))

@@ -55,12 +55,14 @@ def shares(
     precision = arguments.dtype(dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     with arguments.folder("--out", out.parent), arguments.plain_warnings():
         network, tokenizer = load_model(model, precision)
-        with arguments.refusing("--data", budget="--budget", ids="--tokens", tokens="--tokens", model="--model"):
+        with arguments.refusing("--data", budget="--budget", tokens="--tokens", model="--model"):
             found = [token_ids(text, tokenizer) for text in texts]
             long = [ids for ids in found if len(ids.chain) >= tokens]
             if not long:
                 most = max(len(ids.chain) for ids in found)
-                raise ValueError(f"tokens={tokens} is more than the longest of {len(found)} chains has: give {most}.")
+                raise ValueError(
+                    f"tokens={tokens} is more than the longest of {len(found)} chains has: give at most {most}."
+                )
             prompts = [len(ids.prompt) for ids in long]
             learnt = learn_shares(
                 network,
@@ -71,7 +73,12 @@ def shares(
                 sizes=sizes,
             )
         with arguments.refusing("--out"):
-            about = {"model": model, "budget": each[0], "prompt": max(prompts), "page_size": page_size}
+            about: dict[str, str | int] = {
+                "model": model,
+                "budget": each[0],
+                "prompt": max(prompts),
+                "page_size": page_size,
+            }
             write_shares(out, learnt, about)
     print(f"{len(long)} texts from {data}, {tokens:,} tokens each, {model}, {network.dtype}")
     if len(long) < len(texts):

@@ -32,7 +32,7 @@ CHUNK = 1 << 28
 """Bytes of weights that are copied to the CPU at once."""
 _IN_ROWS = ("attention", "cache", "common", "engine", "methods", "sizing", "tracing")
 """Folders of this package whose code can change the content of a row."""
-_NOT_IN_ROWS = ("arguments.py", "extras.py", "plan.py", "reporting.py")
+_NOT_IN_ROWS = ("arguments.py", "extras.py", "parse_methods.py", "plan.py", "reporting.py")
 """Files in these folders that cannot change a row."""
 
 
@@ -142,7 +142,7 @@ def of_package() -> str:
 def of_methods(settings: Sequence[Setting]) -> dict[str, str]:
     """Fingerprints of what the settings name: policies that are not part of this package, and files with shares."""
     names = {setting.method for setting in settings} - CACHES.keys() - {DYNAMIC}
-    shares = {setting.options.get("shares") for setting in settings if isinstance(setting.options.get("shares"), str)}
+    shares = {path for setting in settings if isinstance(path := setting.options.get("shares"), str)}
     return {
         **{name: _of_policy(POLICIES[name]) for name in sorted(names)},
         **{f"shares={path}": hash_of(Path(path).read_text(encoding="utf-8")) for path in sorted(shares)},

@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import Cache, DynamicCache, PreTrainedConfig
 
-from ..methods.parse import DYNAMIC as DYNAMIC
-from ..methods.parse import parse_methods as parse_methods
+from ..common.parse_methods import DYNAMIC as DYNAMIC
+from ..common.parse_methods import parse_methods as parse_methods
 from ..methods.registry import from_name
 
 

@@ -23,6 +23,8 @@ from .deal_out import deal_out, merged
 OBSERVED = "raas_observed"  # name of the attention function that keeps what the curves need
 MIN_PAGES = 2  # decode pages of every head: the open page and the page before it
 BLOCK = 256  # queries whose attention weights are in memory at once
+LEAST_LOSS = 0.1
+"""If the mean loss of a text is smaller, in nats per token, its predictions are softened. See `_loss`."""
 
 
 @dataclass
@@ -57,8 +59,9 @@ def learn_shares(
     The total memory is that of equal shares. The model reads the text once, forward and backward, row by row. For each
     KV head and for windows of several lengths, this gives the change of the head's output if it could only read the
     prompt and the window. The mean of (change * gradient of the loss)^2 is the head's cost (the diagonal of an
-    empirical Fisher matrix of softened predictions). Pages then go to the heads whose cost they reduce
-    most, under the assumption that the costs of the heads add up. The paper of RaaS has one budget for all heads.
+    empirical Fisher matrix, which predicts the loss to second order). Pages then go to the heads whose cost they reduce
+    most, under the assumption that the costs of the heads add up. Where the model is nearly sure of the whole text, its
+    predictions are softened, because their gradients would be nearly 0. The paper of RaaS has one budget for all heads.
 
     Args:
         model: the model that will use the shares. Its gradients are not changed.
@@ -105,8 +108,8 @@ def learn_shares(
         )
     if most <= pages_each:
         raise ValueError(
-            f"ids has {ids.shape[1]} tokens in a row, so budget={budget} evicts nothing and there is nothing to learn: "
-            "use longer texts or a smaller budget."
+            f"budget={budget} evicts nothing from rows of {ids.shape[1]} tokens, so there is nothing to learn: use "
+            "longer texts or a smaller budget."
         )
     windows = _window_sizes(most)
 
@@ -151,13 +154,27 @@ def _costs_of(
     observed: dict[int, Observed] = {}
     with _observing(model, observed), torch.enable_grad():
         logits = model(ids, use_cache=False).logits[0, prompt - 1 : -1]
-        loss = cross_entropy(logits.float(), ids[0, prompt:].long(), reduction="sum")
+        if not observed:
+            return {}
+        loss = _loss(logits.float(), ids[0, prompt:].long())
         gradients = torch.autograd.grad(loss, [call.output for call in observed.values()])
     del logits, loss
     return {
         layer: _curve(call, gradient[0], prompt, page_size, windows)
         for (layer, call), gradient in zip(observed.items(), gradients, strict=True)
     }
+
+
+def _loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The summed loss of predictions `[tokens, vocabulary]`, softened if the model is nearly sure of all tokens.
+
+    Where a model is sure of a token, the gradient of the plain loss is nearly 0, even if the prediction would be wrong
+    without a distant token. So the logits are divided by the smallest temperature that gives `LEAST_LOSS`.
+    """
+    temperature = 1.0
+    while cross_entropy(logits.detach() / temperature, targets) < LEAST_LOSS:
+        temperature *= 1.25
+    return cross_entropy(logits / temperature, targets, reduction="sum")
 
 
 @contextmanager

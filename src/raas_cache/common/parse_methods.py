@@ -22,20 +22,26 @@ def parse_methods(text: str, **common: Any) -> list[tuple[str, dict[str, Any]]]:
     """
     methods = []
     for entry in text.split(","):
-        name, *rest = (part.strip() for part in entry.split(":"))
-        options = {}
-        for part in rest:
-            option, equals, value = part.partition("=")
-            if not equals:
-                raise ValueError(f"method={entry.strip()!r}: write {part!r} as {part}=VALUE.")
-            option = option.strip()
-            if option in options:
-                raise ValueError(f"method={entry.strip()!r}: {option!r} is given twice: remove one of the two.")
-            if option in ("name", "budget", "config"):
-                raise ValueError(f"method={entry.strip()!r}: {option!r} applies to all methods: remove it here.")
-            options[option] = _literal(value.strip())
+        name, options = parse_method(entry)
         methods.append((name, options if name == DYNAMIC else {**common, **options}))
     return methods
+
+
+def parse_method(entry: str) -> tuple[str, dict[str, Any]]:
+    """Parse one method with its options, such as `"raas:alpha=1e-4:page_size=8"`, as `parse_methods`."""
+    name, *rest = (part.strip() for part in entry.split(":"))
+    options: dict[str, Any] = {}
+    for part in rest:
+        option, equals, value = part.partition("=")
+        if not equals:
+            raise ValueError(f"method={entry.strip()!r}: write {part!r} as {part}=VALUE.")
+        option = option.strip()
+        if option in options:
+            raise ValueError(f"method={entry.strip()!r}: {option!r} is given twice: remove one of the two.")
+        if option in ("name", "budget", "config"):
+            raise ValueError(f"method={entry.strip()!r}: {option!r} applies to all methods: remove it here.")
+        options[option] = _literal(value.strip())
+    return name, options
 
 
 def _literal(text: str) -> Any:
