@@ -29,15 +29,15 @@ def read(model, ids, filled, prompt_tokens=20):
     return torch.stack(logits)
 
 
-@pytest.mark.parametrize("method", ["raas", "h2o", "streaming_llm", "rkv"])
-@pytest.mark.parametrize("mode", ["pin", "evict"])
-def test_each_head_holds_what_it_holds_alone(method, mode):
+@pytest.mark.parametrize("method", ["raas", "window", "h2o", "streaming_llm", "rkv", "lazy_eviction", "gkv"])
+@pytest.mark.parametrize("more", [{"prompt": "pin"}, {"prompt": "evict"}, {"kv_dtype": "int8"}, {"kv_dtype": "int4"}])
+def test_each_head_holds_what_it_holds_alone(method, more):
     """In a model of one layer, a head's pages depend on its own share only."""
     model, ids = tiny_model(layers=1), prompt(2, 150)["input_ids"]
-    ours = cache([[1.5, 0.5]], method, prompt=mode)
+    ours = cache([[1.5, 0.5]], method, **more)
     read(model, ids, ours)
     for head, share in enumerate([1.5, 0.5]):
-        alone = cache([share], method, prompt=mode)
+        alone = cache([share], method, **more)
         read(model, ids, alone)
         held = [sorted(row[row >= 0].tolist()) for row in ours.resident_positions(0)[:, head]]
         assert held == [sorted(row[row >= 0].tolist()) for row in alone.resident_positions(0)[:, head]]
