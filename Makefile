@@ -5,7 +5,7 @@ TORCH ?= 2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test study notebooks lint types docs hub-kernel clean
+.PHONY: demo test study fidelity notebooks lint types docs hub-kernel clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.installed-cli
@@ -22,6 +22,14 @@ study: $(VENV)/.installed-dev
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+
+# What a budget costs on a real model and real chains of thought: the tables of docs/fidelity.md.
+SHARES := docs/results/smollm2/shares.json
+FIDELITY := OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m raas_cache.fidelity --batch-size 6
+fidelity: $(VENV)/.installed-dev
+	$(FIDELITY) --budgets 25% --methods raas,window,random,quest,window:shares=$(SHARES),raas:shares=$(SHARES) \
+		--against window --recommend --out results/fidelity
+	$(FIDELITY) --budgets 75% --methods window:kv_dtype=int4 --out results/fidelity
 
 # Run each notebook from top to bottom in this environment.
 notebooks: $(VENV)/.installed-dev

@@ -75,15 +75,27 @@ def test_eight_bits():
 
 
 def test_fidelity():
-    """The tables of the page are those of the stored rows, and so is what the text says of them."""
-    found = Fidelity(read_rows_of(RESULTS / "fidelity-smollm2", FidelityRow))
+    """The tables of the page are those of the stored rows, and so are the numbers in the text."""
+    found = Fidelity(read_rows_of(RESULTS / "smollm2", FidelityRow))
     page = (ROOT / "docs" / "fidelity.md").read_text()
-    assert len(found.rows) == 4 * 12
-    for shown in (found.table("streaming_llm:prompt=pin"), found.by_distance(), found.recommend()):
+    assert len(found.rows) == 8 * 12
+    for shown in (found.table("window"), found.by_distance(), found.recommend()):
         assert shown in page
-    rows = {row["method"]: row for row in table(page, "It prints, among other tables")}
+    rows = {row["method"].partition("=docs")[0]: row for row in table(page, "Together they give")}
+    words = " ".join(page.split())
+    lost = {name: row["loss - dynamic (95 %)"][1:7] for name, row in rows.items() if name != "dynamic"}
+    assert f"RaaS with shares loses {lost['raas:shares']}" in words
+    assert f"with shares {lost['window:shares']}, where the window without shares loses {lost['window']}" in words
+    assert f"lose {lost['window:kv_dtype=int4']} nats" in page
     held = {name: int(row["KV bytes"].replace(",", "")) for name, row in rows.items()}
-    assert f"{held['raas'] / held['dynamic']:.0%}" == "41%" and held["quest"] > held["dynamic"]
+    assert f"{held['raas:shares'] / held['raas'] - 1:.0%}" == "3%" and held["quest"] / held["raas:shares"] > 5
+    readme = table((ROOT / "README.md").read_text(), "## On a real model")
+    assert len(readme) == len(rows)
+    for row in readme:
+        full = rows[row["cache"].strip("`")]
+        assert row["KV bytes"] == f"{held[row['cache'].strip('`')] / held['dynamic']:.0%}"
+        for name in ("budget", "loss - dynamic (95 %)", "loss - window (95 %)", "same top token"):
+            assert row[name] == full[name]
 
 
 def test_bytes_per_token(capsys):

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import Cache, DynamicCache, TextStreamer
 
-from .. import RaaSCache, StreamingLLMCache, pretrained, read
+from .. import RaaSCache, WindowCache, pretrained, read
 from ..cache.paged_layer import PagedLayer
 from ..common import arguments
 from ..common.measure import kv_nbytes
@@ -33,7 +33,7 @@ def read_and_write(console: Console, name: str, budgets: list[int] | None, alpha
     ids = torch.tensor([text.prompt + text.chain[:CHAIN_TOKENS]])  # [1, tokens]
     prompt, tokens = len(text.prompt), ids.shape[1]
     of_raas = partial(RaaSCache, alpha=alpha, page_size=page_size, min_decode_pages=1)
-    window = partial(StreamingLLMCache, prompt="pin", page_size=page_size, min_decode_pages=1)
+    window = partial(WindowCache, page_size=page_size, min_decode_pages=1)
     lines: list[tuple[str, str, Cache]] = [("dynamic", "none", DynamicCache(config=model.config))]
     with arguments.refusing(alpha="--alpha", budget="--budget"):
         for budget in dict.fromkeys(budgets or [round(SHARE * tokens)]):
@@ -43,7 +43,7 @@ def read_and_write(console: Console, name: str, budgets: list[int] | None, alpha
     console.print(f"{name} reads a chain of thought, token by token, with each cache:\n")
     console.print(f"{tokenizer.decode(ids[0, : prompt + 60])} ...", markup=False)
     table = Table(title=f"\n{prompt} tokens of prompt and {tokens - prompt} of chain; dynamic is DynamicCache")
-    table.caption = "Loss: nats per token of the chain. Window: StreamingLLM with a pinned prompt."
+    table.caption = "Loss: nats per token of the chain. Window: the prompt and the newest tokens."
     for header in ("Cache", "Budget", "Loss", "Difference", "Tokens/s", "KV"):
         table.add_column(header, justify="left" if header == "Cache" else "right")
     losses: list[float] = []

@@ -30,7 +30,7 @@ def fidelity(
     ] = TRACES,
     methods: Annotated[
         str, typer.Option(help="Methods, separated by commas, with options after colons: raas:alpha=0.01:page_size=8.")
-    ] = "raas,streaming_llm:prompt=pin,quest",
+    ] = "raas,window,random,quest",
     budgets: Annotated[
         str, typer.Option(help="Budgets, separated by commas: tokens, or shares of --tokens (25%). The prompt counts.")
     ] = "25%",

@@ -72,9 +72,9 @@ def measure(
 
     ```python
     >>> model, tokenizer = pretrained("smollm2")
-    >>> settings = raas_cache.eval.settings([("raas", {}), ("streaming_llm", {"prompt": "pin"})], [256])
+    >>> settings = raas_cache.eval.settings([("raas", {}), ("window", {})], [256])
     >>> found = measure(model, tokenizer, load_texts(), settings, tokens=1024)
-    >>> print(found.table(against="streaming_llm:prompt=pin"))
+    >>> print(found.table(against="window"))
     ```
     """
     for name, value in (("tokens", tokens), ("batch_size", batch_size)):

@@ -100,7 +100,7 @@ class Fidelity:
         """A table in GitHub's Markdown with one line per setting.
 
         Args:
-            against: a method among the settings with its options, such as `"streaming_llm:prompt=pin"`. Each setting is
+            against: a method among the settings with its options, such as `"window"`. Each setting is
                 also compared with this method at the same budget.
 
         Raises:
