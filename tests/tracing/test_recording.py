@@ -40,8 +40,8 @@ def recorded(model):
 class NotingOracle(OracleCache):
     """Notes each page's score, priority and place whenever the policy is told."""
 
-    def rate(self, heads, totals, keys, padding, now, queries):
-        super().rate(heads, totals, keys, padding, now, queries)
+    def rate(self, heads, totals, keys, values, padding, now, queries):
+        super().rate(heads, totals, keys, values, padding, now, queries)
         noted = self.__dict__.setdefault("noted", {})
         for state, scores in zip(heads, totals, strict=True):
             pages = {

@@ -86,7 +86,7 @@ class GroupedForward(Forward):
             forward.hide(seen)
 
     def begin(self, key: torch.Tensor, value: torch.Tensor) -> tuple[Forward, torch.Tensor, torch.Tensor]:
-        """Receive the new tokens of the layer, as `engine.forward.begin`."""
+        """Receive the new tokens of the layer, as `engine.forward.Decode.begin`."""
         engine: GroupedEngine = self.layer  # type: ignore[assignment]
         engine.check(key)
         begun = [
@@ -184,14 +184,19 @@ class HeadGroupsLayer(PagedLayer):
         shares = settings.shares
         sizes = sorted(set(shares), reverse=True)
         self._heads = [[head for head, own in enumerate(shares) if own == share] for share in sizes]
-        self.parts = [PagedLayer(replace(settings, shares=(share,))) for share in sizes]
-        self.engine = GroupedEngine(self.parts, len(shares))
+        self._parts = [PagedLayer(replace(settings, shares=(share,))) for share in sizes]
+        self.engine = GroupedEngine(self._parts, len(shares))
         self._make_decode()
         CacheLayerMixin.__init__(self)
         self._trace = None
 
     def _make_decode(self) -> None:
         self.decode = GroupedForward(self.engine, [part.decode for part in self.parts], self._heads)
+
+    @property
+    def parts(self) -> Sequence[PagedLayer]:
+        """One paged layer for each group of KV heads."""
+        return self._parts
 
     @property
     def head_groups(self) -> list[list[int]]:

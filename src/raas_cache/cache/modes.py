@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
+from transformers.cache_utils import Cache
 
 from ..engine.forward import ForwardGuard
 from .paged_layer import PagedLayer, holding_pages
@@ -96,14 +97,17 @@ class Modes:
                 layer.record_past = False
 
     @contextmanager
-    def prefilling(self, reads_prefill: bool, layers: list[AnyLayer]) -> Iterator[None]:
-        """Inside this context, `reads_prefill` has this value; afterwards the old value, also in `layers`."""
+    def prefilling(self, reads_prefill: bool, cache: Cache) -> Iterator[None]:
+        """Inside this context, `reads_prefill` has this value; afterwards the old value, also in the cache's layers.
+
+        The cache may get its layers inside the context, so they are looked up at its end.
+        """
         before, self.reads_prefill = self.reads_prefill, reads_prefill
         try:
             yield
         finally:
             self.reads_prefill = before
-            for layer in holding_pages(layers):
+            for layer in holding_pages(cache.layers):
                 layer.engine.reads_prefill = before
 
     @contextmanager

@@ -157,7 +157,7 @@ class PagedCache(Cache):
         ...         logits = model(token, past_key_values=cache).logits
         ```
         """
-        with self._modes.prefilling(self.settings.prompt != "evict", self.layers):
+        with self._modes.prefilling(self.settings.prompt != "evict", self):
             yield
 
     @contextmanager

@@ -37,7 +37,6 @@ class PagedLayer(CacheLayerMixin):
 
     Attributes:
         engine: the layer's pages, policy and rollback.
-        parts: the paged layers that this layer consists of: itself, or one for each group of KV heads.
         decode: the forward of all decode steps.
         trace: the trace of the layer, see `raas_cache.record`; None if the layer is not recorded.
     """
@@ -50,9 +49,13 @@ class PagedLayer(CacheLayerMixin):
     def __init__(self, settings: LayerSettings):
         self.engine = LayerEngine(settings)
         self.decode = Decode(self.engine)
-        self.parts: Sequence[PagedLayer] = (self,)
         super().__init__()
         self._trace: LayerTrace | None = None
+
+    @property
+    def parts(self) -> Sequence[PagedLayer]:
+        """The paged layers that this layer consists of. An attribute would be a reference cycle."""
+        return (self,)
 
     @property
     def table(self) -> PageTable:
@@ -130,7 +133,7 @@ class PagedLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Receive the new tokens. Their attention call stores them, see `raas_cache.engine.forward.begin`.
+        """Receive the new tokens. Their attention call stores them, see `raas_cache.engine.forward.Decode.begin`.
 
         Args:
             key_states, value_states: `[rows, kv_heads, new, head_dim]`; RoPE applied to the keys.

@@ -1,6 +1,6 @@
 """The kinds of forwards: each keeps the keys and values that `update` received until its attention call.
 
-`begin` tags key and value with a `Prefill`, `Decode`, `Draft` or `Latent`. The attention function calls its `attend`,
+`Decode.begin` tags key and value with a `Prefill`, `Decode`, `Draft` or `Latent`. The attention function calls its `attend`,
 which stores the tokens and reads the pages. If the attention function is never called, the layer does not change; only
 a `Latent` stores its tokens at once. `ForwardGuard` compares the layers of a model.
 """
@@ -57,8 +57,54 @@ class Decode(Forward):
         return output
 
     def begin(self, key: torch.Tensor, value: torch.Tensor) -> tuple[Forward, torch.Tensor, torch.Tensor]:
-        """See `begin`."""
-        return begin(self, key, value)
+        """Receive the new tokens of a layer, and decide which kind of forward they are.
+
+        The first forward is prefill. Later, one token is a decode token, unless `reads_prefill` is set; several tokens
+        are prefill. While the past is recorded, several tokens are a draft, except in the first forward after
+        `activate_past_recording`, which is a user's turn. (For a latent, this forward is a draft too, because a crop
+        could not compute its timestamps again.)
+
+        Args:
+            key, value: `[rows, kv_heads, new, head_dim]`; RoPE applied to the keys.
+
+        Returns:
+            The forward, and the key and value to return from `update`. These are the arguments, with the forward as
+            attribute `paged_forward`. For a latent they are the buffers `[rows, kv_heads, slots, head_dim]`, followed
+            by the draft if there is one.
+
+        Raises:
+            RuntimeError: an exception stopped this layer while it stored tokens.
+            ValueError: rows, heads, head sizes, dtypes or device differ from the stored tokens.
+        """
+        layer = self.layer
+        table = layer.table
+        if table.kv is None:
+            table.allocate(key, value, layer.batch_size or key.shape[0])
+        rows, heads, _, head_dim = key.shape
+        given = rows, heads, head_dim, value.shape[-1], key.dtype, value.dtype, key.device
+        if layer.rows is not None or given != table.signature:
+            table.check_same_use(key, value, layer.rows)
+        if layer.pending is not None and layer.pending.is_at_work:
+            raise RuntimeError(INTERRUPTED)
+        taken = (key.detach(), value.detach()) if key.requires_grad or value.requires_grad else (key, value)
+        forward: Forward
+        is_first = layer.admits or table.is_empty
+        if key.shape[2] == 1 and not is_first and not layer.reads_prefill:
+            forward = self
+            self.key, self.value = taken
+            self.awaits_attention = True
+        else:
+            is_turn = (layer.expects_turn and not layer.is_latent) or layer.reads_prefill
+            if layer.records_past and not is_first and not is_turn:
+                forward = Draft(layer, *taken)
+            else:
+                forward = Prefill(layer, *taken, is_first)
+        if layer.is_latent and not is_first:
+            latent = Latent(forward)
+            return latent, *latent.returned
+        layer.pending = forward
+        key.paged_forward = value.paged_forward = forward  # type: ignore[attr-defined]
+        return forward, key, value
 
     def store(self, seen: Seen) -> None:
         layer = self.layer
@@ -194,55 +240,3 @@ class ForwardGuard:
         self._is_torn = True
         yield
         self._is_torn = False
-
-
-def begin(decode: Decode, key: torch.Tensor, value: torch.Tensor) -> tuple[Forward, torch.Tensor, torch.Tensor]:
-    """Receive the new tokens of a layer, and decide which kind of forward they are.
-
-    The first forward is prefill. Later, one token is a decode token, unless `reads_prefill` is set; several tokens are
-    prefill. While the past is recorded, several tokens are a draft, except in the first forward after
-    `activate_past_recording`, which is a user's turn. (For a latent, this forward is a draft too, because a crop could
-    not compute its timestamps again.)
-
-    Args:
-        decode: the layer's forward for decode tokens.
-        key, value: `[rows, kv_heads, new, head_dim]`; RoPE applied to the keys.
-
-    Returns:
-        The forward, and the key and value to return from `update`. These are the arguments, with the forward as
-        attribute `paged_forward`. For a latent they are the buffers `[rows, kv_heads, slots, head_dim]`, followed by
-        the draft if there is one.
-
-    Raises:
-        RuntimeError: an exception stopped this layer while it stored tokens.
-        ValueError: rows, heads, head sizes, dtypes or device differ from the stored tokens.
-    """
-    layer = decode.layer
-    table = layer.table
-    if table.kv is None:
-        table.allocate(key, value, layer.batch_size or key.shape[0])
-    rows, heads, _, head_dim = key.shape
-    given = rows, heads, head_dim, value.shape[-1], key.dtype, value.dtype, key.device
-    if layer.rows is not None or given != table.signature:
-        table.check_same_use(key, value, layer.rows)
-    if layer.pending is not None and layer.pending.is_at_work:
-        raise RuntimeError(INTERRUPTED)
-    taken = (key.detach(), value.detach()) if key.requires_grad or value.requires_grad else (key, value)
-    forward: Forward
-    is_first = layer.admits or table.is_empty
-    if key.shape[2] == 1 and not is_first and not layer.reads_prefill:
-        forward = decode
-        decode.key, decode.value = taken
-        decode.awaits_attention = True
-    else:
-        is_turn = (layer.expects_turn and not layer.is_latent) or layer.reads_prefill
-        if layer.records_past and not is_first and not is_turn:
-            forward = Draft(layer, *taken)
-        else:
-            forward = Prefill(layer, *taken, is_first)
-    if layer.is_latent and not is_first:
-        latent = Latent(forward)
-        return latent, *latent.returned
-    layer.pending = forward
-    key.paged_forward = value.paged_forward = forward  # type: ignore[attr-defined]
-    return forward, key, value
