@@ -1,8 +1,8 @@
 """The kinds of forwards: each keeps the keys and values that `update` received until its attention call.
 
 `Decode.begin` tags key and value with a `Prefill`, `Decode`, `Draft` or `Latent`. The attention function calls its
-`attend`, which stores the tokens and reads the pages. If the attention function is never called, the layer does not change; only
-a `Latent` stores its tokens at once. `ForwardGuard` compares the layers of a model.
+`attend`, which stores the tokens and reads the pages. If the attention function is never called, the layer does not
+change; only a `Latent` stores its tokens at once. `ForwardGuard` compares the layers of a model.
 """
 
 from __future__ import annotations
