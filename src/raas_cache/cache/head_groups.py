@@ -34,6 +34,8 @@ class GroupedForward(Forward):
     def __init__(self, layer: GroupedEngine, forwards: Sequence[Forward], heads: Sequence[Sequence[int]]):
         self.layer, self.forwards, self.heads = layer, forwards, heads  # type: ignore[assignment]
         self.new = forwards[0].new
+        order = [head for group in heads for head in group]  # as the outputs of the groups follow one another
+        self.kv_heads, self.places = len(order), sorted(range(len(order)), key=order.__getitem__)
 
     @property
     def is_first(self) -> bool:  # type: ignore[override]
@@ -57,13 +59,12 @@ class GroupedForward(Forward):
     ) -> torch.Tensor | None:
         """As `Forward.attend`: each group attends with the queries of its KV heads."""
         # 1. Split the queries: query heads [group * h, group * (h + 1)) belong to KV head h.
-        kv_heads = sum(len(heads) for heads in self.heads)
-        queries = query.unflatten(1, (kv_heads, -1))  # [rows, kv_heads, group, new, head_dim]
+        queries = query.unflatten(1, (self.kv_heads, -1))  # [rows, kv_heads, group, new, head_dim]
         sinks = softmax["sinks"]
         outputs = []
         for forward, heads in zip(self.forwards, self.heads, strict=True):
             if sinks is not None:
-                softmax = {**softmax, "sinks": sinks.view(kv_heads, -1)[list(heads)].flatten()}
+                softmax = {**softmax, "sinks": take_heads(sinks.view(1, self.kv_heads, -1), heads).flatten()}
             # 2. Attend.
             outputs.append(forward.attend(take_heads(queries, heads).flatten(1, 2), softmax, seen))
         if outputs[0] is None:
@@ -71,8 +72,7 @@ class GroupedForward(Forward):
         # 3. Put the outputs back in the order of the heads, [rows, heads, new, value_dim].
         split = (output.unflatten(1, (-1, queries.shape[2])) for output in outputs if output is not None)
         by_group = torch.cat(list(split), 1)  # [rows, kv_heads, group, new, value_dim]
-        order = [head for heads in self.heads for head in heads]
-        return take_heads(by_group, sorted(range(kv_heads), key=order.__getitem__)).flatten(1, 2)
+        return take_heads(by_group, self.places).flatten(1, 2)
 
     def store(self, seen: Seen) -> None:
         for forward in self.forwards:
@@ -254,10 +254,13 @@ class HeadGroupsLayer(PagedLayer):
 
 
 def take_heads(states: torch.Tensor, heads: Sequence[int]) -> torch.Tensor:
-    """The KV heads `heads` of `states` `[rows, kv_heads, ...]`: a view if they are adjacent, otherwise a copy."""
+    """The KV heads `heads` of `states` `[rows, kv_heads, ...]`: a view if they are adjacent, otherwise a copy.
+
+    Slices, because an index would be copied from the host to the device in each step.
+    """
     if list(heads) == list(range(heads[0], heads[-1] + 1)):
         return states[:, heads[0] : heads[-1] + 1]
-    return states[:, list(heads)]
+    return torch.cat([states[:, head : head + 1] for head in heads], 1)
 
 
 def new_layer(settings: LayerSettings) -> PagedLayer:

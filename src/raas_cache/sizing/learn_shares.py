@@ -13,7 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.cache_utils import LinearAttentionLayer
 from transformers.masking_utils import sdpa_mask
 
-from raas_kernels.ops.attend.reference import softmax
+from raas_kernels.ops.attend.reference import cap, softmax
 
 from ..attention.eager import raas_attention_forward
 from ..cache.settings import checked_page_size, whole_number
@@ -243,9 +243,7 @@ def _curve(call: Observed, gradient: torch.Tensor, prompt: int, page_size: int, 
         for head in range(kv_heads):  # one head at a time bounds the memory
             # 1. Weights [group, block, T], and what each token adds to output . gradient.
             logits = query[head, :, block] @ key[head].T * call.scale
-            if call.softcap is not None:
-                logits = call.softcap * torch.tanh(logits / call.softcap)
-            logits = logits.masked_fill_(token > block[:, None], float("-inf"))
+            logits = cap(logits, call.softcap).masked_fill_(token > block[:, None], float("-inf"))
             weights = softmax(logits, None if sinks is None else sinks[head])
             effects = weights * (gradient[head, :, block] @ value[head].T)
             # 2. The sums over the pages that each window leaves out, [group, block, windows].
