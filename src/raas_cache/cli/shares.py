@@ -11,36 +11,25 @@ import typer
 from ..cache.shares_file import write_shares
 from ..common import arguments
 from ..eval.runner import processes
-from ..fidelity.command import budgets_of, load_model
-from ..fidelity.texts import TRACES, Ids, load_texts, token_ids
-from ..models.pretrained import PRETRAINED
+from ..fidelity.command import ChainTokens, Data, Dtype, ModelName, PageSize, Rows, budgets_of, load_model
+from ..fidelity.texts import TRACES, Ids, load_texts, long_enough
 from ..sizing.learn_shares import learn_shares
 
 
 def shares(
     out: Annotated[Path, typer.Option(help="The JSON file to write.")],
-    model: Annotated[str, typer.Option(help=f"{', '.join(PRETRAINED)}, a folder, or a name on the Hub.")] = "smollm2",
-    data: Annotated[
-        str,
-        typer.Option(help="A JSONL file with problem and reasoning, or traces: twelve real chains of thought."),
-    ] = TRACES,
+    model: ModelName = "smollm2",
+    data: Data = TRACES,
     budget: Annotated[
         str, typer.Option(help="Mean budget of a KV head: tokens, or a share of --tokens (25%). The prompt counts.")
     ] = "25%",
-    tokens: Annotated[
-        int,
-        typer.Option(min=1, max=arguments.LARGEST, help="Tokens to read of each chain. Shorter ones are left out."),
-    ] = 1024,
-    rows: Annotated[int | None, typer.Option(min=1, help="Number of texts.", show_default="all")] = None,
+    tokens: ChainTokens = 1024,
+    rows: Rows = None,
     sizes: Annotated[
         int, typer.Option(min=1, help="Most different shares in a layer. Each costs one attention call per step.")
     ] = 2,
-    page_size: Annotated[
-        int, typer.Option(min=1, callback=arguments.power_of_two, help="Tokens per page, a power of two.")
-    ] = 16,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16.", show_default="float32; on a GPU bfloat16")
-    ] = None,
+    page_size: PageSize = 16,
+    dtype: Dtype = None,
 ) -> None:
     """Learn from chains of thought how many pages each KV head needs, for RaaSCache(budget, shares=FILE)."""
     if out.is_dir():
@@ -56,13 +45,7 @@ def shares(
     with arguments.folder("--out", out.parent), arguments.plain_warnings():
         network, tokenizer = load_model(model, precision)
         with arguments.refusing("--data", budget="--budget", tokens="--tokens", model="--model"):
-            found = [token_ids(text, tokenizer) for text in texts]
-            long = [ids for ids in found if len(ids.chain) >= tokens]
-            if not long:
-                most = max(len(ids.chain) for ids in found)
-                raise ValueError(
-                    f"tokens={tokens} is more than the longest of {len(found)} chains has: give at most {most}."
-                )
+            long = [ids for _, ids in long_enough(texts, tokenizer, tokens)]
             prompts = [len(ids.prompt) for ids in long]
             learnt = learn_shares(
                 network,

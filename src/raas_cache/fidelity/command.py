@@ -22,36 +22,41 @@ from .results import rivals_of
 from .texts import TRACES, load_texts
 
 
+# The options that `raas-cache fidelity` and `raas-cache shares` have in common.
+ModelName = Annotated[str, typer.Option(help=f"{', '.join(PRETRAINED)}, a folder, or a name on the Hub.")]
+Data = Annotated[
+    str, typer.Option(help="A JSONL file with problem and reasoning, or traces: twelve real chains of thought.")
+]
+ChainTokens = Annotated[
+    int, typer.Option(min=1, max=arguments.LARGEST, help="Tokens to read of each chain. Shorter ones are left out.")
+]
+Rows = Annotated[int | None, typer.Option(min=1, help="Number of texts.", show_default="all")]
+PageSize = Annotated[int, typer.Option(min=1, callback=arguments.power_of_two, help="Tokens per page, a power of two.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="float32, bfloat16 or float16.", show_default="float32; on a GPU bfloat16")
+]
+
+
 def fidelity(
-    model: Annotated[str, typer.Option(help=f"{', '.join(PRETRAINED)}, a folder, or a name on the Hub.")] = "smollm2",
-    data: Annotated[
-        str,
-        typer.Option(help="A JSONL file with problem and reasoning, or traces: twelve real chains of thought."),
-    ] = TRACES,
+    model: ModelName = "smollm2",
+    data: Data = TRACES,
     methods: Annotated[
         str, typer.Option(help="Methods, separated by commas, with options after colons: raas:alpha=0.01:page_size=8.")
     ] = "raas,window,random,quest",
     budgets: Annotated[
         str, typer.Option(help="Budgets, separated by commas: tokens, or shares of --tokens (25%). The prompt counts.")
     ] = "25%",
-    tokens: Annotated[
-        int,
-        typer.Option(min=1, max=arguments.LARGEST, help="Tokens to read of each chain. Shorter ones are left out."),
-    ] = 1024,
-    rows: Annotated[int | None, typer.Option(min=1, help="Number of texts.", show_default="all")] = None,
+    tokens: ChainTokens = 1024,
+    rows: Rows = None,
     against: Annotated[
         str | None, typer.Option(help="A method from --methods: also compare every method with this one.")
     ] = None,
     recommend: Annotated[
         bool, typer.Option("--recommend", help="Print the constructor call of the best bounded cache at each budget.")
     ] = False,
-    page_size: Annotated[
-        int, typer.Option(min=1, callback=arguments.power_of_two, help="Tokens per page, a power of two.")
-    ] = 16,
+    page_size: PageSize = 16,
     batch_size: Annotated[int, typer.Option(min=1, help="Largest number of texts in a batch.")] = 1,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16.", show_default="float32; on a GPU bfloat16")
-    ] = None,
+    dtype: Dtype = None,
     out: Annotated[
         Path | None,
         typer.Option(help="Folder for rows; an interrupted run continues there.", show_default="prints tables only"),

@@ -21,7 +21,7 @@ from ..eval.tasks import hash_of
 from . import reading, texts
 from .reading import Reading, compiled_forward, read_batch
 from .results import Fidelity, FidelityRow
-from .texts import Ids, Text, token_ids
+from .texts import Ids, Text, long_enough
 
 
 @dataclass(frozen=True)
@@ -108,16 +108,10 @@ def measure(
 
 def _sources(data: Sequence[Text], tokenizer: PreTrainedTokenizerBase, tokens: int) -> list[_Source]:
     """The texts whose chains have at least `tokens` tokens, cut to `tokens`."""
-    sources, longest = [], 0
-    for index, text in enumerate(data):
-        ids = token_ids(text, tokenizer)
-        longest = max(longest, len(ids.chain))
-        if len(ids.chain) >= tokens:
-            ids = Ids(ids.prompt, ids.chain[:tokens])
-            sources.append(_Source(index, ids, hash_of(f"{ids.prompt} {ids.chain}"), hash_of(text.problem)))
-    if not sources:
-        raise ValueError(f"tokens={tokens} is more than the longest of {len(data)} chains has: give at most {longest}.")
-    return sources
+    return [
+        _Source(index, ids, hash_of(f"{ids.prompt} {ids.chain}"), hash_of(data[index].problem))
+        for index, ids in long_enough(data, tokenizer, tokens)
+    ]
 
 
 def _batches(sources: list[_Source], batch_size: int) -> list[list[_Source]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -80,3 +81,17 @@ def token_ids(text: Text, tokenizer: PreTrainedTokenizerBase) -> Ids:
     # A tokenizer may also put a special token behind a text. No chain would follow such a token.
     front = next(start for start in range(len(whole) + 1) if whole[start : start + len(bare)] == bare)
     return Ids(tuple(whole[: front + len(bare)]), tuple(chain))
+
+
+def long_enough(texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, tokens: int) -> list[tuple[int, Ids]]:
+    """The texts whose chain has at least `tokens` tokens: index and token ids, with the chain cut to `tokens`.
+
+    Raises:
+        ValueError: no chain is that long.
+    """
+    found = [token_ids(text, tokenizer) for text in texts]
+    long = [(index, Ids(ids.prompt, ids.chain[:tokens])) for index, ids in enumerate(found) if len(ids.chain) >= tokens]
+    if not long:
+        most = max((len(ids.chain) for ids in found), default=0)
+        raise ValueError(f"tokens={tokens} is more than the longest of {len(texts)} chains has: give at most {most}.")
+    return long
