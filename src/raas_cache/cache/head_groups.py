@@ -74,17 +74,6 @@ class GroupedForward(Forward):
         by_group = torch.cat(list(split), 1)  # [rows, kv_heads, group, new, value_dim]
         return take_heads(by_group, self.places).flatten(1, 2)
 
-    def store(self, seen: Seen) -> None:
-        for forward in self.forwards:
-            forward.store(seen)
-
-    def read(self, query: torch.Tensor, softmax: Softmax, expanded: Expanded | None) -> torch.Tensor | None:
-        raise NotImplementedError  # `attend` of each group reads
-
-    def hide(self, seen: Seen) -> None:
-        for forward in self.forwards:
-            forward.hide(seen)
-
     def begin(self, key: torch.Tensor, value: torch.Tensor) -> tuple[Forward, torch.Tensor, torch.Tensor]:
         """Receive the new tokens of the layer, as `engine.forward.Decode.begin`."""
         engine: GroupedEngine = self.layer  # type: ignore[assignment]

@@ -15,7 +15,7 @@ import torch
 import raas_kernels
 
 from .attention_inputs import Expanded, Seen, Softmax
-from .forward_base import INTERRUPTED, NOT_CAUSAL, Forward
+from .forward_base import INTERRUPTED, NOT_CAUSAL, Forward, StoringForward
 from .hide import hide_decoded
 from .layer_engine import LayerEngine
 from .prefill_forward import Prefill
@@ -24,7 +24,7 @@ from .rollback import DecodeNote
 from .step import step
 
 
-class Decode(Forward):
+class Decode(StoringForward):
     """One decode token per row. One object serves all decode steps of a layer, so that a compiled step can keep it."""
 
     def __init__(self, layer: LayerEngine):
@@ -87,7 +87,7 @@ class Decode(Forward):
         if layer.pending is not None and layer.pending.is_at_work:
             raise RuntimeError(INTERRUPTED)
         taken = (key.detach(), value.detach()) if key.requires_grad or value.requires_grad else (key, value)
-        forward: Forward
+        forward: StoringForward
         is_first = layer.admits or table.is_empty
         if key.shape[2] == 1 and not is_first and not layer.reads_prefill:
             forward = self
@@ -124,7 +124,7 @@ class Decode(Forward):
             hide_decoded(self.layer.table, visible[:, 0], self.layer.rows)
 
 
-class Draft(Forward):
+class Draft(StoringForward):
     """Drafted tokens, decoded one by one, so that accepted tokens are stored as in plain decoding."""
 
     def store(self, seen: Seen) -> None:
@@ -161,14 +161,14 @@ class Draft(Forward):
         return torch.cat(outputs, 2)
 
 
-class Latent(Forward):
+class Latent(StoringForward):
     """A forward of a model that caches a latent (MLA), and expands it to keys and values after `update`.
 
     The model expands the new tokens together with the stored tokens, so the new tokens are stored in `update` already.
     In a first forward there are no stored tokens, so it is a plain `Prefill`.
     """
 
-    def __init__(self, forward: Forward):
+    def __init__(self, forward: StoringForward):
         super().__init__(forward.layer, forward.key, forward.value)
         self.layer.pending = self
         self.forward, self.is_at_work = forward, True

@@ -22,9 +22,10 @@ NOT_CAUSAL = (
 
 
 class Forward(ABC):
-    """Tokens of one forward of one layer.
+    """Tokens of one forward of one layer, as the attention function sees them.
 
     Attributes:
+        layer: the engine of the layer.
         is_first: whether the rows hold no earlier token. The model's own causal attention over the new tokens is then
             exact, and computes the output.
         new: number of tokens of the forward.
@@ -32,12 +33,13 @@ class Forward(ABC):
         is_at_work: whether tokens are being stored and read. An exception leaves it True.
     """
 
+    layer: LayerEngine
+    new: int
+    awaits_attention: bool
+    is_at_work: bool
     is_first = False
 
-    def __init__(self, layer: LayerEngine, key: torch.Tensor, value: torch.Tensor):
-        self.layer, self.key, self.value, self.new = layer, key, value, key.shape[2]
-        self.awaits_attention, self.is_at_work = True, False
-
+    @abstractmethod
     def attend(
         self, query: torch.Tensor, softmax: Softmax, seen: Seen | None = None, expanded: Expanded | None = None
     ) -> torch.Tensor | None:
@@ -57,6 +59,23 @@ class Forward(ABC):
         Raises:
             ValueError: a draft is read a second time, or its tokens are not causal among themselves.
         """
+
+    @property
+    def seen_before(self) -> int:
+        """Number of tokens before this forward, in the row that has seen the most."""
+        return self.layer.table.length_of(self.layer.rows)
+
+
+class StoringForward(Forward):
+    """A forward of a layer with one page table: it stores its tokens once, and reads the pages."""
+
+    def __init__(self, layer: LayerEngine, key: torch.Tensor, value: torch.Tensor):
+        self.layer, self.key, self.value, self.new = layer, key, value, key.shape[2]
+        self.awaits_attention, self.is_at_work = True, False
+
+    def attend(
+        self, query: torch.Tensor, softmax: Softmax, seen: Seen | None = None, expanded: Expanded | None = None
+    ) -> torch.Tensor | None:
         is_new, self.awaits_attention = self.awaits_attention, False
         self.is_at_work = True
         if is_new:
@@ -65,11 +84,6 @@ class Forward(ABC):
         self.is_at_work = False
         self.layer.pending = None
         return output
-
-    @property
-    def seen_before(self) -> int:
-        """Number of tokens before this forward, in the row that has seen the most."""
-        return self.layer.table.length_of(self.layer.rows)
 
     @abstractmethod
     def store(self, seen: Seen) -> None:

@@ -9,7 +9,7 @@ import torch
 import raas_kernels
 
 from .attention_inputs import Expanded, Seen, Softmax
-from .forward_base import NOT_CAUSAL, Forward
+from .forward_base import NOT_CAUSAL, StoringForward
 from .hide import hide_newest
 from .layer_engine import LayerEngine
 from .prefill import write_prefill
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .prefill import Places
 
 
-class Prefill(Forward):
+class Prefill(StoringForward):
     """Prefill tokens: a prompt, a chunk of a prompt, or a user's turn."""
 
     def __init__(self, layer: LayerEngine, key: torch.Tensor, value: torch.Tensor, is_first: bool):
