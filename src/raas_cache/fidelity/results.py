@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 
 from ..common.reporting import markdown
-from ..eval.results import StoredRow
 from ..eval.settings import DYNAMIC, Setting, SettingKey, common_options, parse_methods
 from ..methods.registry import CACHES, POLICIES
+from .batches import TextRow
 from .reading import DISTANCES, PARTS
 from .statistics import Difference, difference
 
 
 @dataclass(frozen=True)
-class FidelityRow(StoredRow):
+class FidelityRow(TextRow):
     """What one setting did to one text.
 
     Args:
@@ -119,9 +119,7 @@ class Fidelity:
             if rivals:
                 rival = rivals.get(setting.budget)
                 found = self.difference(setting, rival) if rival and rival.key != setting.key else None
-                cells += (
-                    [str(found), f"p = {found.p:.3f}" if found.p >= 0.001 else "p < 0.001"] if found else ["-", "-"]
-                )
+                cells += [str(found), p_in_words(found)] if found else ["-", "-"]
             exceeded = sum(row.over_budget for row in rows)
             budget = self._budget(setting) + f" (exceeded in {exceeded} texts)" * bool(exceeded)
             lines.append([setting.label_but(self._common), budget, *cells])
@@ -178,13 +176,27 @@ class Fidelity:
         return markdown(["method", "budget", *names], lines) + self._footer()
 
     def _budget(self, setting: Setting) -> str:
-        """Tokens of the budget, and their share of the tokens of the chain."""
-        if not isinstance(setting.budget, int):
-            return "all" if setting.budget is None else " / ".join(map(str, setting.budget))
-        return f"{setting.budget:,} ({setting.budget / self.rows[0].tokens:.1%})"
+        return budget_in_words(setting, self.rows[0].tokens)
 
     def _footer(self) -> str:
-        return f"\n\nUnless said otherwise: {', '.join(self._common)}." * bool(self._common)
+        return footer(self._common)
+
+
+def budget_in_words(setting: Setting, tokens: int) -> str:
+    """Tokens of the budget, and their share of the tokens of the chain."""
+    if not isinstance(setting.budget, int):
+        return "all" if setting.budget is None else " / ".join(map(str, setting.budget))
+    return f"{setting.budget:,} ({setting.budget / tokens:.1%})"
+
+
+def footer(common: list[str]) -> str:
+    """What follows a table whose labels leave out the options in `common`."""
+    return f"\n\nUnless said otherwise: {', '.join(common)}." * bool(common)
+
+
+def p_in_words(found: Difference) -> str:
+    """The p-value of the sign test."""
+    return f"p = {found.p:.3f}" if found.p >= 0.001 else "p < 0.001"
 
 
 def rivals_of(settings: Sequence[Setting], against: str) -> dict[Any, Setting]:
