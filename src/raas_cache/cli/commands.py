@@ -1,6 +1,6 @@
 """The command line. `raas-cache demo` shows a model with a bounded cache, `eval` measures accuracy, `fidelity` measures
-what a cache changes on a given text, `shares` learns a share of the budget for each KV head, `plan` computes the memory
-of a budget, `bench` times decode steps, and `plot` draws the results."""
+what a cache changes on a given text, `probe` measures what a model recalls, `shares` learns a share of the budget for
+each KV head, `plan` computes the memory of a budget, `bench` times decode steps, and `plot` draws the results."""
 
 import sys
 from contextlib import ExitStack
@@ -20,6 +20,7 @@ from ..common.reporting import require_matplotlib
 from ..eval import plots
 from ..eval.command import evaluate
 from ..fidelity.command import fidelity
+from ..probes.command import probe
 from ..sizing import plan as planning
 from .demo import demo
 from .shares import shares
@@ -34,6 +35,7 @@ app: typer.Typer = typer.Typer(add_completion=False, no_args_is_help=True, rich_
 app.command()(demo)
 app.command("eval")(evaluate)
 app.command()(fidelity)
+app.command()(probe)
 app.command()(shares)
 
 
