@@ -16,6 +16,7 @@ import pytest
 import raas_cache
 import raas_cache.eval
 import raas_cache.fidelity
+import raas_cache.probes
 import raas_kernels
 from raas_cache.eval.results import read_rows_of
 from raas_cache.eval.settings import common_options
@@ -205,7 +206,7 @@ def test_messages_in_the_code_are_in_troubleshooting():
     assert missing == {}, "give each a heading in docs/troubleshooting.md, its constant part in backticks"
 
 
-PUBLIC = [raas_cache, raas_cache.eval, raas_cache.fidelity, raas_kernels]
+PUBLIC = [raas_cache, raas_cache.eval, raas_cache.fidelity, raas_cache.probes, raas_kernels]
 
 
 @pytest.mark.parametrize("package", PUBLIC, ids=lambda package: package.__name__)

@@ -61,8 +61,6 @@ def probe(
     precision = arguments.dtype(dtype or ("bfloat16" if state.device.type == "cuda" else "float32"))
     with arguments.folder("--out", out), arguments.plain_warnings():
         network, tokenizer = load_model(model, precision)
-        if state.is_main_process:
-            print(f"{tokens:,} tokens in each text, {model}, {network.dtype}")
         for name in chosen:
             with arguments.refusing("--model", out="--out", folder="--out", tokens="--tokens"):
                 found = measure.probe(
@@ -78,8 +76,9 @@ def probe(
                     about={"model": model},
                 )
             if state.is_main_process:
-                print(f"\n{found.summary()}\n\n{found.table(against)}")
-                print(f"\nRecalled by tokens since the last use:\n\n{found.by_distance()}")
+                print(f"{found.summary()}\n{tokens:,} tokens in each text, {model}, {network.dtype}")
+                print(f"\n{found.table(against)}")
+                print(f"\nRecalled by tokens since the last use:\n\n{found.by_distance()}\n")
                 if against is not None:
-                    print(f"\nRecalled - {against} by tokens since the last use:\n\n{found.by_distance(against)}")
+                    print(f"Recalled - {against} by tokens since the last use:\n\n{found.by_distance(against)}\n")
     state.destroy_process_group()

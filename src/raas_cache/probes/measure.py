@@ -63,7 +63,7 @@ def probe(
             values.
 
     Raises:
-        ValueError: the name is unknown, a number is out of range, the tokenizer cannot write the texts, or `out`
+        ValueError: the name is unknown, a number is out of range, the tokenizer cannot encode the texts, or `out`
             contains rows of another model or other texts, is used by another run, or cannot be written to.
         ImportError: accelerate is missing.
 

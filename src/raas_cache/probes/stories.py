@@ -33,7 +33,8 @@ class Story:
 
     text: str = ""
     recalls: list[Recall] = field(default_factory=list)
-    _facts: dict[str, tuple[str, int, int]] = field(default_factory=dict)  # name -> value, first and last place
+    # Name -> value, and the places where the text gives it first and last.
+    _facts: dict[str, tuple[str, int, int]] = field(default_factory=dict, init=False, repr=False)
 
     def say(self, words: str) -> None:
         """Write words that give no value."""

@@ -65,7 +65,8 @@ def probe_sources(
         story = _story(name, f"{name} {seed} {index}", tokenizer, tokens)
         ids = token_ids(Text(probe.prompt, story.text), tokenizer)
         chain = Ids(ids.prompt, ids.chain[:tokens])
-        token_of, candidates = _token_of(tokenizer, story.text), _candidates(probe, story, tokenizer)
+        token_of = _token_of(tokenizer, story.text)
+        candidates = _candidates(probe, story, tokenizer) if story.recalls else ()
         recalls = []
         for recall in story.recalls:
             place, value = token_of[recall.place], probe.values.index(recall.value)
