@@ -21,6 +21,7 @@ import raas_kernels
 from raas_cache.eval.results import read_rows_of
 from raas_cache.eval.settings import common_options
 from raas_cache.fidelity import Fidelity, FidelityRow
+from raas_cache.probes import ProbeRow, Recalls
 
 
 ROOT = Path(__file__).parents[2]
@@ -97,6 +98,23 @@ def test_fidelity():
         assert row["KV bytes"] == f"{held[row['cache'].strip('`')] / held['dynamic']:.0%}"
         for name in ("budget", "loss - dynamic (95 %)", "loss - window (95 %)", "same top token"):
             assert row[name] == full[name]
+
+
+def test_probes():
+    """The tables of the page are those of the stored rows, and so are the numbers in the text."""
+    page = (ROOT / "docs" / "probes.md").read_text()
+    rates = {}
+    for name in raas_cache.probes.PROBES:
+        found = Recalls(name, read_rows_of(RESULTS / "smollm2" / "probes" / name, ProbeRow))
+        assert len(found.rows) == 7 * 16
+        for shown in (found.summary(), found.table("window"), found.by_distance()):
+            assert shown in page
+        for row in table(page, f"{name}: "):
+            rates.setdefault(row["method"].partition("=docs")[0], []).append(row["recalled"])
+    overview = table(page, "Recalled, by probe")
+    assert len(overview) == len(rates)
+    for row in overview:
+        assert [row[name] for name in raas_cache.probes.PROBES] == rates[row["method"]]
 
 
 def test_bytes_per_token(capsys):

@@ -54,7 +54,8 @@ STAND_INS = {
     "shares": "--model chain_reasoner --data chains.jsonl --tokens 40 --budget 56 --page-size 4",
     "bench": "--model small --device cpu --seen 64 --batch 1 --budget 64 --steps 2 --mode eager",
 }
-"""Options that a command gets beside its own, of which the last one counts; models of the Hub are the embedded one. `reader` is a random model that knows the words of the probes."""
+"""Options that a command gets beside its own, of which the last one counts; models of the Hub are the embedded one.
+`reader` is a random model that knows the words of the probes."""
 
 
 @dataclass

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from raas_cache import from_name
+from raas_cache import from_name, pretrained
 from raas_cache.eval import Setting
 from raas_cache.probes import PROBES
 from raas_cache.probes.reading import read_recalls
@@ -114,3 +114,20 @@ def test_a_model_that_copies_recalls_everything(tokenizer, sources):
 
     (dynamic,) = read_recalls(Copying(), sources, [], pad=0)
     assert all(all(one.correct) and max(one.loss) < 1e-6 for one in dynamic)
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return pretrained("smollm2")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", PROBES)
+def test_smollm2_is_far_above_chance(name, smollm2):
+    """With its own tokenizer, in which a digit and the space in front of it are two tokens."""
+    its_model, its_tokenizer = smollm2
+    correct = []
+    for source in probe_sources(name, its_tokenizer, 512, 3, seed=0):
+        ids = torch.tensor([[*source.ids.prompt, *source.ids.chain]])
+        correct += marked(source, its_model(ids, use_cache=False).logits[0, len(source.ids.prompt) - 1 : -1])[0]
+    assert len(correct) > 20 and sum(correct) / len(correct) >= 0.6 > 5 * PROBES[name].chance
