@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.functional import pad as pad_mask
 from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..cache.paged_cache import PagedCache
 from ..cache.paged_layer import PagedLayer
 from ..common.measure import kv_nbytes
+from ..common.upstream import CACHE_ARGUMENT
 from ..eval.settings import Setting
 from ..sizing.read_text import steps
 from .texts import Ids
@@ -22,6 +25,8 @@ PARTS = 4
 """Number of equal parts of the chain for the table by position."""
 EDGES = (16, 64, 256, 1024)
 """Largest distance of each group of tokens, except of the last two groups."""
+REFERENCE_TOKENS = 32
+"""Tokens per forward with `DynamicCache`, whose logits must fit into memory."""
 DISTANCES = ("1 to 16", "17 to 64", "65 to 256", "257 to 1,024", "over 1,024", "first use")
 """Tokens since the last earlier occurrence of the same token, in prompt or chain."""
 
@@ -54,8 +59,8 @@ def read_batch(
 ) -> list[list[Reading]]:
     """Read texts whose chains have the same length, token by token, with the caches of all settings side by side.
 
-    All caches take a step before any cache takes the next one, so only one step of logits is in memory. Shorter prompts
-    are padded on the left.
+    All caches take a step before any cache takes the next one, so few logits are in memory. Shorter prompts are padded
+    on the left.
 
     Args:
         settings: the caches to compare with `DynamicCache`.
@@ -75,11 +80,13 @@ def read_batch(
     mask = (places >= torch.tensor(padding, device=model.device)[:, None]).long() if any(padding) else None
 
     # 2. One generator of logits for each cache. The first one is the reference.
-    caches: list[Cache] = [
-        DynamicCache(config=model.config),
-        *(setting.new_cache(model.config) for setting in settings),
+    dense = DynamicCache(config=model.config)
+    bounded = [setting.new_cache(model.config) for setting in settings]
+    caches: list[Cache] = [dense, *bounded]
+    readers = [
+        _reference(model, ids, prompt, dense, mask),
+        *(steps(model, ids, prompt, cache, mask, _decode(cache, compiled)) for cache in bounded),
     ]
-    readers = [steps(model, ids, prompt, cache, mask, _decode(cache, compiled)) for cache in caches]
 
     # 3. The steps.
     found = torch.empty(len(caches), 3, len(rows), chain, dtype=torch.float64, device=model.device)
@@ -104,6 +111,28 @@ def read_batch(
         ]
         for number, cache in enumerate(caches)
     ]
+
+
+def _reference(
+    model: PreTrainedModel, ids: torch.Tensor, prompt: int, cache: DynamicCache, mask: torch.Tensor | None
+) -> Iterator[torch.Tensor]:
+    """The logits of `steps`, from forwards of `REFERENCE_TOKENS` tokens, because a cache that evicts nothing allows it.
+
+    A layer with a recurrent state gets one token per forward, because not every model can continue such a state with
+    several tokens.
+    """
+    # 1. The prompt.
+    held = {CACHE_ARGUMENT: cache}
+    yield model(ids[:, :prompt], attention_mask=mask, logits_to_keep=1, **held).logits[:, -1]
+    is_attention = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
+    tokens = REFERENCE_TOKENS if is_attention else 1
+
+    # 2. The chain without its last token, which predicts nothing.
+    for chunk in ids[:, prompt:-1].split(tokens, 1) if ids.shape[1] - prompt > 1 else ():
+        if mask is not None:
+            mask = pad_mask(mask, (0, chunk.shape[1]), value=1)
+        logits = model(chunk, attention_mask=mask, logits_to_keep=chunk.shape[1], **held).logits
+        yield from logits.unbind(1)
 
 
 def _log_probabilities(logits: torch.Tensor) -> torch.Tensor:
