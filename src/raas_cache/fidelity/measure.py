@@ -19,7 +19,7 @@ from ..eval.runner import prepare, processes
 from ..eval.settings import DYNAMIC, Setting
 from ..eval.tasks import hash_of
 from . import reading, texts
-from .reading import Reading, compiled_forward, read_batch
+from .reading import Reading, read_batch
 from .results import Fidelity, FidelityRow
 from .texts import Ids, Text, long_enough
 
@@ -167,11 +167,11 @@ def _work(
     """Run batches, and return the rows that were not in the folder."""
     new: list[FidelityRow] = []
     pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    pad, compiled = next(token for token in pads if token is not None), compiled_forward(model)
+    pad = next(token for token in pads if token is not None)
     with tqdm(total=len(batches) * tokens, unit="token", disable=not shows_progress) as bar:
         for batch in batches:
             to_run = _missing(batch, settings, done) or []
-            readings = read_batch(model, [source.ids for source in batch], to_run, pad, compiled, bar.update)
+            readings = read_batch(model, [source.ids for source in batch], to_run, pad, bar.update)
             for setting, of_setting in zip((Setting(DYNAMIC), *to_run), readings, strict=True):
                 for source, one in zip(batch, of_setting, strict=True):
                     if (*setting.key, source.index) not in done:  # a batch runs again if a row of it is missing

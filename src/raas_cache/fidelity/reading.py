@@ -5,15 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.nn.functional import pad as pad_mask
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from ..cache.captured_step import CapturedStep, can_capture
 from ..cache.paged_cache import PagedCache
-from ..cache.paged_layer import PagedLayer
 from ..common.measure import kv_nbytes
 from ..common.upstream import CACHE_ARGUMENT
 from ..eval.settings import Setting
@@ -54,7 +53,6 @@ def read_batch(
     texts: Sequence[Ids],
     settings: Sequence[Setting],
     pad: int,
-    compiled: Callable[..., Any] | None = None,
     on_token: Callable[[], object] = lambda: None,
 ) -> list[list[Reading]]:
     """Read texts whose chains have the same length, token by token, with the caches of all settings side by side.
@@ -65,7 +63,6 @@ def read_batch(
     Args:
         settings: the caches to compare with `DynamicCache`.
         pad: id of the padding token.
-        compiled: the forward from `compiled_forward`. It runs the decode steps of the caches that it can serve.
         on_token: called after each token.
 
     Returns:
@@ -85,7 +82,7 @@ def read_batch(
     caches: list[Cache] = [dense, *bounded]
     readers = [
         _reference(model, ids, prompt, dense, mask),
-        *(steps(model, ids, prompt, cache, mask, _decode(cache, compiled)) for cache in bounded),
+        *(steps(model, ids, prompt, cache, mask, _decode(model, cache)) for cache in bounded),
     ]
 
     # 3. The steps.
@@ -148,29 +145,9 @@ def _compare(reference: torch.Tensor, ours: torch.Tensor, target: torch.Tensor) 
     return torch.stack([loss, kl, reference.argmax(-1).eq(ours.argmax(-1)).to(loss.dtype)]).double()
 
 
-def compiled_forward(model: PreTrainedModel) -> Callable[..., Any] | None:
-    """The model's forward, compiled for steps of one shape; None on a CPU, where it saves little."""
-    if model.device.type != "cuda":
-        return None
-    forward = torch.compile(model.forward, dynamic=False, mode="reduce-overhead")
-
-    def decode(*args: Any, **inputs: Any) -> Any:
-        torch.compiler.cudagraph_mark_step_begin()
-        # Each cache is compiled separately.
-        with torch._dynamo.config.patch(recompile_limit=256):
-            return forward(*args, **inputs)
-
-    return decode
-
-
-def _decode(cache: Cache, compiled: Callable[..., Any] | None) -> Callable[..., Any] | None:
-    """The compiled forward if it can serve the cache, otherwise None."""
-    if compiled is None or not isinstance(cache, PagedCache):
-        return None
-    if not cache.is_compileable or not all(isinstance(layer, PagedLayer) for layer in cache.layers):
-        return None
-    cache.preallocate()
-    return compiled
+def _decode(model: PreTrainedModel, cache: Cache) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """The decode step as a CUDA graph if that is possible, otherwise None."""
+    return CapturedStep(model, cache) if can_capture(cache, model) else None
 
 
 def _cells(text: Ids, found: torch.Tensor) -> torch.Tensor:
