@@ -6,7 +6,7 @@ from math import comb
 import numpy as np
 import pytest
 
-from raas_cache.fidelity.statistics import difference, sign_test
+from raas_cache.common.statistics import difference, sign_test
 
 
 @pytest.mark.parametrize(
