@@ -328,7 +328,10 @@ class TestTwoAtOnce:
         output, errors = first.communicate()
         assert first.returncode == 0, errors
         assert "--out" in error and "is being written to by another run: wait until it has ended" in error
-        assert len((tmp_path / "rows-0.jsonl").read_text().splitlines()) == 4 and "| dynamic | all | 100.0%" in output
+        assert (
+            len((tmp_path / "rows-0.jsonl").read_text().splitlines()) == 4
+            and "| dynamic | all | all | 100.0%" in output
+        )
 
     def test_all_processes_of_a_run_are_refused(self, tmp_path):
         """The main process alone looks at the folder; the others must not wait for it."""

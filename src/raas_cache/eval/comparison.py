@@ -67,7 +67,7 @@ def compared(comparisons: list[Comparison]) -> str:
         "method",
         "budget",
         "against",
-        "pass@1, difference (95 %)",
+        "pass@1 difference (95 %)",
         "sign test",
         "won",
         "lost",

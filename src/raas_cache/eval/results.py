@@ -126,7 +126,7 @@ def table(summaries: list[Summary], **more: list[str]) -> str:
     counts = {summary.samples for summary in summaries}
     several = any(count > 1 for count in counts)
     k = str(max(counts)) if len(counts) == 1 else "k"
-    header = ["method", "budget", "less the prompt"]
+    header = ["method", "budget", "budget without prompt"]
     header += ["pass@1 (95 % interval)", f"pass@{k}", f"maj@{k}"] if several else ["accuracy (95 % interval)"]
     header += ["tokens", "truncated", "tokens/s", "peak KV", "mean KV", "evicted"]
     common = common_options(summary.setting for summary in summaries)
