@@ -1,7 +1,7 @@
 """`measure` and `raas-cache fidelity`: rows, tables, resuming, refusals, processes."""
 
-import math
 import json
+import math
 import os
 import re
 import subprocess
