@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..eval import folder, inputs
-from ..eval.results import RowFile, RowKey, read_rows_of
+from ..eval.rows import RowFile, RowKey, read_rows_of
 from ..eval.runner import prepare, processes
 from ..eval.settings import DYNAMIC, Setting
 from ..eval.tasks import hash_of
