@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from raas_cache import Pages, Policy, embedded_model, register_policy
-from raas_cache.common.measure import wilson_interval
+from raas_cache.common.statistics import wilson_interval
 from raas_cache.eval import Row, Setting, by_setting, chain_task, run
 from raas_cache.eval.chains import problems, share_right, tokens_of
 from raas_cache.methods.raas import RaaSPolicy

@@ -31,7 +31,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from raas_cache.common.measure import wilson_interval
+from raas_cache.common.statistics import wilson_interval
 from raas_cache.eval import Setting, chain_task, run
 from raas_cache.eval.chains import (
     TOKENS_OF_ANSWER,

@@ -137,7 +137,7 @@ def test_launch_configurations(data, tmp_path, monkeypatch):
         with pytest.raises(
             ValueError, match=r"configs\.json' contains no launch configurations \(.+\): install raas-cache"
         ):
-            configs.choose_config((9, 0), 256, 8192, 128, 2)
+            configs.choose_config((9, 0), 256, 8192, 128, 2, False)
     finally:
         configs._tuned.cache_clear()
 

@@ -48,6 +48,8 @@ VALUES = [
     ("plan", "--memory", [*SHARES, "0", "1e308"]),
     ("eval", "--temperature", [*SHARES, "1e-320", "1e-9"]),
     ("eval", "--top-p", [*SHARES, "0", "1.1"]),
+    ("eval", "--top-k", ["-1", "1.5", "many", "", HUGE]),
+    ("eval", "--samples", [*SIZES, "2"]),  # 2 needs a temperature
     *((command, "--dtype", ["", "int4"]) for command in ("plan", "bench", "kernels", "eval")),
     *((command, "--device", ["", "tpu", "cuda:0"]) for command in ("bench", "kernels")),
     ("bench", "--mode", ["", "Eager", "eager,"]),

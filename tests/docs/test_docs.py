@@ -18,7 +18,7 @@ import raas_cache.eval
 import raas_cache.fidelity
 import raas_cache.probes
 import raas_kernels
-from raas_cache.eval.results import read_rows_of
+from raas_cache.eval.rows import read_rows_of
 from raas_cache.eval.settings import common_options
 from raas_cache.fidelity import Fidelity, FidelityRow
 from raas_cache.probes import ProbeRow, Recalls

@@ -28,7 +28,9 @@ from raas_cache.eval import (
     table,
 )
 from raas_cache.eval.chains import make_problem, problems
-from raas_cache.eval.results import Row, RowFile
+from raas_cache.eval.rows import Row, RowFile
+
+from .rows import ROW
 
 
 pytest.importorskip("accelerate")
@@ -93,7 +95,11 @@ class TestRun:
         assert len({row.prompt_tokens for row in one}) > 3
         assert len({row.batch for row in many}) < len({row.batch for row in one})
         # The bytes of a cache that grows are those of its batch.
-        but = (*MEASURED, "batch", "kv_bytes") if setting.method in ("dynamic", "quest") else (*MEASURED, "batch")
+        but = (
+            (*MEASURED, "batch", "kv_bytes", "mean_kv_bytes")
+            if setting.method in ("dynamic", "quest")
+            else (*MEASURED, "batch")
+        )
         assert same(one, but) == same(many, but)
 
     def test_batches_share_prompts_that_fill_as_many_pages(self, model, tokenizer):
@@ -149,6 +155,9 @@ class TestRun:
             (lambda: Decoding(max_new_tokens=0), "max_new_tokens=0 must be at least 1"),
             (lambda: Decoding(temperature=-1), "temperature=-1 must not be negative"),
             (lambda: Decoding(top_p=0), r"top_p=0 must be in \(0, 1\]"),
+            (lambda: Decoding(top_k=-1), "top_k=-1 must not be negative; 0 is all tokens"),
+            (lambda: Decoding(samples=0), "samples=0 must be at least 1"),
+            (lambda: Decoding(samples=2), "samples=2 needs a temperature above 0, such as 0.6: greedy samples are"),
             (lambda: run(None, None, None, [], batch_size=0), "batch_size=0 must be at least 1"),
             (lambda: settings([("dynamic", {"alpha": 0.1})], [64]), "method='dynamic' takes neither"),
             (lambda: settings([("rass", {})], [64]), "did you mean 'raas'"),
@@ -213,7 +222,7 @@ class TestResume:
             run(model, tokenizer, chain_task(problems(2, 6, seed=1)), wanted, out=tmp_path)
 
     def test_whatever_text_comes_back(self, tmp_path):
-        row = Row(0, "", "raas", 512, {}, "a\r\n\u2028\x85\ud83d {", None, "é", True, 5, 9, False, False, 2.0, 0, 10, 4)
+        row = replace(ROW, output="a\r\n\u2028\x85\ud83d {")
         for process in (0, 1):
             RowFile(tmp_path, process).append(replace(row, index=process))
         assert read_rows(tmp_path) == [row, replace(row, index=1)]
@@ -265,17 +274,18 @@ class TestProcesses:
 
 class TestSummary:
     def test_table_adds_up(self):
-        row = Row(0, "", "raas", 512, {}, "", None, "", True, 50, 100, False, False, 2.0, 0, 1000, 4)
+        row = replace(ROW, options={}, prompt_tokens=50, tokens=100, kv_bytes=1000, mean_kv_bytes=500.0)
         rows = [row, replace(row, index=1, correct=False, tokens=300, truncated=True, seconds=4.0, kv_bytes=3000)]
         rows += [replace(row, index=2, batch=2, seconds=1.0, over_budget=True, evictions=10)]
         (summary,) = summarize(rows)
         assert (summary.rows, summary.correct, summary.truncated, summary.over_budget) == (3, 2, 1, 1)
         assert summary.mean_tokens == pytest.approx(500 / 3)
         assert summary.tokens_per_second == 100, "500 tokens in a batch of 4 s and one of 1 s"
-        assert summary.kv_bytes == 3000 and summary.evictions == 6
+        assert summary.kv_bytes == 3000 and summary.evictions == 6 and summary.mean_kv_bytes == 500
+        assert (summary.problems, summary.samples, summary.devices) == (3, 1, ("CPU",))
         assert summary.interval == pytest.approx((0.2077, 0.9385), abs=1e-4)
         assert table([summary]).splitlines()[-1] == (
-            "| raas | 512 (exceeded in 1 rows) | 66.7% (20.8% to 93.9%) | 167 | 33.3% | 100 | 3,000 | 6 |"
+            "| raas | 512 (exceeded in 1 rows) | 462 | 66.7% (20.8% to 93.9%) | 167 | 33.3% | 100 | 3,000 | 500 | 6 |"
         )
 
 
@@ -301,11 +311,13 @@ def command(*options, **how):
 def columns(output):
     """The table without the column of tokens/s."""
     return [
-        [cell for index, cell in enumerate(line.split("|")) if index != 6]
+        [cell for index, cell in enumerate(line.split("|")) if index != 7]
         for line in output.splitlines()
         if line.startswith("|")
     ]
 
 
 def sorted_rows(folder):
-    return sorted(same(read_rows(folder)), key=lambda row: (row["method"], str(row["budget"]), row["index"]))
+    return sorted(
+        same(read_rows(folder)), key=lambda row: (row["method"], str(row["budget"]), row["index"], row["sample"])
+    )

@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -17,11 +17,12 @@ from raas_cache.bench import report
 from raas_cache.bench.steps import Case, StepRow, Timing
 from raas_cache.common import reporting
 from raas_cache.eval.plots import figures, plot
-from raas_cache.eval.results import Row, Summary
+from raas_cache.eval.results import Summary, Tally
 from raas_cache.eval.settings import Setting
 from raas_cache.methods.raas import DEFAULT_ALPHA
 
 from ..helpers import refused
+from .rows import ROW
 
 
 BUDGETS = (256, 512, 1024, 2048)
@@ -29,13 +30,17 @@ BUDGETS = (256, 512, 1024, 2048)
 
 def summary(method, budget=None, correct=50, truncated=0, tokens=1000.0, rows=100, **options):
     setting = Setting(method, budget, options)
-    return Summary(setting, rows, correct, truncated, 0, tokens, tokens_per_second=1.0, kv_bytes=1, evictions=0.0)
+    tallies = (Tally(1, 1),) * correct + (Tally(1, 0),) * (rows - correct)
+    return Summary(
+        setting, tallies, majority=correct / rows, truncated=truncated, over_budget=0, prompt_tokens=9.0,
+        mean_tokens=tokens, tokens_per_second=1.0, kv_bytes=1, mean_kv_bytes=1.0, evictions=0.0, devices=("CPU",),
+    )  # fmt: skip
 
 
 def row(index, method, budget=None, correct=True, **options):
-    return Row(
-        index, "hash", method, budget, options, "so 4", "4", "4", correct, prompt_tokens=9, tokens=90 + index,
-        truncated=False, over_budget=False, seconds=1.0, batch=0, kv_bytes=100, evictions=1,
+    return replace(
+        ROW, index=index, method=method, budget=budget, options=options, correct=correct, prompt_tokens=9,
+        tokens=90 + index,
     )  # fmt: skip
 
 

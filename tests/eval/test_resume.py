@@ -16,16 +16,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from raas_cache import embedded_model
 from raas_cache.eval import Decoding, Setting, chain_task, inputs, read_rows, run
 from raas_cache.eval.chains import problems
-from raas_cache.eval.results import Row, RowFile
+from raas_cache.eval.rows import RowFile
 from raas_cache.eval.tasks import Task
 
 from ..helpers import refused
+from .rows import ROW
 
 
 pytest.importorskip("accelerate")
 
 DYNAMIC = [Setting("dynamic")]
-ROW = Row(0, "", "raas", 512, {"page_size": 4}, "", None, "é", True, 5, 9, False, False, 2.0, 0, 10, 4)
 
 
 @pytest.fixture
@@ -132,7 +132,7 @@ class TestInputs:
         [
             ("weights", lambda model, tokenizer: model.model.layers[1].mlp.up_proj.weight.data[3, 5].add_(1e-6)),
             ("config", lambda model, tokenizer: setattr(model.config, "rms_norm_eps", 1e-5)),
-            ("generation_config", lambda model, tokenizer: setattr(model.generation_config, "repetition_penalty", 1.1)),
+            ("eos_token_id", lambda model, tokenizer: setattr(model.generation_config, "eos_token_id", 3)),
             ("tokenizer", lambda model, tokenizer: tokenizer.add_tokens(["word"])),
             ("tokenizer", lambda model, tokenizer: setattr(tokenizer, "clean_up_tokenization_spaces", True)),
             ("attention", lambda model, tokenizer: model.set_attn_implementation("eager")),
@@ -163,7 +163,7 @@ class TestInputs:
             ("seed", {"decoding": Decoding(temperature=1.0, seed=1)}),
             ("top_p", {"decoding": Decoding(temperature=1.0, top_p=0.5)}),
             ("temperature", {"decoding": Decoding(temperature=0.5)}),
-            ("batch_size", {"decoding": Decoding(temperature=1.0), "batch_size": 1}),
+            ("top_k", {"decoding": Decoding(temperature=1.0, top_k=2)}),
         ],
     )
     def test_of_sampling(self, model, tokenizer, task, tmp_path, name, other):
@@ -328,7 +328,10 @@ class TestTwoAtOnce:
         output, errors = first.communicate()
         assert first.returncode == 0, errors
         assert "--out" in error and "is being written to by another run: wait until it has ended" in error
-        assert len((tmp_path / "rows-0.jsonl").read_text().splitlines()) == 4 and "| dynamic | all | 100.0%" in output
+        assert (
+            len((tmp_path / "rows-0.jsonl").read_text().splitlines()) == 4
+            and "| dynamic | all | all | 100.0%" in output
+        )
 
     def test_all_processes_of_a_run_are_refused(self, tmp_path):
         """The main process alone looks at the folder; the others must not wait for it."""

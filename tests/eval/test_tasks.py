@@ -227,8 +227,8 @@ class TestCommand:
         options += ["--budget", 32, "--max-new-tokens", 12, "--page-size", 4, "--out", tmp_path / "rows"]
         result = invoke(*options)
         assert result.exit_code == 0, result.output
-        assert "| dynamic | all | 0.0% (0.0% to 65.8%) | 12 | 100.0% |" in result.output
-        assert "| raas | 32 (exceeded in 2 rows) | 0.0%" in result.output
+        assert "| dynamic | all | all | 0.0% (0.0% to 65.8%) | 12 | 100.0% |" in result.output
+        assert "| raas | 32 (exceeded in 2 rows) | 0 | 0.0%" in result.output
         assert "Unless said otherwise: alpha=0.3, page_size=4." in result.output
         rows = [json.loads(line) for line in (tmp_path / "rows" / "rows-0.jsonl").read_text().splitlines()]
         assert [row["gold"] for row in rows if row["method"] == "dynamic"] == [MATH500["answer"], "3"], "longest first"

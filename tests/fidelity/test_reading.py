@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, MistralConfig
 
 from raas_cache import from_name
+from raas_cache.cache.captured_step import CapturedStep
 from raas_cache.eval import Setting
+from raas_cache.fidelity import reading
 from raas_cache.fidelity.reading import DISTANCES, EDGES, PARTS, distance_groups, read_batch
 from raas_cache.fidelity.texts import Ids
 
@@ -92,25 +94,40 @@ def test_a_padded_row_is_as_alone():
             assert torch.allclose(of_cache[place].cells, alone[0].cells, atol=1e-6)
 
 
-def test_compiled_steps_are_as_eager_steps():
-    """A compiled step gets no mask, which a cache without padding does not need."""
+def test_captured_steps_are_as_eager_steps(monkeypatch):
+    """A captured step gets no mask, which a cache without padding does not need."""
     model = tiny_model()
     texts = [random_ids(12, 24), random_ids(5, 24, seed=1)]
-    forward = torch.compile(model.forward, backend="eager", dynamic=False)
+    quest = Setting("quest", 24, {"page_size": 4})
+    expected = read_batch(model, texts, [RAAS, quest, WINDOW], 0)
     calls = []
 
-    def compiled(*args, **inputs):
-        calls.append(inputs["past_key_values" if "past_key_values" in inputs else "cache"])
-        return forward(*args, **inputs)
+    class Eager(CapturedStep):  # a CPU has no CUDA graphs
+        def __call__(self, input_ids):
+            calls.append(self.cache)
+            return self._forward(input_ids)
 
-    quest = Setting("quest", 24, {"page_size": 4})
-    found = read_batch(model, texts, [RAAS, quest, WINDOW], 0, compiled)
-    expected = read_batch(model, texts, [RAAS, quest, WINDOW], 0)
+    monkeypatch.setattr(reading, "CapturedStep", Eager)
+    monkeypatch.setattr(reading, "can_capture", lambda cache, model: cache.settings.policy.evicts)
+    found = read_batch(model, texts, [RAAS, quest, WINDOW], 0)
     for ours, theirs in zip(found, expected, strict=True):
         for one, other in zip(ours, theirs, strict=True):
             assert torch.allclose(one.cells, other.cells, atol=1e-9)
-    # Quest and DynamicCache grow, so their steps are not compiled. The prompt and the last token are no such steps.
+    # Quest and DynamicCache grow, so their steps are not captured. The prompt and the last token are no such steps.
     assert len(calls) == 2 * 23 and len(set(map(id, calls))) == 2
+
+
+@pytest.mark.parametrize("options", [{}, {"cls": MistralConfig, "sliding_window": 8}], ids=["full", "sliding"])
+def test_the_reference_is_one_forward_over_the_text(options):
+    """Also in a chain of several chunks, and with sliding windows."""
+    model = tiny_model(**options)
+    text = random_ids(7, 2 * reading.REFERENCE_TOKENS + 5)
+    (found,), *_ = read_batch(model, [text], [], pad=0)
+    ids = torch.tensor([[*text.prompt, *text.chain]])
+    with torch.no_grad():
+        logits = model(ids, use_cache=False).logits[0, 6:-1]
+    expected = torch.nn.functional.cross_entropy(logits, ids[0, 7:], reduction="sum")
+    assert found.cells[..., 1].sum().item() == pytest.approx(expected.item(), abs=1e-9)
 
 
 def test_over_budget_is_noted_and_not_warned_of():

@@ -18,6 +18,7 @@ from raas_kernels.ops.attend.configs import (  # noqa: E402  # needs Triton
     Config,
     choose_config,
     default_config,
+    packed_config,
 )
 
 
@@ -25,7 +26,7 @@ def test_a_tuned_shape_gets_what_was_tuned():
     tuned = json.loads(CONFIGS_FILE.read_text())
     for shape in tuned["shapes"]:
         chosen = choose_config(
-            tuple(tuned["capability"]), shape["rows"], shape["slots"], shape["head_size"], shape["itemsize"]
+            tuple(tuned["capability"]), shape["rows"], shape["slots"], shape["head_size"], shape["itemsize"], False
         )
         assert chosen == Config(**shape["config"])
 
@@ -33,10 +34,11 @@ def test_a_tuned_shape_gets_what_was_tuned():
 def test_other_shapes_get_the_nearest_other_kinds_the_default():
     tuned = json.loads(CONFIGS_FILE.read_text())
     here = tuple(tuned["capability"])
-    assert choose_config(here, 250, 8000, 100, 2) == choose_config(here, 256, 8192, 128, 2)
+    assert choose_config(here, 250, 8000, 100, 2, False) == choose_config(here, 256, 8192, 128, 2, False)
     for kind in ((None, 256, 8192, 128, 2), ((8, 0), 256, 8192, 128, 2), (here, 256, 8192, 256, 2)):
-        assert choose_config(*kind) == default_config(kind[3], kind[4])
-    assert choose_config(here, 256, 8192, 128, 4) == default_config(128, 4)
+        assert choose_config(*kind, False) == default_config(kind[3], kind[4])
+    assert choose_config(here, 256, 8192, 128, 4, False) == default_config(128, 4)
+    assert choose_config(here, 256, 8192, 128, 2, True) == packed_config(128, 2)
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])

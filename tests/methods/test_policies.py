@@ -11,7 +11,6 @@ import pytest
 
 import raas_cache
 from raas_cache import PagedCache, Policy, RaaSCache, from_name, list_methods, register_policy
-from raas_cache.common.measure import wilson_interval
 from raas_cache.methods.raas import RaaSPolicy
 
 from ..helpers import generate, prompt, resident_set, tiny_model
@@ -156,11 +155,6 @@ class TestBudgetsByLayer:
     def test_too_few_of_them(self):
         with pytest.raises(ValueError, match=r"budget=\(96,\) has 1 entries, but the model has a layer 1"):
             generate(tiny_model(), prompt(), RaaSCache([96], page_size=4), 10)
-
-
-def test_wilson_interval():
-    assert wilson_interval(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
-    assert wilson_interval(81, 100) == pytest.approx((0.7222, 0.8749), abs=1e-4)
 
 
 def test_public_names_are_documented():

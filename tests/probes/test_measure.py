@@ -1,11 +1,13 @@
 """`probe` and `raas-cache probe`: rows, tables, resuming, refusals, processes."""
 
+import itertools
 import math
 import os
 import re
 import subprocess
 import sys
 from random import Random
+from statistics import NormalDist
 
 import pytest
 import torch
@@ -100,20 +102,21 @@ def test_table_is_of_the_rows():
 
 
 def test_intervals_are_clustered_by_text():
-    """Recalls of a text are drawn together: texts that are equal in themselves but differ give a wide interval."""
+    """Recalls of a text are drawn together."""
     found = Recalls("needle", drawn())
     share = found.difference(RAAS, DYNAMIC)
     rows = drawn()
     counts = [len(row.correct) for row in rows[:5]]
     lost = [sum(ours.correct) - sum(dense.correct) for dense, ours in zip(rows[:5], rows[5:10], strict=True)]
     assert share.mean == pytest.approx(sum(lost) / sum(counts))
-    random = Random(7)
-    means = []
-    for _ in range(4000):
-        drawn_texts = random.choices(range(5), k=5)
-        means.append(sum(lost[text] for text in drawn_texts) / sum(counts[text] for text in drawn_texts))
-    means.sort()
-    assert share.low == pytest.approx(means[100], abs=0.02) and share.high == pytest.approx(means[3900], abs=0.02)
+    # All draws of five texts, and the quantile that gives the width of a t-interval.
+    draws = itertools.product(range(5), repeat=5)
+    means = sorted(sum(lost[text] for text in draw) / sum(counts[text] for text in draw) for draw in draws)
+    tail = NormalDist().cdf(-math.sqrt(5 / 4) * 2.776445)  # 97.5 % of Student's t with four degrees of freedom
+    place = round(tail * (len(means) - 1))
+    assert share.low == pytest.approx(means[place], abs=0.02) and share.high == pytest.approx(
+        means[-1 - place], abs=0.02
+    )
     below, above = sum(one < 0 for one in lost), sum(one > 0 for one in lost)
     tail = sum(math.comb(below + above, one) for one in range(min(below, above) + 1)) / 2 ** (below + above)
     assert share.p == pytest.approx(min(1.0, 2 * tail))

@@ -16,6 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from ..common.traced import is_traced
 from ..engine.attention_inputs import Softmax
 from ..engine.forward_base import Forward
 from .eager import AttentionFunction, eager_attention_forward, raas_attention_forward
@@ -123,7 +124,7 @@ def dispatcher(dense: AttentionFunction) -> AttentionFunction:
         if attended is not None:
             return attended
         assert output is not None
-        if has_gradients and not torch.compiler.is_compiling():
+        if has_gradients and not is_traced():
             output = _NoGradient.apply(output, query, key, value)  # type: ignore[no-untyped-call]
         return output.transpose(1, 2).contiguous(), None
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
+from ..common.measure import device_name
 from ..common.reporting import STYLES, markdown, require_matplotlib, save
 from .kernels import KernelRow
 from .steps import BASELINES, Case, StepRow, Timing
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 def about(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """The device and the versions of its software."""
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "dtype": str(dtype).removeprefix("torch."),
         "torch": torch.__version__,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from ..common.traced import is_traced
 from ..engine.attention_inputs import Expanded, Seen, Softmax
 from ..engine.forward_base import INTERRUPTED, Forward
 from ..engine.layer_settings import LayerSettings
@@ -153,7 +154,7 @@ class GroupedEngine:
                 f"shares has {self.kv_heads} entries for a layer, but the layer stores {key.shape[1]} KV heads: give "
                 "one share per KV head, or one share for the whole layer."
             )
-        if not torch.compiler.is_compiling() and len({part.table.tokens for part in self.parts}) > 1:
+        if not is_traced() and len({part.table.tokens for part in self.parts}) > 1:
             raise RuntimeError(INTERRUPTED)
 
 

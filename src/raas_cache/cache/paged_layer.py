@@ -13,6 +13,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from ..attention.dispatch import expect
+from ..common.traced import is_traced
 from ..engine.forward import Decode
 from ..engine.forward_base import Forward
 from ..engine.layer_engine import LayerEngine
@@ -195,7 +196,7 @@ class PagedLayer(CacheLayerMixin):
     def get_seq_length(self) -> int:
         """Number of tokens seen, with evicted tokens: the next position. A 0-d tensor under `torch.compile`."""
         table = self.table
-        if torch.compiler.is_compiling() and not table.is_empty:
+        if is_traced() and not table.is_empty:
             return self.engine.kv.clock[0, 0, 0] + 1  # type: ignore[return-value]
         return 0 if self.engine.admits else table.length_of(self.engine.rows)
 

@@ -1,6 +1,7 @@
-"""The command line. `raas-cache demo` shows a model with a bounded cache, `eval` measures accuracy, `fidelity` measures
-what a cache changes on a given text, `probe` measures what a model recalls, `shares` learns a share of the budget for
-each KV head, `plan` computes the memory of a budget, `bench` times decode steps, and `plot` draws the results."""
+"""The command line. `raas-cache demo` shows a model with a bounded cache, `eval` measures accuracy, `compare` compares
+methods pair by pair, `fidelity` measures what a cache changes on a given text, `probe` measures what a model recalls,
+`shares` learns a share of the budget for each KV head, `plan` computes the memory of a budget, `bench` times decode
+steps, and `plot` draws the results."""
 
 import sys
 from contextlib import ExitStack
@@ -19,6 +20,10 @@ from ..common import arguments
 from ..common.reporting import require_matplotlib
 from ..eval import plots
 from ..eval.command import evaluate
+from ..eval.comparison import compare as paired
+from ..eval.comparison import compared
+from ..eval.rows import read_rows
+from ..eval.settings import DYNAMIC
 from ..fidelity.command import fidelity
 from ..probes.command import probe
 from ..sizing import plan as planning
@@ -213,6 +218,25 @@ def plot(
         paths = plots.plot(folder)
     for path in paths:
         print(path)
+
+
+@app.command()
+def compare(
+    folder: Annotated[Path, typer.Argument(help="Folder that eval wrote with --out.")],
+    against: Annotated[
+        str,
+        typer.Option(
+            help="The method to compare with, at the same budget: dynamic, window, raas:alpha=0.1. For one budget: "
+            "window@1024."
+        ),
+    ] = DYNAMIC,
+) -> None:
+    """Compare the methods of an evaluation with one of them, on the same problems and with the same random numbers."""
+    with arguments.plain_warnings(), arguments.refusing(folder="FOLDER", against="--against", method="--against"):
+        rows = read_rows(folder)
+        if not rows:
+            raise ValueError(f"folder='{folder}' contains no results: run raas-cache eval --out {folder} first.")
+        print(compared(paired(rows, against)))
 
 
 def _in_words(about: dict[str, Any]) -> str:

@@ -1,7 +1,6 @@
-"""Measurements: bytes and evictions of a cache, and the confidence interval of a share."""
+"""Measurements: bytes and evictions of a cache, and the name of a device."""
 
-import math
-
+import torch
 from transformers import Cache
 
 from ..cache.paged_cache import PagedCache
@@ -20,9 +19,6 @@ def evictions(cache: Cache) -> int:
     return cache.evictions if isinstance(cache, PagedCache) else 0
 
 
-def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
-    """The 95 % Wilson score interval of a share."""
-    z, share = 1.959964, successes / trials
-    middle = share + z * z / (2 * trials)
-    spread = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
-    return max(0.0, (middle - spread) / (1 + z * z / trials)), min(1.0, (middle + spread) / (1 + z * z / trials))
+def device_name(device: torch.device) -> str:
+    """Name of the card, or `"CPU"`."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

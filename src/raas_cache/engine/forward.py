@@ -14,6 +14,7 @@ import torch
 
 import raas_kernels
 
+from ..common.traced import is_traced
 from .attention_inputs import Expanded, Seen, Softmax
 from .forward_base import INTERRUPTED, NOT_CAUSAL, Forward, StoringForward
 from .hide import hide_decoded
@@ -46,7 +47,7 @@ class Decode(StoringForward):
             new = self.key, self.value, None if visible is None else visible[:, 0].expand(len(self.key))
             self.key = self.value = None  # type: ignore[assignment]
             table = layer.table
-            if not torch.compiler.is_compiling() and table.quiet_steps and layer.rows is None:
+            if not is_traced() and table.quiet_steps and layer.rows is None:
                 table.quiet_steps -= 1
                 table.tokens += 1
             else:
@@ -225,7 +226,7 @@ class ForwardGuard:
         Raises:
             RuntimeError: an exception stopped the last forward, so that only some layers have its tokens.
         """
-        if not torch.compiler.is_compiling():
+        if not is_traced():
             if layer_idx <= self.layer_idx or self.layer_idx < 0:  # a forward of the model begins
                 self._tokens_before = engine.table.tokens
             elif engine.table.tokens != self._tokens_before:

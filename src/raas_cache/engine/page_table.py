@@ -10,6 +10,7 @@ import torch
 import raas_kernels
 from raas_kernels import PagedKV
 
+from ..common.traced import is_traced
 from .layer_settings import LayerSettings
 from .layout import Layout
 from .resize import RowFunction, allocating, fix_addresses, map_rows, movable, new_kv, resized
@@ -222,10 +223,10 @@ class PageTable:
         Raises:
             RuntimeError: the step is compiled, and a row may need a page that is not allocated.
         """
-        if torch.compiler.is_compiling():
+        if is_traced():
             if not self.is_full_size:
                 raise RuntimeError(NOT_PREALLOCATED)
-            self._is_behind = self.is_decoding = True
+            self.clock_moved()
             return
         self.tokens += 1
         counts, touched = self.counts, slice(None) if rows is None else rows.on_host
@@ -235,6 +236,10 @@ class PageTable:
         counts.decoded[touched] += 1
         self.is_decoding = True
         self._grant(UNLIMITED if self.is_full_size else int((-counts.decoded % self.page_size).min()))
+
+    def clock_moved(self) -> None:
+        """Note that a compiled step or a CUDA graph has advanced the clock on the device."""
+        self._is_behind = self.is_decoding = True
 
     def _grant(self, steps: int) -> None:
         self._granted = self.quiet_steps = steps

@@ -93,7 +93,9 @@ class Pages:
         held = self.held
         age = self.first.masked_fill(~held, -1)
         ranked = age.sort(-1, descending=True).values
-        nth = torch.as_tensor(count, device=age.device).clamp(max=age.shape[-1]).expand(*age.shape[:2], 1)
+        # A number becomes a tensor by a fill on the device. A copy from the host would wait for the device.
+        nth = count if isinstance(count, torch.Tensor) else age.new_full((1, 1, 1), count)
+        nth = nth.clamp(max=age.shape[-1]).expand(*age.shape[:2], 1)
         oldest = ranked.gather(-1, (nth - 1).clamp(min=0))
         return held & (age >= oldest) & (nth > 0)
 

@@ -2,29 +2,36 @@
 
 `tasks.py` loads data sets, and `textfiles.py` finds the damaged line of a data file. `answers.py` marks answers, and
 `math_answer/` offers the marker as an `evaluate` metric. `settings.py` defines the methods and budgets to compare.
-`runner.py` runs them in one process or several, and `decoding.py` generates one batch. `folder.py` stores the rows of a
-run, and `inputs.py` lists everything that the rows depend on. `results.py` makes the table, and `plots.py` the figures.
-`command.py` is `raas-cache eval`. `harness.py` is the model type for lm-evaluation-harness. `chains.py` is the task of
-the embedded model.
+`runner.py` runs them in one process or several. `decoding.py` generates one batch, and `sampling.py` draws its tokens.
+`rows.py` has the rows. `folder.py` stores them, and `inputs.py` lists everything that they depend on. `results.py`
+summarizes the rows of each setting in a table, with the pass@k and maj@k of `votes.py`. `comparison.py` compares two
+settings pair by pair, and `plots.py` draws figures. `command.py` is `raas-cache eval`. `harness.py` is the model type
+for lm-evaluation-harness. `chains.py` is the task of the embedded model.
 """
 
 from importlib.resources import files
 
+from .comparison import Comparison, compare, compared
 from .decoding import Decoding
-from .results import Row, Summary, by_setting, read_rows, summarize, table
+from .results import Summary, Tally, summarize, table
+from .rows import Row, by_setting, read_rows
 from .runner import run
 from .settings import Setting, parse_methods, settings
 from .tasks import Task, chain_task, load_task
 
 
 __all__ = [
+    "Comparison",
     "Decoding",
     "Row",
     "Setting",
     "Summary",
+    "Tally",
     "Task",
     "by_setting",
     "chain_task",
+    "compare",
+    "compared",
     "load_task",
     "math_answer",
     "parse_methods",

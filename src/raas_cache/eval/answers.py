@@ -113,9 +113,19 @@ def mark(output: str, gold: str) -> tuple[str | None, bool]:
     """
     require_math_verify()
     answer = extract(output)
-    if answer is None or max(len(answer), len(gold)) > LONGEST_ANSWER:
-        return answer, answer == gold
-    return answer, _same(_tidy(answer), _tidy(gold))
+    return answer, answer is not None and _are_same(answer, gold)
+
+
+def are_equivalent(answer: str, other: str) -> bool:
+    """Whether two answers from `extract` are the same answer, as `mark` compares an answer with the gold answer.
+
+    Raises:
+        ImportError: math-verify is needed and missing.
+    """
+    if answer == other:
+        return True
+    require_math_verify()
+    return _are_same(answer, other)
 
 
 def is_correct(output: str, gold: str) -> bool:
@@ -166,6 +176,12 @@ def _plain(text: str) -> str:
     text = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text).removesuffix(".")
     text = re.sub(r"^\(([A-Za-z]|\d+)\)$", r"\1", text)  # (C)
     return text.lower() if re.fullmatch(r"[A-Za-z]{2,}", text) else text
+
+
+def _are_same(answer: str, gold: str) -> bool:
+    if max(len(answer), len(gold)) > LONGEST_ANSWER:
+        return answer == gold
+    return _same(_tidy(answer), _tidy(gold))
 
 
 def _same(answer: str, gold: str) -> bool:

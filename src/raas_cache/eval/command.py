@@ -13,7 +13,8 @@ from transformers.utils.logging import disable_progress_bar
 from .. import embedded_model
 from ..common import arguments
 from .decoding import COLDEST, Decoding
-from .results import summarize, table
+from .folder import read_settings
+from .results import summarize, table, versions
 from .runner import processes, run
 from .settings import parse_methods, settings
 from .tasks import load_task
@@ -59,6 +60,15 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="Largest number of rows in a batch.")] = 8,
     temperature: Annotated[float, typer.Option(help=f"0 for greedy decoding, otherwise {COLDEST} or more.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample from the most likely tokens with this total probability.")] = 1.0,
+    top_k: Annotated[
+        int,
+        typer.Option(
+            min=0, max=arguments.LARGEST, help="Sample from this number of most likely tokens; 0 for all tokens."
+        ),
+    ] = 0,
+    samples: Annotated[
+        int, typer.Option(min=1, max=arguments.LARGEST, help="Samples of each problem, for pass@k and maj@k.")
+    ] = 1,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto (the checkpoint's).")] = "auto",
     seed: Annotated[
         int,
@@ -71,13 +81,14 @@ def evaluate(
 ) -> None:
     """Measure accuracy, chain length and memory of every method at every budget.
 
-    Each row is written to disk when it ends. If the run is interrupted, the same command continues it.
+    `raas-cache compare FOLDER` compares the methods pair by pair, and `raas-cache plot FOLDER` draws them. Each row is
+    written to disk when it ends. If the run is interrupted, the same command continues it.
     """
     budgets = arguments.numbers("--budget", budget)
     with arguments.refusing("--method", budget="--budget"):
         wanted = settings(parse_methods(method, page_size=page_size), budgets)
-    with arguments.refusing(temperature="--temperature", top_p="--top-p"):
-        state, decoding = processes(), Decoding(max_new_tokens, temperature, top_p, seed)
+    with arguments.refusing(temperature="--temperature", top_p="--top-p", samples="--samples"):
+        state, decoding = processes(), Decoding(max_new_tokens, temperature, top_p, seed, top_k, samples)
     with arguments.refusing("--dataset"):
         task = load_task(dataset, limit, seed)
     torch_dtype = dtype if dtype == "auto" else arguments.dtype(dtype)
@@ -98,7 +109,8 @@ def evaluate(
                 about={"model": model},
             )
     if state.is_main_process:
-        print(f"{len(task.questions)} problems from {dataset}, {model}, {network.dtype}; rows in {out}\n")
+        print(f"{len(task.questions)} problems from {dataset}, {model}, {network.dtype}; rows in {out}")
+        print(f"{versions(read_settings(out), rows)}\n")
         print(table(summarize(rows)))
     state.destroy_process_group()
 

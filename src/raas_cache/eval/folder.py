@@ -13,7 +13,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from .results import Row, RowKey, read_rows, row_files
+from .rows import Row, RowKey, read_rows, row_files
 from .tasks import Task
 
 

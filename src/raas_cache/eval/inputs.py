@@ -32,23 +32,25 @@ CHUNK = 1 << 28
 """Bytes of weights that are copied to the CPU at once."""
 _IN_ROWS = ("attention", "cache", "common", "engine", "methods", "sizing", "tracing")
 """Folders of this package whose code can change the content of a row."""
-_NOT_IN_ROWS = ("arguments.py", "extras.py", "parse_methods.py", "plan.py", "reporting.py")
+_NOT_IN_ROWS = ("arguments.py", "extras.py", "parse_methods.py", "plan.py", "reporting.py", "statistics.py")
 """Files in these folders that cannot change a row."""
 
 
-def of_run(decoder: Decoder, batch_size: int) -> dict[str, Any]:
-    """Everything that the rows of a decoder depend on, except prompt, gold answer and setting. JSON values only."""
-    model, decoding = decoder.model, decoder.decoding
-    generation = json.loads(model.generation_config.to_json_string())
-    generation.pop("transformers_version", None)
+def of_run(decoder: Decoder) -> dict[str, Any]:
+    """Everything that the rows of a decoder depend on, except prompt, gold answer and setting. JSON values only.
+
+    The number of samples and the batch size are left out: a row does not depend on them.
+    """
+    decoding = decoder.decoding
+    top = (decoding.top_p, decoding.top_k) if decoding.temperature else (None, None)  # greedy rows depend on neither
     return {
         "task": decoder.task.name,
         "seed": decoding.seed,
-        **{name: decoder.options[name] for name in ("max_new_tokens", "temperature", "top_p")},
-        # A greedy row is the same in every batch. A sampled row depends on the other rows of its batch.
-        "batch_size": batch_size if decoding.temperature else None,
-        "generation_config": generation,
-        **of_model(model, decoder.tokenizer),
+        "max_new_tokens": decoder.limit,
+        "temperature": decoding.temperature,
+        **dict(zip(("top_p", "top_k"), top, strict=True)),
+        "eos_token_id": decoder.generation_config.eos_token_id,
+        **of_model(decoder.model, decoder.tokenizer),
     }
 
 
@@ -128,7 +130,7 @@ def of_package() -> str:
     paths = [
         *ours.glob("*.py"),
         *(path for folder in _IN_ROWS for path in (ours / folder).glob("*.py") if path.name not in _NOT_IN_ROWS),
-        ours / "eval" / "decoding.py",
+        *(ours / "eval" / name for name in ("decoding.py", "sampling.py")),
         *kernels.rglob("*.py"),
         *kernels.rglob("*.json"),
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import cycle, product
 from pathlib import Path
 from statistics import fmean
@@ -13,7 +13,8 @@ from ..bench import report
 from ..cache.paged_cache import PagedCache
 from ..common import reporting
 from .folder import read_settings
-from .results import Summary, read_rows, summarize
+from .results import Summary, summarize
+from .rows import read_rows
 from .settings import DYNAMIC, Setting, common_options
 
 
@@ -63,8 +64,9 @@ def figures(summaries: list[Summary], title: str = "") -> dict[str, Figure]:
     drawn = {"accuracy": _accuracy(summaries, common), "chain_length": _chain_length(summaries, common)}
     for option, panels in _ablations(summaries).items():
         drawn[f"ablation_{option}"] = _ablation(option, panels, common)
-    counts = sorted(summary.rows for summary in summaries)
-    said = [title, " to ".join(f"{count:,}" for count in dict.fromkeys((counts[0], counts[-1]))) + " problems"]
+    said = [title, _range(summary.problems for summary in summaries) + " problems"]
+    if any(summary.samples > 1 for summary in summaries):
+        said[1] += ", " + _range(summary.samples for summary in summaries) + " samples each"
     said = [", ".join(filter(None, said)), *(["unless said otherwise: " + ", ".join(common)] if common else [])]
     for figure in drawn.values():
         # Wrap long lines here: the layout would leave no room for the legend next to a long line.
@@ -87,6 +89,12 @@ def plot(folder: Path) -> list[Path]:
     if not drawn:
         raise ValueError(f"folder='{folder}' contains no results: run raas-cache eval --out {folder} first.")
     return reporting.save(drawn, folder)
+
+
+def _range(counts: Iterable[int]) -> str:
+    """The smallest and the largest count; one number if they are equal."""
+    ordered = sorted(counts)
+    return " to ".join(f"{count:,}" for count in dict.fromkeys((ordered[0], ordered[-1])))
 
 
 def _bounded(summaries: list[Summary]) -> list[Summary]:
@@ -257,7 +265,7 @@ def _accuracy_beside(axes: list[Axes]) -> None:
     for axis in axes:
         axis.tick_params(labelleft=True)
     for axis in axes[::COLUMNS]:
-        axis.set_ylabel("accuracy (bars: 95 % Wilson intervals)")
+        axis.set_ylabel("accuracy (bars: 95 % intervals)")
     axes[0].set_ylim(bottom=0)
     axes[0].yaxis.set_major_formatter(PercentFormatter(1))
 

@@ -1,144 +1,24 @@
-"""The rows of an evaluation (one per problem and setting, stored as JSON lines), and the table that summarizes them."""
+"""Summaries of the rows of each setting, and the table that shows them."""
 
 from __future__ import annotations
 
-import json
-import math
-import os
-import warnings
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any, NamedTuple
 
-from ..common.measure import wilson_interval
 from ..common.reporting import markdown
-from .settings import DYNAMIC, Setting, SettingKey, common_options
+from ..common.statistics import clustered_interval
+from .rows import Row, by_setting
+from .settings import Setting, common_options
+from .votes import majority, pass_at
 
 
-RowKey = tuple[str, int | tuple[int, ...] | None, int]
-AnyRow = TypeVar("AnyRow", bound="StoredRow")
+class Tally(NamedTuple):
+    """The samples of one problem: how many there are, and how many are correct."""
 
-
-class StoredRow:
-    """What the rows of every folder have in common. A subclass is a frozen dataclass of JSON values.
-
-    Args:
-        index: index of the row in its data set.
-        method, budget, options: the setting, see `Setting`.
-    """
-
-    index: int
-    method: str
-    budget: int | list[int] | tuple[int, ...] | None
-    options: dict[str, Any]
-
-    @property
-    def setting(self) -> Setting:
-        return Setting(self.method, tuple(self.budget) if isinstance(self.budget, list) else self.budget, self.options)
-
-    @property
-    def key(self) -> RowKey:
-        """Identifies the row in a folder."""
-        return *self.setting.key, self.index
-
-    def to_json(self) -> str:
-        """The row as one line of JSON."""
-        return json.dumps(asdict(self), ensure_ascii=False) + "\n"  # type: ignore[call-overload]
-
-    @classmethod
-    def from_json(cls: type[AnyRow], line: bytes) -> AnyRow:
-        """Parse a row from one line of JSON.
-
-        Rows with the method `"dense"` and no budget come from a version in which `"dense"` was the name of
-        `DynamicCache`. They become rows of `"dynamic"`.
-
-        Raises:
-            ValueError: the line is damaged; the message says where.
-        """
-        try:
-            found = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"column {error.colno}: {error.msg}") from error
-        except (ValueError, RecursionError) as error:  # not UTF-8, or too many nested brackets
-            raise ValueError(str(error)) from error
-        if not isinstance(found, dict):
-            raise ValueError("it is not a JSON object")
-        known = fields(cls)  # type: ignore[arg-type]
-        for field in known:
-            if field.name not in found:
-                raise ValueError(f"it has no {field.name!r}")
-            if not _fits(found[field.name], str(field.type)):
-                raise ValueError(f"{field.name}={found[field.name]!r} is not a valid value")
-        if unknown := found.keys() - {field.name for field in known}:
-            raise ValueError(f"{min(unknown)!r} is not a field of a row")
-        if found["method"] == "dense" and found["budget"] is None:
-            found["method"] = DYNAMIC
-        return cls(**found)
-
-
-@dataclass(frozen=True)
-class Row(StoredRow):
-    """The result of one problem with one setting.
-
-    Args:
-        index: index of the problem in its data set.
-        prompt_hash: hash of the text that the model received.
-        method, budget, options: the setting, see `Setting`.
-        output: the text that the model generated.
-        answer: the answer found in the output, or None.
-        gold: the gold answer.
-        correct: whether the answer is correct.
-        prompt_tokens: number of tokens of the prompt.
-        tokens: number of generated tokens, including the end token.
-        truncated: whether the limit of new tokens stopped the model.
-        over_budget: whether the prompt left fewer decode pages than `min_decode_pages`, so that the cache held more
-            tokens than its budget.
-        seconds: time from the start of the row's batch to the row's last token.
-        batch: index of the first row of the batch in which the row ran.
-        kv_bytes: bytes of keys and values that the cache held for the row at its end.
-        evictions: pages evicted, over all layers and KV heads.
-    """
-
-    index: int
-    prompt_hash: str
-    method: str
-    budget: int | list[int] | tuple[int, ...] | None
-    options: dict[str, Any]
-    output: str
-    answer: str | None
-    gold: str
-    correct: bool
-    prompt_tokens: int
-    tokens: int
-    truncated: bool
-    over_budget: bool
-    seconds: float
-    batch: int
-    kv_bytes: int
-    evictions: int
-
-
-_TYPES: dict[str, tuple[type, ...]] = {
-    "bool": (bool,),
-    "str": (str,),
-    "str | None": (str, type(None)),
-    "dict[str, Any]": (dict,),
-    "int": (int,),
-    "float": (int, float),
-    "int | list[int] | tuple[int, ...] | None": (int, list, type(None)),
-    "list[float]": (list,),
-}
-"""The types that JSON values of a row's fields may have, by the annotation of the field."""
-
-
-def _fits(value: Any, of_field: str) -> bool:
-    """Whether a field may have this value. All numbers of a row are finite and not negative."""
-    if isinstance(value, list) and list in _TYPES[of_field]:
-        return bool(value) and all(_fits(entry, "float" if "float" in of_field else "int") for entry in value)
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and not 0 <= value < math.inf:
-        return False
-    return isinstance(value, _TYPES[of_field]) and isinstance(value, bool) == (of_field == "bool")
+    samples: int
+    correct: int
 
 
 @dataclass(frozen=True)
@@ -146,137 +26,167 @@ class Summary:
     """Totals and means over the rows of one setting.
 
     Args:
-        rows, correct, truncated, over_budget: number of rows, and number of rows with this property.
+        tallies: one entry per problem.
+        majority: maj@k, with k = `samples`: mean over the problems of `votes.majority`.
+        truncated, over_budget: number of rows with this property.
+        prompt_tokens: mean number of tokens of the prompt, over the rows.
         mean_tokens: mean number of generated tokens per row.
         tokens_per_second: generated tokens per second of one process.
         kv_bytes: largest number of bytes of keys and values held for a row.
+        mean_kv_bytes: mean number of bytes of keys and values held for a row, over the tokens of all rows.
         evictions: mean number of evicted pages per row.
+        devices: names of the cards or CPUs that generated the rows.
     """
 
     setting: Setting
-    rows: int
-    correct: int
+    tallies: tuple[Tally, ...]
+    majority: float
     truncated: int
     over_budget: int
+    prompt_tokens: float
     mean_tokens: float
     tokens_per_second: float
     kv_bytes: int
+    mean_kv_bytes: float
     evictions: float
+    devices: tuple[str, ...]
+
+    @property
+    def problems(self) -> int:
+        """Number of problems."""
+        return len(self.tallies)
+
+    @property
+    def samples(self) -> int:
+        """Number of samples that every problem has. In the folder of an unfinished run, some problems have more."""
+        return min(tally.samples for tally in self.tallies)
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return sum(tally.samples for tally in self.tallies)
+
+    @property
+    def correct(self) -> int:
+        """Number of correct rows."""
+        return sum(tally.correct for tally in self.tallies)
 
     @property
     def accuracy(self) -> float:
-        return self.correct / self.rows
+        """pass@1: the mean over the problems of the share of correct samples."""
+        return self.pass_at(1)
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95 % Wilson interval of the accuracy."""
-        return wilson_interval(self.correct, self.rows)
+        """The 95 % interval of `accuracy`, clustered by problem: `clustered_interval` of `common/statistics.py`.
 
+        With one sample per problem, it is the Wilson interval.
+        """
+        return clustered_interval(self.tallies)
 
-class RowFile:
-    """The file to which one process appends its rows. Each row is on disk before the next row starts."""
+    def pass_at(self, k: int) -> float:
+        """The unbiased estimate of pass@k, mean over the problems.
 
-    def __init__(self, folder: Path, process: int):
-        self.path: Path = folder / f"rows-{process}.jsonl"
-        if self.path.exists():
-            # Remove an incomplete last line of a killed run: the next row would be appended to it.
-            os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
+        Raises:
+            ValueError: a problem has fewer than `k` samples.
+        """
+        if not 1 <= k <= self.samples:
+            raise ValueError(f"k={k} must be from 1 to {self.samples}, the number of samples of each problem.")
+        return fmean(pass_at(k, *tally) for tally in self.tallies)
 
-    def append(self, row: StoredRow) -> None:
-        """Append a row, and wait until it is on disk."""
-        # A decoded text may end with half a character. Write it anyway.
-        with self.path.open("a", encoding="utf-8", errors="surrogatepass") as file:
-            file.write(row.to_json())
-            file.flush()
-            os.fsync(file.fileno())
+    @property
+    def decode_budget(self) -> float | tuple[float, ...] | None:
+        """The budget without the tokens of the mean prompt, at least 0; one number per layer if the budget has them.
 
-
-def row_files(folder: Path) -> list[Path]:
-    """The row files of a folder. Each process has its own file."""
-    return sorted(folder.glob("rows*.jsonl"))
-
-
-def read_rows(folder: Path) -> list[Row]:
-    """Read the rows of a folder, see `read_rows_of`."""
-    return read_rows_of(folder, Row)
-
-
-def read_rows_of(folder: Path, kind: type[AnyRow]) -> list[AnyRow]:
-    """Read the rows of a folder, from all processes.
-
-    An incomplete last line, left by a killed run, is ignored. A damaged line is also ignored, and a warning names the
-    file, the line and the problem.
-    """
-    rows: dict[RowKey, AnyRow] = {}
-    for path in row_files(folder):
-        for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
-            if not line.strip():
-                continue
-            try:
-                row = kind.from_json(line)
-            except ValueError as error:
-                warnings.warn(
-                    f"{path}, line {number} is damaged ({error}): its row is ignored. Delete the line to stop "
-                    "this warning.",
-                    stacklevel=2,
-                )
-                continue
-            rows.setdefault(row.key, row)
-    return list(rows.values())
-
-
-def by_setting(rows: Iterable[Row]) -> dict[SettingKey, list[Row]]:
-    """Group rows by the key of their setting, in the order of the first row of each setting."""
-    groups: dict[SettingKey, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(row.setting.key, []).append(row)
-    return groups
+        None without a budget.
+        """
+        budget = self.setting.budget
+        if isinstance(budget, tuple):
+            return tuple(max(0.0, tokens - self.prompt_tokens) for tokens in budget)
+        return None if budget is None else max(0.0, budget - self.prompt_tokens)
 
 
 def summarize(rows: Iterable[Row]) -> list[Summary]:
-    """Summarize the rows of each setting, in the order of the first row of each setting."""
+    """Summarize the rows of each setting, in the order of the first row of each setting.
+
+    Raises:
+        ImportError: math-verify is needed to count votes, and missing.
+    """
     return [_summary(group) for group in by_setting(rows).values()]
 
 
 def table(summaries: list[Summary], **more: list[str]) -> str:
     """A table in GitHub's Markdown with one line per setting. Options that most settings share are listed below it.
 
+    If problems have several samples, the table also has pass@k and maj@k.
+
     Args:
         more: additional columns: name -> one cell per setting.
     """
-    header = ["method", "budget", "accuracy (95 % interval)", "tokens", "truncated", "tokens/s", "peak KV", "evicted"]
+    counts = {summary.samples for summary in summaries}
+    several = any(count > 1 for count in counts)
+    k = str(max(counts)) if len(counts) == 1 else "k"
+    header = ["method", "budget", "budget without prompt"]
+    header += ["pass@1 (95 % interval)", f"pass@{k}", f"maj@{k}"] if several else ["accuracy (95 % interval)"]
+    header += ["tokens", "truncated", "tokens/s", "peak KV", "mean KV", "evicted"]
     common = common_options(summary.setting for summary in summaries)
     lines = []
     for summary in summaries:
         low, high = summary.interval
-        budget = summary.setting.budget
-        budgets = budget if isinstance(budget, tuple) else (budget,)
-        shown = "all" if budgets == (None,) else " / ".join(f"{budget:,}" for budget in budgets)
-        if summary.over_budget:
-            shown += f" (exceeded in {summary.over_budget} rows)"
+        budget = budget_text(summary.setting.budget) + f" (exceeded in {summary.over_budget} rows)" * bool(
+            summary.over_budget
+        )
+        votes = [f"{summary.pass_at(summary.samples):.1%}", f"{summary.majority:.1%}"] if several else []
+        if k == "k":  # an unfinished run
+            votes = [f"{cell} (k = {summary.samples})" for cell in votes]
         lines.append([
-            summary.setting.label_but(common), shown,
-            f"{summary.accuracy:.1%} ({low:.1%} to {high:.1%})", f"{summary.mean_tokens:,.0f}",
+            summary.setting.label_but(common), budget, budget_text(summary.decode_budget),
+            f"{summary.accuracy:.1%} ({low:.1%} to {high:.1%})", *votes, f"{summary.mean_tokens:,.0f}",
             f"{summary.truncated / summary.rows:.1%}", f"{summary.tokens_per_second:,.0f}", f"{summary.kv_bytes:,}",
-            f"{summary.evictions:,.0f}",
+            f"{summary.mean_kv_bytes:,.0f}", f"{summary.evictions:,.0f}",
         ])  # fmt: skip
     text = markdown([*header, *more], [[*line, *cells] for line, *cells in zip(lines, *more.values(), strict=True)])
     return text + f"\n\nUnless said otherwise: {', '.join(common)}." * bool(common)
 
 
+def versions(settings: Mapping[str, Any], rows: Iterable[Row]) -> str:
+    """One line with what generated the rows: devices, and the versions of torch, transformers and this package.
+
+    Args:
+        settings: the settings of the folder, from `folder.read_settings`.
+    """
+    devices = sorted({row.device for row in rows})
+    packages = [f"{name} {settings[name]}" for name in ("torch", "transformers") if name in settings]
+    ours = [f"raas-cache {settings['raas_cache']}"] if "raas_cache" in settings else []
+    return ", ".join([*devices, *packages, *ours])
+
+
+def budget_text(budget: float | tuple[float, ...] | None) -> str:
+    """A budget in a table: tokens, tokens by layer, or `"all"`."""
+    if budget is None:
+        return "all"
+    return " / ".join(f"{tokens:,.0f}" for tokens in (budget if isinstance(budget, tuple) else (budget,)))
+
+
 def _summary(rows: list[Row]) -> Summary:
     seconds: dict[int, float] = {}  # batch -> seconds; the rows of a batch run at the same time
-    for row in rows:
+    problems: dict[int, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row.sample):
         seconds[row.batch] = max(seconds.get(row.batch, 0.0), row.seconds)
+        problems.setdefault(row.index, []).append(row)
+    samples = min(map(len, problems.values()))
     tokens = sum(row.tokens for row in rows)
     return Summary(
         setting=rows[0].setting,
-        rows=len(rows),
-        correct=sum(row.correct for row in rows),
+        tallies=tuple(Tally(len(group), sum(row.correct for row in group)) for group in problems.values()),
+        majority=fmean(majority(group[:samples]) for group in problems.values()),
         truncated=sum(row.truncated for row in rows),
         over_budget=sum(row.over_budget for row in rows),
+        prompt_tokens=fmean(row.prompt_tokens for row in rows),
         mean_tokens=tokens / len(rows),
         tokens_per_second=tokens / max(sum(seconds.values()), 1e-9),
         kv_bytes=max(row.kv_bytes for row in rows),
-        evictions=sum(row.evictions for row in rows) / len(rows),
+        mean_kv_bytes=sum(row.mean_kv_bytes * row.tokens for row in rows) / max(tokens, 1),
+        evictions=fmean(row.evictions for row in rows),
+        devices=tuple(sorted({row.device for row in rows})),
     )

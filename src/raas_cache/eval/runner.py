@@ -17,8 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..cache.paged_cache import PagedCache
 from ..common.extras import require
 from . import folder, inputs
-from .decoding import Decoder, Decoding
-from .results import Row, RowFile, RowKey, read_rows
+from .decoding import Decoder, Decoding, Place
+from .rows import Row, RowFile, RowKey, read_rows
 from .settings import Setting, common_options
 from .tasks import Task
 
@@ -29,15 +29,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Job:
-    """One batch: a setting, and the indices of the problems in the batch."""
+    """One batch: a setting, and the problems and samples in the batch."""
 
     setting: Setting
-    rows: tuple[int, ...]
+    rows: tuple[Place, ...]
 
     @property
     def keys(self) -> list[RowKey]:
         """The keys of the rows that the batch produces, see `Row.key`."""
-        return [(*self.setting.key, index) for index in self.rows]
+        return [(*self.setting.key, *place) for place in self.rows]
 
 
 def run(
@@ -54,21 +54,24 @@ def run(
     """Run the model on a task with every setting.
 
     Under `accelerate launch`, each process calls this function and runs its share of the batches. The batches are the
-    same for any number of processes. Greedy rows do not depend on their batch. The prompts of a batch fill the same
-    number of pages, so that bytes and evictions of a batch are also those of each row.
+    same for any number of processes, and sampled rows have their own random numbers: any number of processes gives the
+    same rows. Another batch size also gives the same rows, except for rounding (see `sampling.RowSampler`). The prompts
+    of a batch fill the same number of pages, so that bytes and evictions of a batch are also those of each row.
 
     Args:
         out: folder for the rows; None stores nothing. Each row is written when it ends. Rows that the folder already
-            contains are not run again, and rows with other settings stay in the folder. Only one run at a time can use
+            contains are not run again, and rows with other settings stay in the folder. A folder with some samples of
+            each problem can get more. Only one run at a time can use
             a folder. If gold answers or the marker have changed, stored rows are marked again, and a warning says how
             many changed. If processes run on several machines, all machines must be able to access the folder.
         batch_size: largest number of rows in a batch.
-        decoding: how tokens are chosen; greedy by default.
+        decoding: how tokens are chosen, and the number of samples; greedy by default.
         about: other values that the rows depend on, in addition to the values in `inputs.py`, such as the name of the
             model. All rows in a folder must have equal values.
 
     Returns:
-        The rows of these settings, in order, on every process. With `out`, this includes rows of earlier runs.
+        The rows of these settings, in order of setting, problem and sample, on every process. With `out`, this includes
+        rows of earlier runs.
 
     Raises:
         ValueError: `out` contains rows with another task, model or decoding, is used by another run, or cannot be
@@ -81,7 +84,8 @@ def run(
     from accelerate.utils import gather_object
 
     decoder = Decoder(model, tokenizer, task, decoding or Decoding())
-    everything = tuple(range(len(decoder.ids)))
+    samples = decoder.decoding.samples
+    everything = tuple((index, sample) for index in range(len(decoder.ids)) for sample in range(samples))
     order = [key for setting in settings for key in _Job(setting, everything).keys]
     with ExitStack() as stack:
         rows, file = [], None
@@ -90,7 +94,7 @@ def run(
             folder_of_rows = out
 
             def check() -> None:
-                depends_on = {**inputs.of_run(decoder, batch_size), **(about or {})}
+                depends_on = {**inputs.of_run(decoder), **(about or {})}
                 folder.prepare(folder_of_rows, depends_on, inputs.of_methods(settings), decoder.task, decoder.hashes)
 
             prepare(out, check, state, stack)
@@ -101,7 +105,11 @@ def run(
             state.wait_for_everyone()  # no process may write before all processes have read
             file = RowFile(out, state.process_index)
         done = {row.key for row in rows}
-        jobs = [_Job(setting, batch) for setting in settings for batch in _batches(decoder.ids, setting, batch_size)]
+        jobs = [
+            _Job(setting, batch)
+            for setting in settings
+            for batch in _batches(decoder.ids, samples, setting, batch_size)
+        ]
         jobs = [job for job in jobs if not done.issuperset(job.keys)]
         # Distribute batches in turn: consecutive batches have the same setting and take about the same time.
         new = _work(decoder, jobs[state.process_index :: state.num_processes], done, file, state, settings)
@@ -149,7 +157,8 @@ def _work(
 
         for job in jobs:
             budget = "" if job.setting.budget is None else f" @ {job.setting.budget}"
-            bar.set_description(f"{job.setting.label_but(common)}{budget}, rows {', '.join(map(str, job.rows))}"[:48])
+            numbers = ", ".join(dict.fromkeys(str(index) for index, _ in job.rows))
+            bar.set_description(f"{job.setting.label_but(common)}{budget}, problems {numbers}"[:48])
             decoder.run(job.setting, job.rows, keep, lambda tokens: bar.set_postfix(tokens=tokens, refresh=False))
     return new
 
@@ -170,17 +179,21 @@ def processes() -> PartialState:
     return PartialState(cpu=on_cpu, timeout=timedelta(days=30))
 
 
-def _batches(ids: list[list[int]], setting: Setting, batch_size: int) -> list[tuple[int, ...]]:
-    """Group the problems into batches, longest prompts first. Returns the indices of each batch."""
+def _batches(ids: list[list[int]], samples: int, setting: Setting, batch_size: int) -> list[tuple[Place, ...]]:
+    """Group the rows into batches, longest prompts first. Returns problem and sample of each row of each batch.
+
+    All problems get their first sample before the second one: the first batches of a run with more samples are those of
+    a run with fewer samples.
+    """
     span = span_of(setting)
     groups: dict[int, list[int]] = {}
     for index, prompt in enumerate(ids):
         groups.setdefault(-(-len(prompt) // span), []).append(index)
-    return [
-        tuple(group[start : start + batch_size])
-        for _, group in sorted(groups.items(), reverse=True)
-        for start in range(0, len(group), batch_size)
-    ]
+    batches = []
+    for _, group in sorted(groups.items(), reverse=True):
+        places = [(index, sample) for sample in range(samples) for index in group]
+        batches += [tuple(places[start : start + batch_size]) for start in range(0, len(places), batch_size)]
+    return batches
 
 
 def span_of(setting: Setting) -> int:

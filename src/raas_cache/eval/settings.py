@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,3 +85,39 @@ def common_options(settings: Iterable[Setting]) -> list[str]:
         for part, count in counts.items()
         if 2 * count > len(bounded) and all(part.partition("=")[0] in setting.options for setting in bounded)
     ]
+
+
+def rivals_of(settings: Sequence[Setting], against: str) -> dict[SettingKey, Setting]:
+    """The setting with which each setting is compared. A setting is not compared with itself.
+
+    Args:
+        against: a method among the settings with its options, such as `"window"` or `"raas:alpha=0.1"`. Options that
+            most settings share need not be given. Each setting is compared with this method at the same budget. A
+            method without a budget (`"dynamic"`) is compared with all settings, and so is a method with one budget
+            after an `@`, as in `"window@1024"`.
+
+    Returns:
+        Key of a setting -> the setting of the method `against`. Settings without such a partner are left out.
+
+    Raises:
+        ValueError: no setting has this method, or no setting of this method has this budget.
+    """
+    label, _, budget = against.rpartition("@")
+    if not budget.isdecimal():
+        label, budget = against, ""
+    (name, options), *_ = parse_methods(label)
+    common = common_options(settings)
+    given = {f"{option}={value}" for option, value in options.items()}
+    found = {
+        one.budget: one
+        for one in settings
+        if one.method == name and one.label_but({*common, *given}) == name and options.items() <= one.options.items()
+    }
+    if budget:
+        found = {one.budget: one for one in found.values() if one.budget == int(budget)}
+    if not found:
+        known = dict.fromkeys(one.label_but(common) + f"@{one.budget}" * (one.budget is not None) for one in settings)
+        raise ValueError(f"against={against!r} is not among the methods: use one of {', '.join(known)}.")
+    for_all = next(iter(found.values())) if budget or None in found else None
+    pairs = ((one, for_all or found.get(one.budget)) for one in settings)
+    return {one.key: rival for one, rival in pairs if rival is not None and rival.key != one.key}

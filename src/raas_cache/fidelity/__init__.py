@@ -2,13 +2,13 @@
 
 `texts.py` reads problems and chains of thought, and turns them into token ids; `traces.jsonl` has twelve of them.
 `reading.py` reads a batch with all caches side by side. `measure.py` runs the batches, in one process or several, and
-stores their rows. `statistics.py` has the intervals and the sign test, and `results.py` the tables. `command.py` is
-`raas-cache fidelity`.
+stores their rows. `results.py` has the tables, with the intervals and the sign test of `common/statistics.py`.
+`command.py` is `raas-cache fidelity`.
 """
 
+from ..common.statistics import Difference
 from .measure import measure
 from .results import Fidelity, FidelityRow
-from .statistics import Difference
 from .texts import Text, load_texts
 
 

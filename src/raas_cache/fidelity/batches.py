@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..eval import folder, inputs
-from ..eval.results import RowFile, RowKey, StoredRow, read_rows_of
+from ..eval.rows import RowFile, RowKey, StoredRow, read_rows_of
 from ..eval.runner import prepare, processes
 from ..eval.settings import DYNAMIC, Setting
 from .texts import Ids

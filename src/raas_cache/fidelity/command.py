@@ -15,10 +15,9 @@ from .. import pretrained
 from ..common import arguments
 from ..eval.command import load
 from ..eval.runner import processes
-from ..eval.settings import parse_methods, settings
+from ..eval.settings import parse_methods, rivals_of, settings
 from ..models.pretrained import PRETRAINED
 from .measure import measure
-from .results import rivals_of
 from .texts import TRACES, load_texts
 
 

@@ -15,7 +15,7 @@ from ..eval.settings import DYNAMIC, Setting
 from ..eval.tasks import hash_of
 from . import reading, texts
 from .batches import Source, pad_token, run
-from .reading import Reading, compiled_forward, read_batch
+from .reading import Reading, read_batch
 from .results import Fidelity, FidelityRow
 from .texts import Text, long_enough
 
@@ -73,10 +73,10 @@ def measure(
     if tokens < 1:
         raise ValueError(f"tokens={tokens} must be at least 1.")
     sources = _sources(data, tokenizer, tokens)
-    pad, compiled = pad_token(tokenizer), compiled_forward(model)
+    pad = pad_token(tokenizer)
 
     def read(batch: list[_Source], wanted: list[Setting], on_token: Callable[[], object]) -> list[list[FidelityRow]]:
-        found = read_batch(model, [source.ids for source in batch], wanted, pad, compiled, on_token)
+        found = read_batch(model, [source.ids for source in batch], wanted, pad, on_token)
         return [
             [_row(source, setting, one) for source, one in zip(batch, of_setting, strict=True)]
             for setting, of_setting in zip((Setting(DYNAMIC), *wanted), found, strict=True)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from torch.nn.functional import pad as pad_mask
 from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from ..cache.captured_step import CapturedStep, can_capture
 from ..cache.paged_cache import PagedCache
-from ..cache.paged_layer import PagedLayer
 from ..common.measure import kv_nbytes
+from ..common.upstream import CACHE_ARGUMENT
 from ..eval.settings import Setting
 from ..sizing.read_text import steps
 from .texts import Ids
@@ -22,6 +24,8 @@ PARTS = 4
 """Number of equal parts of the chain for the table by position."""
 EDGES = (16, 64, 256, 1024)
 """Largest distance of each group of tokens, except of the last two groups."""
+REFERENCE_TOKENS = 32
+"""Tokens per forward with `DynamicCache`, whose logits must fit into memory."""
 DISTANCES = ("1 to 16", "17 to 64", "65 to 256", "257 to 1,024", "over 1,024", "first use")
 """Tokens since the last earlier occurrence of the same token, in prompt or chain."""
 
@@ -46,13 +50,12 @@ class Reading:
 class SideBySide:
     """Reads texts whose chains have the same length, token by token, with several caches.
 
-    All caches take a step before any cache takes the next one, so only one step of logits is in memory. Shorter prompts
-    are padded on the left.
+    All caches take a step before any cache takes the next one, so few logits are in memory. Shorter prompts are padded
+    on the left.
 
     Args:
         settings: the caches that read beside `DynamicCache`.
         pad: id of the padding token.
-        compiled: the forward from `compiled_forward`. It runs the decode steps of the caches that it can serve.
 
     Attributes:
         caches: `DynamicCache`, and then the cache of each setting.
@@ -65,7 +68,6 @@ class SideBySide:
         texts: Sequence[Ids],
         settings: Sequence[Setting],
         pad: int,
-        compiled: Callable[..., Any] | None = None,
     ):
         # 1. The batch: prompts padded on the left.
         prompt = max(len(text.prompt) for text in texts)
@@ -77,17 +79,18 @@ class SideBySide:
         self.targets: torch.Tensor = ids[:, prompt:].T
 
         # 2. One generator of logits for each cache.
-        self.caches: list[Cache] = [
-            DynamicCache(config=model.config),
-            *(setting.new_cache(model.config) for setting in settings),
+        dense = DynamicCache(config=model.config)
+        bounded = [setting.new_cache(model.config) for setting in settings]
+        self.caches: list[Cache] = [dense, *bounded]
+        self._readers = [
+            _reference(model, ids, prompt, dense, mask),
+            *(steps(model, ids, prompt, cache, mask, _decode(model, cache)) for cache in bounded),
         ]
-        self._readers = [steps(model, ids, prompt, cache, mask, _decode(cache, compiled)) for cache in self.caches]
 
     def __iter__(self) -> Iterator[Iterator[torch.Tensor]]:
         """For each token of the chain, the logits `[rows, vocabulary]` of each cache.
 
-        Use the logits of a cache before you take those of the next cache: a compiled forward may overwrite them. Take
-        the logits of all caches in each step.
+        Take the logits of all caches in each step, and use them in this step: the next step may overwrite them.
         """
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "budget=.* leaves", UserWarning)  # see `is_over_budget` below
@@ -110,20 +113,19 @@ def read_batch(
     texts: Sequence[Ids],
     settings: Sequence[Setting],
     pad: int,
-    compiled: Callable[..., Any] | None = None,
     on_token: Callable[[], object] = lambda: None,
 ) -> list[list[Reading]]:
     """Read texts with the caches of all settings side by side, and compare each cache with `DynamicCache`.
 
     Args:
-        model, texts, settings, pad, compiled: as in `SideBySide`.
+        model, texts, settings, pad: as in `SideBySide`.
         on_token: called after each token.
 
     Returns:
         For `DynamicCache` and then for each setting, the readings of the texts.
     """
     # 1. Compare the logits of each step. Those of the first cache are the reference.
-    batch = SideBySide(model, texts, settings, pad, compiled)
+    batch = SideBySide(model, texts, settings, pad)
     shape = (len(batch.caches), 3, len(texts), len(batch.targets))
     found = torch.empty(shape, dtype=torch.float64, device=model.device)
     for step, (target, of_caches) in enumerate(zip(batch.targets, batch, strict=True)):
@@ -141,6 +143,28 @@ def read_batch(
     ]
 
 
+def _reference(
+    model: PreTrainedModel, ids: torch.Tensor, prompt: int, cache: DynamicCache, mask: torch.Tensor | None
+) -> Iterator[torch.Tensor]:
+    """The logits of `steps`, from forwards of `REFERENCE_TOKENS` tokens, because a cache that evicts nothing allows it.
+
+    A layer with a recurrent state gets one token per forward, because not every model can continue such a state with
+    several tokens.
+    """
+    # 1. The prompt.
+    held = {CACHE_ARGUMENT: cache}
+    yield model(ids[:, :prompt], attention_mask=mask, logits_to_keep=1, **held).logits[:, -1]
+    is_attention = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
+    tokens = REFERENCE_TOKENS if is_attention else 1
+
+    # 2. The chain without its last token, which predicts nothing.
+    for chunk in ids[:, prompt:-1].split(tokens, 1) if ids.shape[1] - prompt > 1 else ():
+        if mask is not None:
+            mask = pad_mask(mask, (0, chunk.shape[1]), value=1)
+        logits = model(chunk, attention_mask=mask, logits_to_keep=chunk.shape[1], **held).logits
+        yield from logits.unbind(1)
+
+
 def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
     """`[rows, vocabulary]`, at least in float32."""
     return torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), -1)
@@ -154,29 +178,9 @@ def _compare(reference: torch.Tensor, ours: torch.Tensor, target: torch.Tensor) 
     return torch.stack([loss, kl, reference.argmax(-1).eq(ours.argmax(-1)).to(loss.dtype)]).double()
 
 
-def compiled_forward(model: PreTrainedModel) -> Callable[..., Any] | None:
-    """The model's forward, compiled for steps of one shape; None on a CPU, where it saves little."""
-    if model.device.type != "cuda":
-        return None
-    forward = torch.compile(model.forward, dynamic=False, mode="reduce-overhead")
-
-    def decode(*args: Any, **inputs: Any) -> Any:
-        torch.compiler.cudagraph_mark_step_begin()
-        # Each cache is compiled separately.
-        with torch._dynamo.config.patch(recompile_limit=256):
-            return forward(*args, **inputs)
-
-    return decode
-
-
-def _decode(cache: Cache, compiled: Callable[..., Any] | None) -> Callable[..., Any] | None:
-    """The compiled forward if it can serve the cache, otherwise None."""
-    if compiled is None or not isinstance(cache, PagedCache):
-        return None
-    if not cache.is_compileable or not all(isinstance(layer, PagedLayer) for layer in cache.layers):
-        return None
-    cache.preallocate()
-    return compiled
+def _decode(model: PreTrainedModel, cache: Cache) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """The decode step as a CUDA graph if that is possible, otherwise None."""
+    return CapturedStep(model, cache) if can_capture(cache, model) else None
 
 
 def _cells(text: Ids, found: torch.Tensor) -> torch.Tensor:

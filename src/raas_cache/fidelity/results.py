@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from ..common.reporting import markdown
-from ..eval.settings import DYNAMIC, Setting, SettingKey, common_options, parse_methods
+from ..common.statistics import Difference, difference
+from ..eval.settings import DYNAMIC, Setting, SettingKey, common_options, rivals_of
 from ..methods.registry import CACHES, POLICIES
 from .batches import TextRow
 from .reading import DISTANCES, PARTS
-from .statistics import Difference, difference
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Fidelity:
         """
         rivals = {} if against is None else rivals_of(self.settings, against)
         header = ["method", "budget", "KV bytes", "loss", "loss - dynamic (95 %)", "KL", "same top token"]
-        header += [f"loss - {against} (95 %)", "sign test"] if rivals else []
+        header += [f"loss - {against} (95 %)", "sign test"] if against is not None else []
         lines = []
         for setting in self.settings:
             rows = self._groups[setting.key]
@@ -116,10 +116,10 @@ class Fidelity:
             to_dynamic = "-" if setting.method == DYNAMIC else str(self.difference(setting, Setting(DYNAMIC)))
             cells = [f"{max(row.kv_bytes for row in rows):,}", f"{loss / count:.4f}", to_dynamic]
             cells += [f"{kl / count:.4f}", f"{same / count:.1%}"]
-            if rivals:
-                rival = rivals.get(setting.budget)
-                found = self.difference(setting, rival) if rival and rival.key != setting.key else None
-                cells += [str(found), p_in_words(found)] if found else ["-", "-"]
+            if against is not None:
+                rival = rivals.get(setting.key)
+                found = self.difference(setting, rival) if rival else None
+                cells += [str(found), found.p_text] if found else ["-", "-"]
             exceeded = sum(row.over_budget for row in rows)
             budget = self._budget(setting) + f" (exceeded in {exceeded} texts)" * bool(exceeded)
             lines.append([setting.label_but(self._common), budget, *cells])
@@ -192,31 +192,6 @@ def budget_in_words(setting: Setting, tokens: int) -> str:
 def footer(common: list[str]) -> str:
     """What follows a table whose labels leave out the options in `common`."""
     return f"\n\nUnless said otherwise: {', '.join(common)}." * bool(common)
-
-
-def p_in_words(found: Difference) -> str:
-    """The p-value of the sign test."""
-    return f"p = {found.p:.3f}" if found.p >= 0.001 else "p < 0.001"
-
-
-def rivals_of(settings: Sequence[Setting], against: str) -> dict[Any, Setting]:
-    """Budget -> the setting of the method `against`. Options that most settings share need not be given.
-
-    Raises:
-        ValueError: no setting has this method.
-    """
-    (name, options), *_ = parse_methods(against)
-    common = common_options(settings)
-    given = {f"{option}={value}" for option, value in options.items()}
-    found = {
-        one.budget: one
-        for one in settings
-        if one.method == name and one.label_but({*common, *given}) == name and options.items() <= one.options.items()
-    }
-    if not found:
-        known = ", ".join(dict.fromkeys(one.label_but(common) for one in settings))
-        raise ValueError(f"against={against!r} is not among the methods: use one of {known}.")
-    return found
 
 
 def constructor(setting: Setting) -> str:

@@ -9,9 +9,8 @@ import typer
 
 from ..common import arguments
 from ..eval.runner import processes
-from ..eval.settings import parse_methods, settings
+from ..eval.settings import parse_methods, rivals_of, settings
 from ..fidelity.command import Dtype, ModelName, PageSize, budgets_of, load_model
-from ..fidelity.results import rivals_of
 from . import measure
 from .stories import PROBES
 

@@ -14,7 +14,6 @@ from ..eval.settings import DYNAMIC, Setting
 from ..eval.tasks import hash_of
 from ..fidelity import reading as side_by_side
 from ..fidelity.batches import pad_token, run
-from ..fidelity.reading import compiled_forward
 from . import reading, stories, words
 from . import tokens as token_places
 from .reading import RecallReading, read_recalls
@@ -81,10 +80,10 @@ def probe(
         if value < 1:
             raise ValueError(f"{argument}={value} must be at least 1.")
     sources = probe_sources(name, tokenizer, tokens, texts, seed)
-    pad, compiled = pad_token(tokenizer), compiled_forward(model)
+    pad = pad_token(tokenizer)
 
     def read(batch: list[ProbeSource], wanted: list[Setting], on_token: Callable[[], object]) -> list[list[ProbeRow]]:
-        found = read_recalls(model, batch, wanted, pad, compiled, on_token)
+        found = read_recalls(model, batch, wanted, pad, on_token)
         return [
             [_row(source, setting, one) for source, one in zip(batch, of_setting, strict=True)]
             for setting, of_setting in zip((Setting(DYNAMIC), *wanted), found, strict=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -37,19 +36,18 @@ def read_recalls(
     sources: Sequence[ProbeSource],
     settings: Sequence[Setting],
     pad: int,
-    compiled: Callable[..., Any] | None = None,
     on_token: Callable[[], object] = lambda: None,
 ) -> list[list[RecallReading]]:
     """Read texts of one probe with the caches of all settings side by side.
 
     Args:
-        model, settings, pad, compiled: as in `fidelity.reading.SideBySide`.
+        model, settings, pad: as in `fidelity.reading.SideBySide`.
         on_token: called after each token.
 
     Returns:
         For `DynamicCache` and then for each setting, the readings of the texts.
     """
-    batch = SideBySide(model, [source.ids for source in sources], settings, pad, compiled)
+    batch = SideBySide(model, [source.ids for source in sources], settings, pad)
     candidates = torch.tensor(sources[0].candidates, device=model.device)  # [values]
     correct: list[list[list[bool]]] = [[[] for _ in sources] for _ in batch.caches]
     loss: list[list[list[float]]] = [[[] for _ in sources] for _ in batch.caches]

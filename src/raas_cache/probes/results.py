@@ -8,10 +8,10 @@ from statistics import median
 from typing import Any
 
 from ..common.reporting import markdown
-from ..eval.settings import DYNAMIC, Setting, SettingKey, common_options
+from ..common.statistics import Difference, difference
+from ..eval.settings import DYNAMIC, Setting, SettingKey, common_options, rivals_of
 from ..fidelity.batches import TextRow
-from ..fidelity.results import budget_in_words, footer, p_in_words, rivals_of
-from ..fidelity.statistics import Difference, difference
+from ..fidelity.results import budget_in_words, footer
 from .stories import PROBES
 
 
@@ -120,18 +120,18 @@ class Recalls:
         """
         rivals = {} if against is None else rivals_of(self.settings, against)
         header = ["method", "budget", "KV bytes", "recalled", "recalled - dynamic (95 %)", "loss"]
-        header += [f"recalled - {against} (95 %)", "sign test"] if rivals else []
+        header += [f"recalled - {against} (95 %)", "sign test"] if against is not None else []
         lines = []
         for setting in self.settings:
             rows = self._groups[setting.key]
             loss = [one for _, _, one in self._recalls(setting, None)]
-            to_dynamic = "-" if setting.method == DYNAMIC else _points(self.difference(setting, Setting(DYNAMIC)))
+            to_dynamic = "-" if setting.method == DYNAMIC else self.difference(setting, Setting(DYNAMIC)).percent()
             cells = [f"{max(row.kv_bytes for row in rows):,}", f"{self.recalled(setting):.1%}", to_dynamic]
             cells.append(f"{sum(loss) / len(loss):.4f}")
-            if rivals:
-                rival = rivals.get(setting.budget)
-                found = self.difference(setting, rival) if rival and rival.key != setting.key else None
-                cells += [_points(found), p_in_words(found)] if found else ["-", "-"]
+            if against is not None:
+                rival = rivals.get(setting.key)
+                found = self.difference(setting, rival) if rival else None
+                cells += [found.percent(), found.p_text] if found else ["-", "-"]
             exceeded = sum(row.over_budget for row in rows)
             budget = budget_in_words(setting, rows[0].tokens) + f" (exceeded in {exceeded} texts)" * bool(exceeded)
             lines.append([setting.label_but(self._common), budget, *cells])
@@ -151,9 +151,9 @@ class Recalls:
         if against is None:
             return self._by_distance(self.settings, lambda setting, group: f"{self.recalled(setting, group):.1%}")
         rivals = rivals_of(self.settings, against)
-        compared = [one for one in self.settings if (rival := rivals.get(one.budget)) and rival.key != one.key]
         return self._by_distance(
-            compared, lambda setting, group: _points(self.difference(setting, rivals[setting.budget], group))
+            [one for one in self.settings if one.key in rivals],
+            lambda setting, group: self.difference(setting, rivals[setting.key], group).percent(),
         )
 
     def _by_distance(self, settings: list[Setting], cell: Callable[[Setting, int], str]) -> str:
@@ -181,9 +181,3 @@ def _since_use(row: ProbeRow) -> list[float]:
 
 def _since_derivation(row: ProbeRow) -> list[float]:
     return row.since_derivation
-
-
-def _points(found: Difference) -> str:
-    """A difference of two shares in percentage points."""
-    mean, low, high = (round(100 * value, 1) + 0.0 for value in (found.mean, found.low, found.high))  # no -0.0
-    return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"

@@ -1,7 +1,6 @@
 """Read a given text token by token through a cache, as if the model had generated it."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy, pad
@@ -17,20 +16,21 @@ def steps(
     prompt: int,
     cache: Cache,
     attention_mask: torch.Tensor | None = None,
-    decode: Callable[..., Any] | None = None,
+    decode: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> Iterator[torch.Tensor]:
     """Yield the logits `[batch, vocabulary]` for each token after the prompt.
 
     Args:
         model, ids, prompt, cache, attention_mask: as in `read`.
-        decode: runs the tokens after the prompt instead of `model`, such as a compiled forward. Its inputs have the
-            same shapes in every step, so it gets no mask: the layers of the cache must not hold padding.
+        decode: runs the tokens after the prompt instead of `model`, such as a `CapturedStep`. It gets token ids
+            `[batch, 1]` and returns logits `[batch, vocabulary]`. It gets no mask: the layers of the cache must not
+            hold padding.
     """
     for end in range(prompt, ids.shape[1]):
         new = ids[:, :end] if end == prompt else ids[:, end - 1 : end]
         inputs = {"logits_to_keep": 1, CACHE_ARGUMENT: cache}
         if decode is not None and end > prompt:
-            yield decode(new, **inputs).logits[:, -1]
+            yield decode(new)
             continue
         mask = None if attention_mask is None else pad(attention_mask, (0, end - prompt), value=1)
         yield model(new, attention_mask=mask, **inputs).logits[:, -1]

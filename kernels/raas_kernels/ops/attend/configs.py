@@ -35,13 +35,19 @@ class Config:
 
 
 def default_config(head_size: int, itemsize: int) -> Config:
-    """For a shape that nobody tuned: the largest tile whose pipeline fits 99 KiB of shared memory."""
-    tile = (32768 if itemsize == 2 else 16384) // (next_power_of_2(head_size) * itemsize)
-    return Config(max(min(tile, 128), MIN_DOT))
+    """For a shape that nobody tuned: the largest tile whose pipeline fits 99 KiB of shared memory (sm_86, sm_89)."""
+    return Config(max(min(16384 // (next_power_of_2(head_size) * itemsize), 128), MIN_DOT))
+
+
+def packed_config(head_size: int, itemsize: int) -> Config:
+    """For 4-bit codes. Keys also need their bounds and the open page, so a stage takes twice the shared memory."""
+    return Config(default_config(head_size, itemsize).tile, stages=2)
 
 
 @functools.cache
-def choose_config(capability: tuple[int, int] | None, rows: int, slots: int, head_size: int, itemsize: int) -> Config:
+def choose_config(
+    capability: tuple[int, int] | None, rows: int, slots: int, head_size: int, itemsize: int, is_packed: bool
+) -> Config:
     """The configuration of the nearest tuned shape of the same head size and element size, else the default.
 
     Args:
@@ -51,7 +57,10 @@ def choose_config(capability: tuple[int, int] | None, rows: int, slots: int, hea
         slots: slots that attention reads of each.
         head_size: the larger of the K and V head sizes; counts as the next power of two.
         itemsize: bytes of an element of the query.
+        is_packed: whether keys and values are 4-bit codes, for which nobody tuned.
     """
+    if is_packed:
+        return packed_config(head_size, itemsize)
     measured, kind = _tuned(), (next_power_of_2(head_size), itemsize)
     tuned = [shape for shape in measured["shapes"] if (shape["head_size"], shape["itemsize"]) == kind]
     if not tuned or tuple(measured["capability"]) != capability:

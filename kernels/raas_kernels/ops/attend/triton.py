@@ -324,7 +324,8 @@ def attend(
     pages = kv.num_pages if selected is None else selected.shape[-1]
     slots = pages * kv.page_size
     if config is None:
-        config = choose_config(_capability(query.device), pairs, slots, max(dk, dv), query.element_size())
+        shape = pairs, slots, max(dk, dv), query.element_size()
+        config = choose_config(_capability(query.device), *shape, kv.is_packed)
     tile = config.tile
     unit = min(kv.page_size, tile)
     slices = max(1, min(config.programs // pairs, triton.cdiv(slots, tile)))
