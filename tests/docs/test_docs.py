@@ -22,6 +22,7 @@ from raas_cache.eval.rows import read_rows_of
 from raas_cache.eval.settings import common_options
 from raas_cache.fidelity import Fidelity, FidelityRow
 from raas_cache.probes import ProbeRow, Recalls
+from raas_cache.probes.results import DISTANCES
 
 
 ROOT = Path(__file__).parents[2]
@@ -103,7 +104,7 @@ def test_fidelity():
 def test_probes():
     """The tables of the page are those of the stored rows, and so are the numbers in the text."""
     page = (ROOT / "docs" / "probes.md").read_text()
-    rates = {}
+    words, rates = " ".join(page.split()), {}
     for name in raas_cache.probes.PROBES:
         found = Recalls(name, read_rows_of(RESULTS / "smollm2" / "probes" / name, ProbeRow))
         assert len(found.rows) == 7 * 16
@@ -111,6 +112,14 @@ def test_probes():
             assert shown in page
         for row in table(page, f"{name}: "):
             rates.setdefault(row["method"].partition("=docs")[0], []).append(row["recalled"])
+        of = {one.method + ":shares" * ("shares" in one.options): one for one in found.settings}
+        pairs = [("raas", "window"), ("raas", "random"), ("raas:shares", "window:shares"), ("raas:shares", "quest")]
+        for one, other in pairs:
+            assert found.difference(of[one], of[other]).percent() in words
+        beyond = found.difference(of["raas"], of["window"], DISTANCES.index("257 to 512"))
+        assert beyond.percent() in words and beyond.is_significant == (name == "lemma-once")
+        assert not found.difference(of["raas"], of["random"]).is_significant
+        assert found.difference(of["raas:shares"], of["window:shares"]).is_significant == (name == "needle")
     overview = table(page, "Recalled, by probe")
     assert len(overview) == len(rates)
     for row in overview:
