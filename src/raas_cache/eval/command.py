@@ -5,29 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.logging import disable_progress_bar
 
-from .. import embedded_model
 from ..common import arguments
+from ..models.load import ALIAS
 from .decoding import COLDEST, Decoding
+from .model_options import AUTO, Base, DeviceMap, ModelName, Quantize, dtype_of, load
 from .results import summarize, table
 from .runner import processes, run
 from .settings import parse_methods, settings
 from .tasks import load_task
 
 
-EMBEDDED = "embedded"
 MOST_ROWS = 1_000_000
 """Largest `--limit`: generating more chain problems takes hours."""
 
 
 def evaluate(
-    model: Annotated[
-        str, typer.Option(help="A folder, a name on the Hub, or `embedded`, the small model in this package.")
-    ] = EMBEDDED,
+    model: ModelName = ALIAS,
     dataset: Annotated[
         str,
         typer.Option(
@@ -59,7 +54,10 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="Largest number of rows in a batch.")] = 8,
     temperature: Annotated[float, typer.Option(help=f"0 for greedy decoding, otherwise {COLDEST} or more.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample from the most likely tokens with this total probability.")] = 1.0,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto (the checkpoint's).")] = "auto",
+    base: Base = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto (the checkpoint's).")] = AUTO,
+    device_map: DeviceMap = None,
+    quantize: Quantize = None,
     seed: Annotated[
         int,
         typer.Option(min=0, max=arguments.LARGEST_SEED, help="Seed of sampling and of the chain problems."),
@@ -80,11 +78,11 @@ def evaluate(
         state, decoding = processes(), Decoding(max_new_tokens, temperature, top_p, seed)
     with arguments.refusing("--dataset"):
         task = load_task(dataset, limit, seed)
-    torch_dtype = dtype if dtype == "auto" else arguments.dtype(dtype)
+    precision = dtype_of(dtype)
     if out is None:
         out = Path("results") / f"{Path(model).name}-{Path(dataset).stem}"
     with arguments.folder("--out", out), arguments.plain_warnings():
-        tokenizer, network = load(model, torch_dtype)
+        network, tokenizer = load(model, precision, base=base, device_map=device_map, quantize=quantize)
         # Other errors are about the model: its tokenizer lacks words of the task, or no cache can serve the model.
         with arguments.refusing("--model", out="--out", folder="--out"):
             rows = run(
@@ -101,23 +99,3 @@ def evaluate(
         print(f"{len(task.questions)} problems from {dataset}, {model}, {network.dtype}; rows in {out}\n")
         print(table(summarize(rows)))
     state.destroy_process_group()
-
-
-def load(name: str, dtype: torch.dtype | str) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    """Load the tokenizer and the model, and move the model to the device of this process."""
-    disable_progress_bar()
-    path = name
-    if name == EMBEDDED:
-        path = embedded_model()
-        torch.set_num_threads(1)  # the model is too small for several cores
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-    except Exception as error:  # the Hub client, the config and the weights raise many kinds of errors
-        reason = str(error).strip().partition("\n")[0]
-        raise typer.BadParameter(
-            f"{name!r} cannot be loaded ({type(error).__name__}: {reason}): give a folder with config.json, weights "
-            "and tokenizer, or a name on the Hub.",
-            param_hint="--model",
-        ) from None
-    return tokenizer, model.eval().to(processes().device)
