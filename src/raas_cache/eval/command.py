@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -11,10 +12,11 @@ from ..common import arguments
 from ..models.load import ALIAS
 from .decoding import COLDEST, Decoding
 from .model_options import AUTO, Base, DeviceMap, ModelName, Quantize, dtype_of, load
+from .presets import PRESETS, in_words, use_preset
 from .results import summarize, table
 from .runner import processes, run
 from .settings import parse_methods, settings
-from .tasks import load_task
+from .tasks import HUB_SETS, load_task
 
 
 MOST_ROWS = 1_000_000
@@ -26,7 +28,8 @@ def evaluate(
     dataset: Annotated[
         str,
         typer.Option(
-            help="gsm8k, math500, aime24, aime25, org/name on the Hub, a .jsonl file, chains, or chains-N (N lines)."
+            help=f"Data sets, separated by commas: {', '.join(HUB_SETS)}; NAME=FILE for the same task from a local "
+            "file; org/name on the Hub; a .jsonl file; chains, or chains-N (N lines)."
         ),
     ] = "chains",
     method: Annotated[
@@ -62,9 +65,28 @@ def evaluate(
         int,
         typer.Option(min=0, max=arguments.LARGEST_SEED, help="Seed of sampling and of the chain problems."),
     ] = 0,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="; ".join(f"{name}: {in_words(name)}" for name in PRESETS) + ". Other options win over the preset.",
+            callback=use_preset,
+            is_eager=True,
+        ),
+    ] = None,
+    run_code: Annotated[
+        bool,
+        typer.Option(
+            "--run-code",
+            help="DANGER: livecodebench runs the programs that the model writes, on this machine and as this user, "
+            "with limits of time and memory but without a sandbox.",
+        ),
+    ] = False,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder for rows; an interrupted run continues there.", show_default="results/MODEL-DATASET"),
+        typer.Option(
+            help="Folder for rows; an interrupted run continues there. Several data sets have folders inside.",
+            show_default="results/MODEL-DATASET",
+        ),
     ] = None,
 ) -> None:
     """Measure accuracy, chain length and memory of every method at every budget.
@@ -76,26 +98,37 @@ def evaluate(
         wanted = settings(parse_methods(method, page_size=page_size), budgets)
     with arguments.refusing(temperature="--temperature", top_p="--top-p"):
         state, decoding = processes(), Decoding(max_new_tokens, temperature, top_p, seed)
-    with arguments.refusing("--dataset"):
-        task = load_task(dataset, limit, seed)
+    with arguments.refusing("--dataset"), arguments.plain_warnings():
+        tasks = {name: load_task(name, limit, seed, run_code=run_code) for name in arguments.names(dataset)}
     precision = dtype_of(dtype)
-    if out is None:
-        out = Path("results") / f"{Path(model).name}-{Path(dataset).stem}"
-    with arguments.folder("--out", out), arguments.plain_warnings():
+    folders = {name: _folder(out, model, name, len(tasks)) for name in tasks}
+    with ExitStack() as stack:
+        for folder in folders.values():
+            stack.enter_context(arguments.folder("--out", folder))
+        stack.enter_context(arguments.plain_warnings())
         network, tokenizer = load(model, precision, base=base, device_map=device_map, quantize=quantize)
         # Other errors are about the model: its tokenizer lacks words of the task, or no cache can serve the model.
-        with arguments.refusing("--model", out="--out", folder="--out"):
-            rows = run(
-                network,
-                tokenizer,
-                task,
-                wanted,
-                out=out,
-                batch_size=batch_size,
-                decoding=decoding,
-                about={"model": model},
-            )
-    if state.is_main_process:
-        print(f"{len(task.questions)} problems from {dataset}, {model}, {network.dtype}; rows in {out}\n")
-        print(table(summarize(rows)))
+        for name, task in tasks.items():
+            with arguments.refusing("--model", out="--out", folder="--out"):
+                rows = run(
+                    network,
+                    tokenizer,
+                    task,
+                    wanted,
+                    out=folders[name],
+                    batch_size=batch_size,
+                    decoding=decoding,
+                    about={"model": model},
+                )
+            if state.is_main_process:
+                print(f"{len(task.questions)} problems from {name}, {model}, {network.dtype}; rows in {folders[name]}")
+                print(f"\n{table(summarize(rows))}\n")
     state.destroy_process_group()
+
+
+def _folder(out: Path | None, model: str, dataset: str, count: int) -> Path:
+    """The folder for the rows of one of `count` data sets."""
+    name = Path(dataset.partition("=")[0]).stem
+    if out is None:
+        return Path("results") / f"{Path(model).name}-{name}"
+    return out if count == 1 else out / name
