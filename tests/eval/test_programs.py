@@ -125,7 +125,7 @@ class TestTask:
         ("broken", "message"),
         [
             (row([], []), r"damaged tests in row 1 \(ValueError: no tests\): restore the row"),
-            (SUMS | {"private_test_cases": "AAAA"}, r"damaged tests in row 1 \(ValueError: private tests cannot be"),
+            (SUMS | {"private_test_cases": "AAAA"}, r"damaged tests in row 1 \(ValueError: unreadable private tests"),
             (SUMS | {"public_test_cases": '[{"input": "1"}]'}, r"damaged tests in row 1 \(KeyError: 'output'\)"),
             (SUMS | {"metadata": "{"}, r"damaged tests in row 1 \(JSONDecodeError"),
         ],

@@ -10,7 +10,9 @@ from typing import Any
 from ...common.extras import require
 from .. import chains, textfiles
 from .chain import chain_task
-from .registry import HUB_SETS, HubSet
+from .hub_set import HubSet
+from .maths import maths_task
+from .registry import HUB_SETS
 from .task import Task
 
 
@@ -67,7 +69,7 @@ def _find(name: str) -> tuple[str, Path | None, HubSet]:
     elif name in HUB_SETS:
         return name, None, HUB_SETS[name]
     else:
-        label, file, entry = name, Path(name), HubSet(name)
+        label, file, entry = name, Path(name), HubSet(name, maths_task)
     if file.suffix in LOADERS:
         if not file.is_file():
             raise ValueError(f"dataset={name!r} does not exist: check the path.")

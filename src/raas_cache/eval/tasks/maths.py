@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .. import answers
 from .columns import texts_of
+from .hub_set import HubSet
 from .task import Task
 
-
-if TYPE_CHECKING:
-    from .registry import HubSet
 
 QUESTIONS = ("problem", "question", "prompt")
 """Names of the question column to look for, in this order, if the registry does not name it."""

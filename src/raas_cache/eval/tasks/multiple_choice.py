@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import inspect
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .columns import texts_of
+from .hub_set import HubSet
 from .task import Task, hash_of
 
-
-if TYPE_CHECKING:
-    from .registry import HubSet
 
 LETTERS = "ABCD"
 COLUMNS = ("Question", "Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")

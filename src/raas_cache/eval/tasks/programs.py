@@ -12,16 +12,14 @@ import sys
 import warnings
 import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import run_program
 from .columns import column_of
+from .hub_set import HubSet
 from .run_program import Case
 from .task import Task, hash_of
 
-
-if TYPE_CHECKING:
-    from .registry import HubSet
 
 QUESTION, STARTER, PUBLIC, PRIVATE, METADATA = COLUMNS = (
     "question_content", "starter_code", "public_test_cases", "private_test_cases", "metadata",
@@ -115,7 +113,7 @@ def _unpacked(text: str) -> str:
         content = zlib.decompress(base64.b64decode(text, validate=True))
         unpacked: str = _TextUnpickler(io.BytesIO(content)).load()
     except (binascii.Error, zlib.error, pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(f"private tests cannot be read: {error}") from error
+        raise ValueError(f"unreadable private tests: {error}") from error
     return unpacked
 
 
