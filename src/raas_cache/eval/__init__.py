@@ -1,10 +1,11 @@
 """Evaluation: measure how many answers a model gets right with each cache, and what each cache costs.
 
-`tasks.py` loads data sets, and `textfiles.py` finds the damaged line of a data file. `answers.py` marks answers, and
+`tasks/` loads data sets, and `textfiles.py` finds the damaged line of a data file. `answers.py` marks answers, and
 `math_answer/` offers the marker as an `evaluate` metric. `settings.py` defines the methods and budgets to compare.
 `runner.py` runs them in one process or several, and `decoding.py` generates one batch. `folder.py` stores the rows of a
 run, and `inputs.py` lists everything that the rows depend on. `results.py` makes the table, and `plots.py` the figures.
-`command.py` is `raas-cache eval`. `harness.py` is the model type for lm-evaluation-harness. `chains.py` is the task of
+`command.py` is `raas-cache eval`, `presets.py` has its presets, and `model_options.py` its options of a model, which
+other commands share. `harness.py` is the model type for lm-evaluation-harness. `chains.py` generates the problems of
 the embedded model.
 """
 
