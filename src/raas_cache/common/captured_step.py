@@ -8,9 +8,9 @@ from typing import Any, TypeGuard
 import torch
 from transformers import PreTrainedModel
 
-from ..common.upstream import CACHE_ARGUMENT
-from .paged_cache import PagedCache
-from .paged_layer import PagedLayer, holding_pages
+from ..cache.paged_cache import PagedCache
+from ..cache.paged_layer import PagedLayer, holding_pages
+from .upstream import CACHE_ARGUMENT
 
 
 EAGER_STEPS = 3
