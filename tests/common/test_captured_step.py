@@ -4,15 +4,17 @@ The CPU has no CUDA graphs. `Replay` stands for one: it notes the operators of a
 same operators on the same tensors again.
 """
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from raas_cache import from_name
 from raas_cache.common import captured_step
-from raas_cache.common.captured_step import CapturedStep, can_capture
+from raas_cache.common.captured_step import CapturedStep, can_capture, captured_forward
 
-from ..helpers import prompt, tiny_model
+from ..helpers import generate, prompt, tiny_model
 
 
 SMALL = {"budget": 32, "page_size": 4, "min_decode_pages": 2}
@@ -123,6 +125,21 @@ def test_a_cuda_graph_is_as_eager_steps(name, options):
         torch.testing.assert_close(step(token), expected, rtol=0, atol=1e-4)
     for layer in range(2):
         assert torch.equal(captured.resident_positions(layer), eager.resident_positions(layer))
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_generate_replays_the_step(do_sample, replays, monkeypatch):
+    """With left padding, whose positions `generate` passes on."""
+    monkeypatch.setattr(captured_step, "can_capture", lambda cache, model: True)
+    model, inputs = tiny_model(), prompt(2, 14, padding=(0, 5))
+    found = []
+    for is_captured in (False, True):
+        cache = from_name("raas", config=model.config, **SMALL)
+        torch.manual_seed(0)
+        with captured_forward(model, cache) if is_captured else nullcontext():
+            found.append(generate(model, inputs, cache, 60, sample=do_sample))
+    assert torch.equal(*found) and len(replays) == 1
+    assert "forward" not in vars(model)
 
 
 def test_what_cannot_be_captured(monkeypatch):

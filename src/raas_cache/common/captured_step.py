@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeGuard
 
 import torch
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..cache.paged_cache import PagedCache
 from ..cache.paged_layer import PagedLayer, holding_pages
@@ -20,8 +23,8 @@ EAGER_STEPS = 3
 class CapturedStep:
     """The decode step of a model with one cache. After a few eager steps, it is recorded as a CUDA graph and replayed.
 
-    A replay costs the host one call, however many kernels the step has. The rows of the cache have the same length, and
-    none has padding, because the recorded step gets no mask.
+    A replay costs the host one call, however many kernels the step has. The recorded step gets no mask: the padding of
+    the prompt is not in the pages, and all later tokens are visible.
 
     Args:
         model: a model on a GPU.
@@ -30,37 +33,67 @@ class CapturedStep:
     """
 
     def __init__(self, model: PreTrainedModel, cache: PagedCache):
-        self.model, self.cache = model, cache
+        self.cache, self._model_forward = cache, model.forward
         self._replay: Callable[[], None] | None = None
         self._steps = 0
         cache.preallocate()
 
     @torch.no_grad()
-    def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def __call__(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
         """Run one step.
 
         Args:
             input_ids: `[batch, 1]` int64.
+            position_ids: `[batch, 1]` int64, the positions of the tokens, if a prompt has padding. None is the number
+                of earlier tokens. All steps have positions, or none has.
 
         Returns:
             Logits `[batch, vocabulary]`. The next step overwrites them.
         """
+        inputs = [input_ids] if position_ids is None else [input_ids, position_ids]
         if self._replay is None and self._steps < EAGER_STEPS:
             self._steps += 1
-            return self._forward(input_ids)
+            return self._forward(*inputs)
         if self._replay is None:
-            self._ids = input_ids.clone()
-            self._replay, self._logits = capture(lambda: self._forward(self._ids))
-        self._ids.copy_(input_ids)
+            self._inputs = [tensor.clone() for tensor in inputs]
+            self._replay, self._logits = capture(lambda: self._forward(*self._inputs))
+        for buffer, given in zip(self._inputs, inputs, strict=True):
+            buffer.copy_(given)
         self._replay()
         for layer in holding_pages(self.cache.layers):
             layer.table.clock_moved()
         return self._logits
 
-    def _forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        inputs: dict[str, Any] = {CACHE_ARGUMENT: self.cache}
-        logits: torch.Tensor = self.model(input_ids, logits_to_keep=1, **inputs).logits[:, -1]
+    def _forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
+        inputs: dict[str, Any] = {CACHE_ARGUMENT: self.cache, "logits_to_keep": 1}
+        if position_ids is not None:
+            inputs["position_ids"] = position_ids
+        logits: torch.Tensor = self._model_forward(input_ids, **inputs).logits[:, -1]
         return logits
+
+
+@contextmanager
+def captured_forward(model: PreTrainedModel, cache: Cache) -> Iterator[None]:
+    """Inside this context, `generate` runs the decode steps with `cache` from a CUDA graph, if that is possible."""
+    if not can_capture(cache, model):
+        yield
+        return
+    step, forward = CapturedStep(model, cache), model.forward
+
+    @functools.wraps(forward)
+    def replaying(input_ids: torch.Tensor | None = None, position_ids: Any = None, **inputs: Any) -> Any:
+        if input_ids is None or input_ids.shape[1] > 1 or not cache.get_seq_length():
+            return forward(input_ids=input_ids, position_ids=position_ids, **inputs)
+        return CausalLMOutputWithPast(logits=step(input_ids, position_ids)[:, None], past_key_values=cache)  # type: ignore[call-arg]
+
+    own = vars(model).get("forward")  # a wrapper of another library; None for the method of the class
+    model.forward = replaying
+    try:
+        yield
+    finally:
+        del model.forward
+        if own is not None:
+            model.forward = own
 
 
 def can_capture(cache: object, model: PreTrainedModel) -> TypeGuard[PagedCache]:

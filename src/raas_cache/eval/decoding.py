@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from ..cache.paged_cache import PagedCache
+from ..common.captured_step import captured_forward
 from ..common.measure import device_name, evictions, kv_nbytes
 from ..common.upstream import CACHE_ARGUMENT
 from .rows import Row
@@ -31,8 +32,6 @@ from .tasks import Task, hash_of
 
 Place = tuple[int, int]
 """Index of a problem, and number of a sample."""
-SHORT = 2048
-"""Up to this many new tokens, compiling a setting takes longer on a GPU than it saves."""
 COLDEST = 0.001
 """The smallest temperature for sampling. Division by a smaller temperature makes logits overflow."""
 
@@ -127,7 +126,7 @@ class Decoder:
             pad_token_id=self.pad,
             do_sample=False,  # `RowSampler` samples
             max_new_tokens=self.limit,
-            disable_compile=self.limit <= SHORT,
+            disable_compile=True,  # `captured_forward` records the decode step, which takes less time
         )
         self.device = device_name(model.device)
 
@@ -191,7 +190,7 @@ class Decoder:
             on_token(tokens)
 
         watch = _RowEnds(self.generation_config.eos_token_id, self.model.device, prompt_length, finish, after_token)
-        with warnings.catch_warnings(), _only_special_tokens(self.model):
+        with warnings.catch_warnings(), _only_special_tokens(self.model), captured_forward(self.model, cache):
             # The row stores `over_budget` instead of a warning.
             warnings.filterwarnings("ignore", "budget=.* leaves", UserWarning)
             sequences: torch.Tensor = self.model.generate(  # type: ignore[operator]

@@ -27,7 +27,6 @@ from ..cache.settings import Budget, CacheOptions
 from ..common.measure import evictions
 from ..common.upstream import CACHE_ARGUMENT
 from ..methods.registry import POLICIES
-from .decoding import SHORT
 from .runner import span_of
 from .settings import DYNAMIC, Setting
 
@@ -38,6 +37,9 @@ if __name__ == "__main__":
     sys.exit(cli_evaluate())
 
 DEFAULT_BUDGET = 1024
+
+SHORT = 2048
+"""Up to this many new tokens, compiling the decode step takes longer on a GPU than it saves."""
 
 
 @register_model("raas")
