@@ -31,7 +31,7 @@ def rows(method, budget, marks, **options):
     return [
         replace(
             ROW, index=index, sample=sample, method=method, budget=budget, correct=mark == "1", options=options,
-            kv_bytes=10 * (budget or 9999), tokens=90 + index,
+            kv_bytes=10 * budget if isinstance(budget, int) else 99990, tokens=90 + index,
         )
         for index, text in enumerate(marks)
         for sample, mark in enumerate(text)
@@ -256,7 +256,7 @@ class TestBrowser:
         assert found["smallest"] >= 14 and found["shrunk"] > 0.98, "text has the size of the page, also in figures"
         assert found["name"] == '"method"'
         wide, _ = opened(page, script, folder, width=1280)
-        assert wide["scrolled"] == 1280 and not wide["overflowing"] and wide["shrunk"] == 1 and wide["name"] == "none"
+        assert wide["scrolled"] == 1280 and not wide["overflowing"] and wide["shrunk"] > 0.8 and wide["name"] == "none"
 
     @pytest.mark.parametrize(("dark", "text"), [(False, "rgb(0, 0, 0)"), (True, "rgb(255, 255, 255)")])
     def test_dark_where_the_reader_prefers_it(self, folder, dark, text):

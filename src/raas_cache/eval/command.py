@@ -101,8 +101,9 @@ def evaluate(
 ) -> None:
     """Measure accuracy, chain length and memory of every method at every budget.
 
-    `raas-cache compare FOLDER` compares the methods pair by pair, and `raas-cache plot FOLDER` draws them. Each row is
-    written to disk when it ends. If the run is interrupted, the same command continues it.
+    `raas-cache compare FOLDER` compares the methods pair by pair, `raas-cache plot FOLDER` draws them, and `raas-cache
+    report FOLDER` writes one HTML page. Each row is written to disk when it ends. If the run is interrupted, the same
+    command continues it.
     """
     budgets = arguments.numbers("--budget", budget)
     with arguments.refusing("--method", budget="--budget"):

@@ -145,7 +145,7 @@ def _figures(summaries: list[Summary], title: str) -> str:
         f'<img alt="figure: {name.replace("_", " ")}" src="{_svg(figure)}"></picture></figure>\n'
         for name, figure in wide.items()
     ]
-    return "<h2>Figures</h2>\n" + "".join(drawn)
+    return f'<h2>Figures</h2>\n<div class="figures">\n{"".join(drawn)}</div>\n'
 
 
 def _svg(figure: Figure) -> str:

@@ -45,7 +45,7 @@ class Shape:
         panel: width and height of a panel, in inches.
         beside: width of what stands beside the panels, in inches.
         legend: where the legend is, in the words of matplotlib.
-        characters: largest length of a line of the title.
+        characters: largest length of a line of the title, and of a line below an axis.
     """
 
     columns: int
@@ -56,7 +56,7 @@ class Shape:
 
 
 WIDE = Shape(columns=3, panel=(4.8, 3.8), beside=3, legend="outside right upper", characters=64)
-NARROW = Shape(columns=1, panel=(3.6, 3.0), beside=0, legend="outside lower left", characters=44)
+NARROW = Shape(columns=1, panel=(3.6, 3.0), beside=0, legend="outside lower left", characters=34)
 """For a phone: as wide as its screen, so that the text keeps its size."""
 
 Panel = dict[int, dict[Any, Summary]]
@@ -193,7 +193,7 @@ def _accuracy(summaries: list[Summary], common: list[str], shape: Shape) -> Figu
             _level(axis, group[0].accuracy, style)
         else:
             _with_intervals(axis, [_tokens(summary.setting) for summary in group], group, aside, label=label, **style)
-    _budgets_below(axis, summaries)
+    _budgets_below(axis, summaries, shape)
     _accuracy_beside([axis])
     _legend(figure, shape)
     return figure
@@ -211,7 +211,7 @@ def _chain_length(summaries: list[Summary], common: list[str], shape: Shape) -> 
     if any(2 * summary.truncated > summary.rows for summary in summaries):
         look = {"color": "0.4", "marker": "o", "linestyle": "none", **HOLLOW}
         axis.plot([], [], label="hollow: most rows\nwere cut off", **look)
-    _budgets_below(axis, summaries)
+    _budgets_below(axis, summaries, shape)
     axis.set_ylabel("generated tokens per problem, mean")
     axis.set_ylim(bottom=0)
     axis.yaxis.set_major_formatter("{x:,.0f}")
@@ -232,7 +232,7 @@ def _ablation(option: str, panels: list[Panel], common: list[str], shape: Shape)
                 look = style if are_numbers else {**style, "linestyle": "none"}
                 _with_intervals(axis, xs, group, aside, label=f"{budget:,}", **look)
         axis.set_title(group[0].setting.label_but(common, option), fontsize=10)
-        axis.set_xlabel(f"{option} ({UNITS[option]})" if option in UNITS else option)
+        axis.set_xlabel(fill(f"{option} ({UNITS[option]})" if option in UNITS else option, shape.characters))
         _ticks_below(axis, {x: f"{value:g}" if are_numbers else str(value) for value, x in at.items()}, wide=20)
         if not are_numbers:
             axis.set_xlim(-0.5, len(values) - 0.5)
@@ -280,10 +280,10 @@ def _with_intervals(axis: Axes, xs: Sequence[float], group: Sequence[Summary], a
         artist.set_transform(moved)
 
 
-def _budgets_below(axis: Axes, summaries: list[Summary]) -> None:
+def _budgets_below(axis: Axes, summaries: list[Summary], shape: Shape) -> None:
     budgets = sorted({_tokens(summary.setting) for summary in _bounded(summaries)})
     _ticks_below(axis, {budget: f"{budget:,.0f}" for budget in budgets}, wide=4)
-    axis.set_xlabel("budget (tokens for each row, layer and KV head)")
+    axis.set_xlabel(fill("budget (tokens for each row, layer and KV head)", shape.characters))
 
 
 def _ticks_below(axis: Axes, ticks: dict[float, str], wide: float) -> None:
