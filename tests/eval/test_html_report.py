@@ -258,6 +258,17 @@ class TestBrowser:
         wide, _ = opened(page, script, folder, width=1280)
         assert wide["scrolled"] == 1280 and not wide["overflowing"] and wide["shrunk"] > 0.8 and wide["name"] == "none"
 
+    def test_several_panels_have_the_whole_width_or_the_narrow_form(self, folder, tmp_path):
+        found = [*ROWS, *(row for name in ("h2o", "tova") for value in ("pin", "evict") for row in rows(
+            name, 512, ["10"], page_size=4, prompt=value))]  # fmt: skip
+        page = write_report(written(tmp_path, found)).read_text()
+        script = """
+        return Object.fromEntries([...page.images].map(image => [image.alt, image.width / image.naturalWidth]));
+        """
+        for width in (375, 800, 1280):
+            shrunk, _ = opened(page, script, tmp_path, width=width)
+            assert shrunk.keys() >= {"figure: accuracy", "figure: ablation prompt"} and min(shrunk.values()) > 0.72
+
     @pytest.mark.parametrize(("dark", "text"), [(False, "rgb(0, 0, 0)"), (True, "rgb(255, 255, 255)")])
     def test_dark_where_the_reader_prefers_it(self, folder, dark, text):
         script = """

@@ -54,7 +54,9 @@ MEANING = {
 """What a column means, by its name without brackets, with `@k` for a number of samples above 1."""
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 WIDTH = 700
-"""Up to this width in pixels, the page shows the narrow figures. `report_page/style.css` has the same number."""
+"""Up to this width in pixels, the page has the form for a phone. `report_page/style.css` has the same number."""
+SMALLEST = 70
+"""Pixels per inch of a figure, below which its text is too small."""
 
 
 def write_report(folder: Path, against: str | None = None) -> Path:
@@ -140,12 +142,18 @@ def _column(name: str) -> str:
 
 def _figures(summaries: list[Summary], title: str) -> str:
     wide, narrow = (plots.figures(summaries, title, shape) for shape in (plots.WIDE, plots.NARROW))
-    drawn = [
-        f'<figure><picture><source media="(max-width: {WIDTH}px)" srcset="{_svg(narrow[name])}">'
-        f'<img alt="figure: {name.replace("_", " ")}" src="{_svg(figure)}"></picture></figure>\n'
-        for name, figure in wide.items()
-    ]
-    return f'<h2>Figures</h2>\n<div class="figures">\n{"".join(drawn)}</div>\n'
+    drawn = "".join(_figure(name, figure, narrow[name]) for name, figure in wide.items())
+    return f'<h2>Figures</h2>\n<div class="figures">\n{drawn}</div>\n'
+
+
+def _figure(name: str, wide: Figure, narrow: Figure) -> str:
+    """A figure, and its narrow form for windows in which the text of the wide form would be too small."""
+    panels = ' class="panels"' * (len(wide.axes) > 1)
+    up_to = max(WIDTH, round(SMALLEST * wide.get_figwidth()))
+    return (
+        f'<figure{panels}><picture><source media="(max-width: {up_to}px)" srcset="{_svg(narrow)}">'
+        f'<img alt="figure: {name.replace("_", " ")}" src="{_svg(wide)}"></picture></figure>\n'
+    )
 
 
 def _svg(figure: Figure) -> str:
