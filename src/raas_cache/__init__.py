@@ -21,6 +21,7 @@ from .methods.tova import TOVACache
 from .methods.triattention import TriAttentionCache
 from .methods.vase import VaSECache
 from .methods.window import WindowCache
+from .models.load import load_model
 from .models.pretrained import embedded_model, pretrained
 from .register import register, unregister
 from .sizing.learn_shares import learn_shares
@@ -54,6 +55,7 @@ __all__ = [
     "largest_budget",
     "learn_shares",
     "list_methods",
+    "load_model",
     "plan",
     "pretrained",
     "read",

@@ -92,7 +92,7 @@ def test_a_pretrained_model_reads_and_writes(monkeypatch):
     """With the embedded model in place of SmolLM2: the same steps on a text of its words."""
     model, tokenizer = pretrained("chain_reasoner")
     (problem,) = chains.problems(1, 40, seed=0)
-    monkeypatch.setattr(demo_reading, "pretrained", lambda name: (model, tokenizer))
+    monkeypatch.setattr(demo_reading, "load_model", lambda name, **_: (model, tokenizer))
     monkeypatch.setattr(demo_reading, "load_texts", lambda limit: [Text(problem.prompt, problem.chain)])
     monkeypatch.setattr(demo_reading, "QUESTION", "v1 3 v2 4 | #3 + v1 #4 ?")
     result = run("--model", "smollm2", "--budget", 192, "--budget", 1024)
@@ -116,10 +116,15 @@ def test_a_pretrained_model_reads_and_writes(monkeypatch):
     ],
 )
 def test_options_that_a_pretrained_model_does_not_take(monkeypatch, options, message):
-    monkeypatch.setattr(demo_reading, "pretrained", lambda name: pretrained("chain_reasoner"))
+    monkeypatch.setattr(demo_reading, "load_model", lambda name, **_: pretrained("chain_reasoner"))
     monkeypatch.setattr(demo_reading, "load_texts", lambda limit: [Text("v1 3 v2 4", "v1 3 " * 20)])
     assert message in refused(run("--model", "smollm2", *options))
 
 
 def test_an_unknown_model_of_the_demo():
-    assert "name='llama' is not a pretrained model" in refused(run("--model", "llama"))
+    error = refused(run("--model", "nowhere/at/all"))
+    assert "for --model: name='nowhere/at/all' cannot be loaded" in error
+
+
+def test_the_embedded_model_is_no_adapter():
+    assert "for --base: remove it: --model embedded is no LoRA adapter" in refused(run("--base", "smollm2"))

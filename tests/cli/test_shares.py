@@ -89,7 +89,7 @@ def test_rows_of_another_file_are_refused(folder):
             "Invalid value for --tokens: tokens=5000 is more than the longest of 3 chains has: give at most 244",
         ),
         (["--data", "none.jsonl"], "Invalid value for --data: data='none.jsonl' does not exist"),
-        (["--model", "nowhere/at/all"], "Invalid value for --model: 'nowhere/at/all' cannot be loaded"),
+        (["--model", "nowhere/at/all"], "Invalid value for --model: name='nowhere/at/all' cannot be loaded"),
         (["--page-size", "6"], "Invalid value for '--page-size': page_size=6 must be a power of two"),
         (["--out", "."], "Invalid value for --out: '.' is a folder: give the name of a file"),
         (["--out", "chains.jsonl/s.json"], "Invalid value for --out: 'chains.jsonl' cannot be written to"),

@@ -16,7 +16,7 @@ from matplotlib.colors import to_hex
 from raas_cache.bench import report
 from raas_cache.bench.steps import Case, StepRow, Timing
 from raas_cache.common import reporting
-from raas_cache.eval.plots import figures, plot
+from raas_cache.eval.plots import NARROW, figures, plot
 from raas_cache.eval.results import Summary, Tally
 from raas_cache.eval.settings import Setting
 from raas_cache.methods.raas import DEFAULT_ALPHA
@@ -257,6 +257,27 @@ def test_the_legend_hides_nothing():
         box = figure.legends[0].get_window_extent()
         assert box.y0 >= 0 and box.x1 <= figure.bbox.x1
         assert box.x0 >= figure.axes[0].bbox.x1 and box.x0 >= figure._suptitle.get_window_extent().x1
+
+
+def test_narrow_figures_hide_nothing_and_have_the_same_points():
+    found = [summary("raas", budget, alpha=alpha) for alpha in (0.1, 0.3) for budget in BUDGETS]
+    found += [summary("quest", 256, dense_layers=layers) for layers in (0, 4)]
+    found += [summary(method, 256, alpha=alpha) for method in ("lazy", "other") for alpha in (0.1, 0.3)]
+    wide = figures([*found, summary("dynamic")], "a data set of a rather long name, " * 3)
+    narrow = figures([*found, summary("dynamic")], "a data set of a rather long name, " * 3, NARROW)
+    assert narrow.keys() == wide.keys() >= {"accuracy", "chain_length", "ablation_alpha", "ablation_dense_layers"}
+    for name, figure in narrow.items():
+        figure.draw_without_rendering()
+        assert figure.get_figwidth() == 3.6
+        assert [lines(axis) for axis in figure.axes] == [lines(axis) for axis in wide[name].axes]
+        texts = [label for axis in figure.axes for label in (axis.xaxis.label, axis.yaxis.label, axis.title)]
+        boxes = [one.get_window_extent() for one in [*texts, figure._suptitle, *figure.legends]]
+        for box in boxes:
+            assert 0 <= box.x0 <= box.x1 <= figure.bbox.x1 and 0 <= box.y0 <= box.y1 <= figure.bbox.y1, name
+        (legend_box,) = (one.get_window_extent() for one in figure.legends)
+        assert legend_box.y1 <= min(axis.xaxis.label.get_window_extent().y0 for axis in figure.axes)
+        left = [axis.get_position().x0 for axis in figure.axes]
+        assert len({round(x, 3) for x in left}) == 1, "panels stand below each other"
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from raas_cache.eval import chain_task, load_task
 from raas_cache.eval.chains import problems
-from raas_cache.eval.tasks import BOXED, HUB_SETS
+from raas_cache.eval.tasks import HUB_SETS
+from raas_cache.eval.tasks.maths import BOXED
 
 
 pytest.importorskip("datasets")
@@ -72,6 +73,26 @@ class TestFiles:
         assert task.questions == [MATH500["problem"]] * 2
         assert task.mark("\\boxed{(3,\\pi/2)}", task.golds[0]) == ("(3,\\pi/2)", True)
         assert task.mark("\\boxed{(3,\\pi)}", task.golds[0])[1] is False
+
+    # Rows in the format of each competition: AMC 2023 has decimals, MathArena whole numbers and TeX.
+    @pytest.mark.parametrize(
+        ("name", "row", "right", "wrong"),
+        [
+            ("gsm8k", GSM8K, "3", "4"),
+            ("math500", MATH500 | {"subject": "Precalculus", "level": 2}, "(3,\\pi/2)", "(3,\\pi)"),
+            ("aime24", {"id": 60, "problem": "1+203?", "solution": "...", "answer": "204"}, "204", "205"),
+            ("aime25", {"problem": "35*2?", "answer": "070", "id": "0"}, "70", "7"),
+            ("aime26", {"problem_idx": 1, "problem": "35*2?", "answer": 70}, "70", "7"),
+            ("hmmt25", {"problem_idx": 1, "problem": "x?", "answer": "9 \\sqrt{15}"}, "9\\sqrt{15}", "9\\sqrt{5}"),
+            ("amc23", {"id": 0, "question": "30-3?", "answer": 27.0, "url": "https://"}, "27", "26"),
+        ],
+    )
+    def test_the_task_of_a_name_from_a_file(self, tmp_path, name, row, right, wrong):
+        task = load_task(f"{name}={write(tmp_path / 'other=name.jsonl', [row])}")
+        assert (task.name, task.max_new_tokens) == (name, HUB_SETS[name].max_new_tokens)
+        assert task.instruction == BOXED and task.questions == [row.get("problem") or row["question"]]
+        marks = [task.mark(f"so \\boxed{{{answer}}}", task.golds[0])[1] for answer in (right, wrong)]
+        assert marks == [True, False]
 
     @pytest.mark.parametrize(
         ("rows", "message"),
@@ -139,7 +160,7 @@ class TestFiles:
 
 
 class TestHub:
-    @pytest.mark.parametrize("name", HUB_SETS)
+    @pytest.mark.parametrize("name", [name for name, entry in HUB_SETS.items() if entry.question])
     def test_loads_its_columns_and_split(self, monkeypatch, name):
         entry, asked = HUB_SETS[name], []
 
@@ -205,9 +226,12 @@ class TestPrompts:
             (
                 "poetry",
                 None,
-                "dataset='poetry' is not a data set: use gsm8k, math500, aime24, aime25, chains, org/name",
+                "dataset='poetry' is not a data set: use gsm8k, math500, aime24, aime25, aime26, hmmt25, amc23, ",
             ),
             ("nowhere.jsonl", None, "dataset='nowhere.jsonl' does not exist: check the path"),
+            ("gsm8k=nowhere.jsonl", None, "dataset='gsm8k=nowhere.jsonl' does not exist: check the path"),
+            ("gsm8k=rows.txt", None, "dataset='gsm8k=rows.txt' must name a .jsonl, .json, .csv, .parquet file after"),
+            ("gms8k=nowhere.jsonl", None, "dataset='gms8k=nowhere.jsonl' does not exist: check the path"),
             ("gsm8k", 0, "limit=0 must be at least 1"),
             ("chains-500", None, "num_lines=500"),
         ],
@@ -233,10 +257,24 @@ class TestCommand:
         rows = [json.loads(line) for line in (tmp_path / "rows" / "rows-0.jsonl").read_text().splitlines()]
         assert [row["gold"] for row in rows if row["method"] == "dynamic"] == [MATH500["answer"], "3"], "longest first"
 
+    def test_several_data_sets_have_folders_of_their_own(self, tmp_path):
+        options = ["--dataset", "chains-4,chains-5", "--limit", 1, "--method", "dynamic", "--out", tmp_path / "rows"]
+        result = invoke(*options)
+        assert result.exit_code == 0, result.output
+        for name in ("chains-4", "chains-5"):
+            assert f"1 problems from {name}, embedded, " in result.output
+            assert json.loads((tmp_path / "rows" / name / "settings.json").read_text())["task"] == name
+        error = refused(invoke(*options[:-1], tmp_path / "other", "--dataset", "chains-4,gms8k"))
+        assert "did you mean 'gsm8k'" in error and not (tmp_path / "other").exists()
+
     @pytest.mark.parametrize(
         ("options", "message"),
         [
             (["--dataset", "nowhere.jsonl"], "--dataset"),
+            (["--preset", "raas-papr"], "'raas-papr' is not a preset: use raas-paper"),
+            (["--dataset", "livecodebench"], "marked by running the code that the model writes"),
+            (["--base", "smollm2"], "for --base: base='smollm2' is for LoRA adapters, and 'embedded' is none"),
+            (["--quantize", "3bit"], "for --quantize: quantize='3bit' must be '4bit' or '8bit'"),
             (["--dataset", "gms8k"], "did you mean 'gsm8k'"),
             (["--method", "raas,rass"], "did you mean 'raas'"),
             (["--method", "raas:alhpa=1"], "alhpa"),

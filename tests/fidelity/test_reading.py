@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache, MistralConfig
 
 from raas_cache import from_name
-from raas_cache.cache.captured_step import CapturedStep
+from raas_cache.common.captured_step import CapturedStep
 from raas_cache.eval import Setting
 from raas_cache.fidelity import reading
 from raas_cache.fidelity.reading import DISTANCES, EDGES, PARTS, distance_groups, read_batch

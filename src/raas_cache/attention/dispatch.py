@@ -16,9 +16,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from ..common.traced import is_traced
 from ..engine.attention_inputs import Softmax
 from ..engine.forward_base import Forward
+from ..engine.traced import is_traced
 from .eager import AttentionFunction, eager_attention_forward, raas_attention_forward
 from .masks import mask_dispatcher, seen_by_new_tokens
 

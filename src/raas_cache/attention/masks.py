@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from ..common.traced import is_traced
 from ..engine.attention_inputs import Seen
 from ..engine.forward_base import Forward
 from ..engine.hide import check_same_length
 from ..engine.prefill import count_leading
+from ..engine.traced import is_traced
 
 
 def seen_by_new_tokens(mask: torch.Tensor | None, new: int, forward: Forward) -> Seen | None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from transformers import PreTrainedModel
 
 from ..attention.dispatch import DISPATCHED
-from ..common.traced import is_traced
+from ..engine.traced import is_traced
 from .model_probe import calling_module, can_compile, generate_compiles, is_asked_by_generate
 
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from ..common.traced import is_traced
 from ..engine.attention_inputs import Expanded, Seen, Softmax
 from ..engine.forward_base import INTERRUPTED, Forward
 from ..engine.layer_settings import LayerSettings
 from ..engine.resize import RowFunction
+from ..engine.traced import is_traced
 from .paged_layer import PagedLayer
 
 

@@ -19,9 +19,9 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from ..attention.dispatch import OWN_CACHE_FOR_ENCODER
-from ..common.traced import is_traced
 from ..engine.forward_base import INTERRUPTED
 from ..engine.rotation import Rotation
+from ..engine.traced import is_traced
 
 
 AnyModule = TypeVar("AnyModule", bound=torch.nn.Module)

@@ -10,10 +10,10 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
-from ..common.traced import is_traced
 from ..engine.forward import ForwardGuard
 from ..engine.layer_settings import LayerSettings
 from ..engine.policy import Policy
+from ..engine.traced import is_traced
 from . import inspection, model_probe
 from .compiled_step import CompiledStep
 from .head_groups import new_layer

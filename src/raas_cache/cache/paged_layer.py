@@ -13,7 +13,6 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from ..attention.dispatch import expect
-from ..common.traced import is_traced
 from ..engine.forward import Decode
 from ..engine.forward_base import Forward
 from ..engine.layer_engine import LayerEngine
@@ -22,6 +21,7 @@ from ..engine.page_table import PageTable
 from ..engine.prefill import truncate
 from ..engine.resize import RowFunction, movable
 from ..engine.step import rank
+from ..engine.traced import is_traced
 from .model_probe import rotation_of_caller
 
 

@@ -14,8 +14,8 @@ import torch
 
 import raas_kernels
 
-from ..common.traced import is_traced
 from ..engine.hide import check_same_length
+from ..engine.traced import is_traced
 from .model_probe import MEND
 
 

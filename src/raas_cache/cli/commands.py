@@ -1,7 +1,7 @@
 """The command line. `raas-cache demo` shows a model with a bounded cache, `eval` measures accuracy, `compare` compares
-methods pair by pair, `fidelity` measures what a cache changes on a given text, `probe` measures what a model recalls,
-`shares` learns a share of the budget for each KV head, `plan` computes the memory of a budget, `bench` times decode
-steps, and `plot` draws the results."""
+methods pair by pair, `report` writes the results as one HTML page, `fidelity` measures what a cache changes on a given
+text, `probe` measures what a model recalls, `shares` learns a share of the budget for each KV head, `plan` computes the
+memory of a budget, `bench` times decode steps, and `plot` draws the results."""
 
 import sys
 from contextlib import ExitStack
@@ -22,7 +22,8 @@ from ..eval import plots
 from ..eval.command import evaluate
 from ..eval.comparison import compare as paired
 from ..eval.comparison import compared
-from ..eval.rows import read_rows
+from ..eval.html_report import write_report
+from ..eval.rows import read_results
 from ..eval.settings import DYNAMIC
 from ..fidelity.command import fidelity
 from ..probes.command import probe
@@ -233,10 +234,20 @@ def compare(
 ) -> None:
     """Compare the methods of an evaluation with one of them, on the same problems and with the same random numbers."""
     with arguments.plain_warnings(), arguments.refusing(folder="FOLDER", against="--against", method="--against"):
-        rows = read_rows(folder)
-        if not rows:
-            raise ValueError(f"folder='{folder}' contains no results: run raas-cache eval --out {folder} first.")
-        print(compared(paired(rows, against)))
+        print(compared(paired(read_results(folder), against)))
+
+
+@app.command("report")
+def html_report(
+    folder: Annotated[Path, typer.Argument(help="Folder that eval wrote with --out.")],
+    against: Annotated[
+        str | None,
+        typer.Option(help="The method to compare with, as in compare.", show_default="dynamic, if it was run"),
+    ] = None,
+) -> None:
+    """Write the results of eval as one HTML page, report.html in the same folder, to look at and to send."""
+    with arguments.plain_warnings(), arguments.refusing(folder="FOLDER", against="--against", method="--against"):
+        print(write_report(folder, against))
 
 
 def _in_words(about: dict[str, Any]) -> str:

@@ -17,8 +17,10 @@ from ..common.measure import kv_nbytes
 from ..common.upstream import CACHE_ARGUMENT
 from ..eval import chains
 from ..eval.chains import ChainProblem, completion_length
+from ..eval.model_options import Base, ModelName
 from ..methods.raas import DEFAULT_ALPHA
-from ..models.pretrained import EMBEDDED, PRETRAINED
+from ..models.load import ALIAS
+from ..models.pretrained import EMBEDDED
 from .demo_reading import SHARE, read_and_write
 
 
@@ -31,7 +33,8 @@ MOST_PROBLEMS, MOST_TOKENS = 10_000, 100_000
 
 
 def demo(
-    model: Annotated[str, typer.Option(help=f"{', '.join(PRETRAINED)}.")] = EMBEDDED,
+    model: ModelName = ALIAS,
+    base: Base = None,
     problems: Annotated[
         int | None,
         typer.Option(
@@ -75,17 +78,19 @@ def demo(
 ) -> None:
     """Stream one chain of thought, then compare RaaS with transformers' DynamicCache.
 
-    A pretrained model cannot solve the problems of the embedded model. It reads a real chain of thought with each
+    Any other model cannot solve the problems of the embedded model. It reads a real chain of thought with each
     cache, and writes a text.
     """
     disable_progress_bar()
     console = Console(highlight=False)
-    if model != EMBEDDED:
+    if model not in (ALIAS, EMBEDDED):
         for option, value in (("--problems", problems), ("--lines", lines), ("--seed", seed)):
             if value is not None:
-                raise typer.BadParameter(f"remove it: only --model {EMBEDDED} takes it.", param_hint=option)
-        read_and_write(console, model, budget, alpha, page_size)
+                raise typer.BadParameter(f"remove it: only --model {ALIAS} takes it.", param_hint=option)
+        read_and_write(console, model, base, budget, alpha, page_size)
         return
+    if base is not None:
+        raise typer.BadParameter(f"remove it: --model {ALIAS} is no LoRA adapter.", param_hint="--base")
     sizes = problems or DEMO_PROBLEMS, DEMO_LINES if lines is None else lines, seed or DEMO_SEED
     _solve(console, *sizes, budget, alpha, page_size)
 

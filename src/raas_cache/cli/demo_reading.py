@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import Cache, DynamicCache, TextStreamer
 
-from .. import RaaSCache, WindowCache, pretrained, read
+from .. import RaaSCache, WindowCache, load_model, read
 from ..cache.paged_layer import PagedLayer
 from ..common import arguments
 from ..common.measure import kv_nbytes
@@ -25,10 +25,12 @@ NEW_TOKENS, WRITING_BUDGET = 120, 64
 """The text that the model writes is twice as long as the budget, so that pages are evicted."""
 
 
-def read_and_write(console: Console, name: str, budgets: list[int] | None, alpha: float, page_size: int) -> None:
+def read_and_write(
+    console: Console, name: str, base: str | None, budgets: list[int] | None, alpha: float, page_size: int
+) -> None:
     """Read the first trace of this package with each cache, show the loss and the bytes, and write a text."""
-    with arguments.refusing(name="--model"), console.status(f"loading {name}"):
-        model, tokenizer = pretrained(name)
+    with arguments.refusing("--model", base="--base"), console.status(f"loading {name}"):
+        model, tokenizer = load_model(name, base=base, dtype=torch.float32)
     text = token_ids(load_texts(limit=1)[0], tokenizer)
     ids = torch.tensor([text.prompt + text.chain[:CHAIN_TOKENS]])  # [1, tokens]
     prompt, tokens = len(text.prompt), ids.shape[1]

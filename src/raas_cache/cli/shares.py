@@ -10,8 +10,8 @@ import typer
 
 from ..cache.shares_file import write_shares
 from ..common import arguments
-from ..eval.runner import processes
-from ..fidelity.command import ChainTokens, Data, Dtype, ModelName, PageSize, Rows, budgets_of, load_model
+from ..eval.model_options import Base, DeviceMap, Dtype, ModelName, Quantize, dtype_of, load
+from ..fidelity.command import ChainTokens, Data, PageSize, Rows, budgets_of
 from ..fidelity.texts import TRACES, Ids, load_texts, long_enough
 from ..sizing.learn_shares import learn_shares
 
@@ -29,7 +29,10 @@ def shares(
         int, typer.Option(min=1, help="Most different shares in a layer. Each costs one attention call per step.")
     ] = 2,
     page_size: PageSize = 16,
+    base: Base = None,
     dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    quantize: Quantize = None,
 ) -> None:
     """Learn from chains of thought how many pages each KV head needs, for RaaSCache(budget, shares=FILE)."""
     if out.is_dir():
@@ -40,10 +43,9 @@ def shares(
     with arguments.refusing("--data"):
         texts = load_texts(data, rows)
     with arguments.refusing():
-        device = processes().device
-    precision = arguments.dtype(dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+        precision = dtype_of(dtype)
     with arguments.folder("--out", out.parent), arguments.plain_warnings():
-        network, tokenizer = load_model(model, precision)
+        network, tokenizer = load(model, precision, base=base, device_map=device_map, quantize=quantize)
         with arguments.refusing("--data", budget="--budget", tokens="--tokens", model="--model"):
             long = [ids for _, ids in long_enough(texts, tokenizer, tokens)]
             prompts = [len(ids.prompt) for ids in long]

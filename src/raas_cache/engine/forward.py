@@ -14,7 +14,6 @@ import torch
 
 import raas_kernels
 
-from ..common.traced import is_traced
 from .attention_inputs import Expanded, Seen, Softmax
 from .forward_base import INTERRUPTED, NOT_CAUSAL, Forward, StoringForward
 from .hide import hide_decoded
@@ -23,6 +22,7 @@ from .prefill_forward import Prefill
 from .resize import uncompiled
 from .rollback import DecodeNote
 from .step import step
+from .traced import is_traced
 
 
 class Decode(StoringForward):

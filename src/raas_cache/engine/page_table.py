@@ -10,11 +10,11 @@ import torch
 import raas_kernels
 from raas_kernels import PagedKV
 
-from ..common.traced import is_traced
 from .layer_settings import LayerSettings
 from .layout import Layout
 from .resize import RowFunction, allocating, fix_addresses, map_rows, movable, new_kv, resized
 from .row_counts import RowCounts, Rows
+from .traced import is_traced
 
 
 FIRST_TOKENS = 128  # a layer starts with evictable pages for this many tokens, and allocates more when it needs them

@@ -1,12 +1,14 @@
 """Evaluation: measure how many answers a model gets right with each cache, and what each cache costs.
 
-`tasks.py` loads data sets, and `textfiles.py` finds the damaged line of a data file. `answers.py` marks answers, and
+`tasks/` loads data sets, and `textfiles.py` finds the damaged line of a data file. `answers.py` marks answers, and
 `math_answer/` offers the marker as an `evaluate` metric. `settings.py` defines the methods and budgets to compare.
 `runner.py` runs them in one process or several. `decoding.py` generates one batch, and `sampling.py` draws its tokens.
 `rows.py` has the rows. `folder.py` stores them, and `inputs.py` lists everything that they depend on. `results.py`
 summarizes the rows of each setting in a table, with the pass@k and maj@k of `votes.py`. `comparison.py` compares two
-settings pair by pair, and `plots.py` draws figures. `command.py` is `raas-cache eval`. `harness.py` is the model type
-for lm-evaluation-harness. `chains.py` is the task of the embedded model.
+settings pair by pair, and `plots.py` draws figures. `html_report.py` writes all of this as one HTML page, with the
+style and script of `report_page/`. `command.py` is `raas-cache eval`, `presets.py` has its presets, and
+`model_options.py` its options of a model, which other commands share. `harness.py` is the model type for
+lm-evaluation-harness. `chains.py` generates the problems of the embedded model.
 """
 
 from importlib.resources import files

@@ -2,37 +2,35 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.logging import disable_progress_bar
 
-from .. import embedded_model
 from ..common import arguments
+from ..models.load import ALIAS
 from .decoding import COLDEST, Decoding
 from .folder import read_settings
+from .model_options import AUTO, Base, DeviceMap, ModelName, Quantize, dtype_of, load
+from .presets import PRESETS, in_words, use_preset
 from .results import summarize, table, versions
 from .runner import processes, run
 from .settings import parse_methods, settings
-from .tasks import load_task
+from .tasks import HUB_SETS, load_task
 
 
-EMBEDDED = "embedded"
 MOST_ROWS = 1_000_000
 """Largest `--limit`: generating more chain problems takes hours."""
 
 
 def evaluate(
-    model: Annotated[
-        str, typer.Option(help="A folder, a name on the Hub, or `embedded`, the small model in this package.")
-    ] = EMBEDDED,
+    model: ModelName = ALIAS,
     dataset: Annotated[
         str,
         typer.Option(
-            help="gsm8k, math500, aime24, aime25, org/name on the Hub, a .jsonl file, chains, or chains-N (N lines)."
+            help=f"Data sets, separated by commas: {', '.join(HUB_SETS)}; NAME=FILE for the same task from a local "
+            "file; org/name on the Hub; a .jsonl file; chains, or chains-N (N lines)."
         ),
     ] = "chains",
     method: Annotated[
@@ -69,67 +67,80 @@ def evaluate(
     samples: Annotated[
         int, typer.Option(min=1, max=arguments.LARGEST, help="Samples of each problem, for pass@k and maj@k.")
     ] = 1,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto (the checkpoint's).")] = "auto",
+    base: Base = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto (the checkpoint's).")] = AUTO,
+    device_map: DeviceMap = None,
+    quantize: Quantize = None,
     seed: Annotated[
         int,
         typer.Option(min=0, max=arguments.LARGEST_SEED, help="Seed of sampling and of the chain problems."),
     ] = 0,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="; ".join(f"{name}: {in_words(name)}" for name in PRESETS) + ". Other options win over the preset.",
+            callback=use_preset,
+            is_eager=True,
+        ),
+    ] = None,
+    run_code: Annotated[
+        bool,
+        typer.Option(
+            "--run-code",
+            help="DANGER: livecodebench runs the programs that the model writes, on this machine and as this user, "
+            "with limits of time and memory but without a sandbox.",
+        ),
+    ] = False,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder for rows; an interrupted run continues there.", show_default="results/MODEL-DATASET"),
+        typer.Option(
+            help="Folder for rows; an interrupted run continues there. Several data sets have folders inside.",
+            show_default="results/MODEL-DATASET",
+        ),
     ] = None,
 ) -> None:
     """Measure accuracy, chain length and memory of every method at every budget.
 
-    `raas-cache compare FOLDER` compares the methods pair by pair, and `raas-cache plot FOLDER` draws them. Each row is
-    written to disk when it ends. If the run is interrupted, the same command continues it.
+    `raas-cache compare FOLDER` compares the methods pair by pair, `raas-cache plot FOLDER` draws them, and `raas-cache
+    report FOLDER` writes one HTML page. Each row is written to disk when it ends. If the run is interrupted, the same
+    command continues it.
     """
     budgets = arguments.numbers("--budget", budget)
     with arguments.refusing("--method", budget="--budget"):
         wanted = settings(parse_methods(method, page_size=page_size), budgets)
     with arguments.refusing(temperature="--temperature", top_p="--top-p", samples="--samples"):
         state, decoding = processes(), Decoding(max_new_tokens, temperature, top_p, seed, top_k, samples)
-    with arguments.refusing("--dataset"):
-        task = load_task(dataset, limit, seed)
-    torch_dtype = dtype if dtype == "auto" else arguments.dtype(dtype)
-    if out is None:
-        out = Path("results") / f"{Path(model).name}-{Path(dataset).stem}"
-    with arguments.folder("--out", out), arguments.plain_warnings():
-        tokenizer, network = load(model, torch_dtype)
+    with arguments.refusing("--dataset"), arguments.plain_warnings():
+        tasks = {name: load_task(name, limit, seed, run_code=run_code) for name in arguments.names(dataset)}
+    precision = dtype_of(dtype)
+    folders = {name: _folder(out, model, name, len(tasks)) for name in tasks}
+    with ExitStack() as stack:
+        for folder in folders.values():
+            stack.enter_context(arguments.folder("--out", folder))
+        stack.enter_context(arguments.plain_warnings())
+        network, tokenizer = load(model, precision, base=base, device_map=device_map, quantize=quantize)
         # Other errors are about the model: its tokenizer lacks words of the task, or no cache can serve the model.
-        with arguments.refusing("--model", out="--out", folder="--out"):
-            rows = run(
-                network,
-                tokenizer,
-                task,
-                wanted,
-                out=out,
-                batch_size=batch_size,
-                decoding=decoding,
-                about={"model": model},
-            )
-    if state.is_main_process:
-        print(f"{len(task.questions)} problems from {dataset}, {model}, {network.dtype}; rows in {out}")
-        print(f"{versions(read_settings(out), rows)}\n")
-        print(table(summarize(rows)))
+        for name, task in tasks.items():
+            with arguments.refusing("--model", out="--out", folder="--out"):
+                rows = run(
+                    network,
+                    tokenizer,
+                    task,
+                    wanted,
+                    out=folders[name],
+                    batch_size=batch_size,
+                    decoding=decoding,
+                    about={"model": model},
+                )
+            if state.is_main_process:
+                print(f"{len(task.questions)} problems from {name}, {model}, {network.dtype}; rows in {folders[name]}")
+                print(f"{versions(read_settings(folders[name]), rows)}\n\n{table(summarize(rows))}\n")
     state.destroy_process_group()
 
 
-def load(name: str, dtype: torch.dtype | str) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    """Load the tokenizer and the model, and move the model to the device of this process."""
-    disable_progress_bar()
-    path = name
-    if name == EMBEDDED:
-        path = embedded_model()
-        torch.set_num_threads(1)  # the model is too small for several cores
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-    except Exception as error:  # the Hub client, the config and the weights raise many kinds of errors
-        reason = str(error).strip().partition("\n")[0]
-        raise typer.BadParameter(
-            f"{name!r} cannot be loaded ({type(error).__name__}: {reason}): give a folder with config.json, weights "
-            "and tokenizer, or a name on the Hub.",
-            param_hint="--model",
-        ) from None
-    return tokenizer, model.eval().to(processes().device)
+def _folder(out: Path | None, model: str, dataset: str, count: int) -> Path:
+    """The folder for the rows of one of `count` data sets."""
+    name = Path(dataset.partition("=")[0]).stem
+    if out is None:
+        return Path("results") / f"{Path(model).name}-{name}"
+    return out if count == 1 else out / name

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..common.reporting import markdown
+from ..common.reporting import Cell, Table
 from ..common.statistics import Difference, difference
-from .results import budget_text
+from .results import budget_cell, note_of
 from .rows import Row, by_setting
 from .settings import Setting, common_options, rivals_of
 
@@ -62,6 +62,11 @@ def compare(rows: Iterable[Row], against: str) -> list[Comparison]:
 
 def compared(comparisons: list[Comparison]) -> str:
     """A table of comparisons in GitHub's Markdown. Differences are in percentage points."""
+    return str(compared_table(comparisons))
+
+
+def compared_table(comparisons: list[Comparison]) -> Table:
+    """The table of `compared`, before it is text."""
     common = common_options(setting for one in comparisons for setting in (one.setting, one.against))
     header = [
         "method",
@@ -78,12 +83,14 @@ def compared(comparisons: list[Comparison]) -> str:
     for one in comparisons:
         rival = one.against.label_but(common)
         if one.against.budget != one.setting.budget and one.against.budget is not None:
-            rival += f" @ {budget_text(one.against.budget)}"
+            rival += f" @ {budget_cell(one.against.budget).text}"
+        counts = (one.won, one.lost, one.pairs, one.problems)
         lines.append([
-            one.setting.label_but(common), budget_text(one.setting.budget), rival, one.difference.percent(),
-            one.difference.p_text, f"{one.won:,}", f"{one.lost:,}", f"{one.pairs:,}", f"{one.problems:,}",
+            Cell(one.setting.label_but(common)), budget_cell(one.setting.budget), Cell(rival),
+            Cell(one.difference.percent(), one.difference.mean), Cell(one.difference.p_text, one.difference.p),
+            *(Cell(f"{count:,}", count) for count in counts),
         ])  # fmt: skip
-    return markdown(header, lines) + f"\n\nUnless said otherwise: {', '.join(common)}." * bool(common)
+    return Table(header, lines, note_of(common))
 
 
 def _comparison(ours: list[Row], theirs: list[Row]) -> Comparison | None:

@@ -20,8 +20,8 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from ..cache.captured_step import captured_forward
 from ..cache.paged_cache import PagedCache
+from ..common.captured_step import captured_forward
 from ..common.measure import device_name, evictions, kv_nbytes
 from ..common.upstream import CACHE_ARGUMENT
 from .rows import Row
@@ -158,6 +158,7 @@ class Decoder:
         def finish(place: int, new: torch.Tensor, truncated: bool) -> None:
             index, sample = rows[place]
             output: str = self.tokenizer.decode(new, skip_special_tokens=True)  # type: ignore[assignment]
+            seconds = time.perf_counter() - started  # without marking, which may run a program
             answer, correct = self.task.mark(output, self.task.golds[index])
             row = Row(
                 index=index,
@@ -175,7 +176,7 @@ class Decoder:
                 tokens=len(new),
                 truncated=truncated,
                 over_budget=isinstance(cache, PagedCache) and cache.is_over_budget,
-                seconds=time.perf_counter() - started,
+                seconds=seconds,
                 batch=rows[0][1] * len(self.ids) + rows[0][0],
                 kv_bytes=held.peak,
                 mean_kv_bytes=held.mean,

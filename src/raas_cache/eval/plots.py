@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import cycle, product
 from pathlib import Path
 from statistics import fmean
 from textwrap import fill
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..bench import report
 from ..cache.paged_cache import PagedCache
 from ..common import reporting
 from .folder import read_settings
 from .results import Summary, summarize
-from .rows import read_rows
+from .rows import no_results, read_rows
 from .settings import DYNAMIC, Setting, common_options
 
 
@@ -27,7 +28,6 @@ STYLES: list[dict[str, Any]] = [
     {"color": colour, "marker": marker, "linestyle": dashes, "markersize": 6}
     for dashes, (colour, marker) in product(("-", "--", ":"), reporting.STYLES)
 ]
-COLUMNS = 3
 HOLLOW: dict[str, Any] = {"markerfacecolor": "white"}
 UNITS = {
     "alpha": "attention weight", "top_ratio": "share of the pages", "page_size": "tokens",
@@ -35,11 +35,35 @@ UNITS = {
     "recent_tokens": "tokens", "protected_ratio": "share of the pages",
 }  # fmt: skip
 
+
+@dataclass(frozen=True)
+class Shape:
+    """The shape of all figures.
+
+    Args:
+        columns: largest number of panels side by side.
+        panel: width and height of a panel, in inches.
+        beside: width of what stands beside the panels, in inches.
+        legend: where the legend is, in the words of matplotlib.
+        characters: largest length of a line of the title, and of a line below an axis.
+    """
+
+    columns: int
+    panel: tuple[float, float]
+    beside: float
+    legend: Literal["outside right upper", "outside lower left"]
+    characters: int
+
+
+WIDE = Shape(columns=3, panel=(4.8, 3.8), beside=3, legend="outside right upper", characters=64)
+NARROW = Shape(columns=1, panel=(3.6, 3.0), beside=0, legend="outside lower left", characters=34)
+"""For a phone: as wide as its screen, so that the text keeps its size."""
+
 Panel = dict[int, dict[Any, Summary]]
 """Settings that differ only in one option and in the budget: budget -> value of the option -> summary."""
 
 
-def figures(summaries: list[Summary], title: str = "") -> dict[str, Figure]:
+def figures(summaries: list[Summary], title: str = "", shape: Shape = WIDE) -> dict[str, Figure]:
     """Draw the summaries. Returns the figures by name; no figures if there are no summaries.
 
     - `accuracy` and `chain_length` (mean number of generated tokens) against the budget. Each method has a line, and so
@@ -53,6 +77,7 @@ def figures(summaries: list[Summary], title: str = "") -> dict[str, Figure]:
 
     Args:
         title: text above each figure, such as the names of data set and model.
+        shape: `WIDE` with the legend beside the panels, or `NARROW` with the legend below.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -61,16 +86,15 @@ def figures(summaries: list[Summary], title: str = "") -> dict[str, Figure]:
     if not summaries:
         return {}
     common = common_options(summary.setting for summary in summaries)
-    drawn = {"accuracy": _accuracy(summaries, common), "chain_length": _chain_length(summaries, common)}
+    drawn = {"accuracy": _accuracy(summaries, common, shape), "chain_length": _chain_length(summaries, common, shape)}
     for option, panels in _ablations(summaries).items():
-        drawn[f"ablation_{option}"] = _ablation(option, panels, common)
-    said = [title, _range(summary.problems for summary in summaries) + " problems"]
-    if any(summary.samples > 1 for summary in summaries):
-        said[1] += ", " + _range(summary.samples for summary in summaries) + " samples each"
-    said = [", ".join(filter(None, said)), *(["unless said otherwise: " + ", ".join(common)] if common else [])]
+        drawn[f"ablation_{option}"] = _ablation(option, panels, common, shape)
+    said = [", ".join(filter(None, [title, counts_of(summaries)]))]
+    if common:
+        said.append("unless said otherwise: " + ", ".join(common))
     for figure in drawn.values():
         # Wrap long lines here: the layout would leave no room for the legend next to a long line.
-        figure.suptitle("\n".join(fill(line, 64) for line in said), x=0.01, ha="left", fontsize=10)
+        figure.suptitle("\n".join(fill(line, shape.characters) for line in said), x=0.01, ha="left", fontsize=10)
     return drawn
 
 
@@ -81,14 +105,25 @@ def plot(folder: Path) -> list[Path]:
         ValueError: the folder contains neither.
         ImportError: matplotlib is missing.
     """
-    settings, bench = read_settings(folder), folder / "bench.json"
-    title = ", ".join(Path(str(settings[name])).name for name in ("task", "model") if name in settings)
-    drawn = figures(summarize(read_rows(folder)), title)
+    bench = folder / "bench.json"
+    drawn = figures(summarize(read_rows(folder)), title_of(read_settings(folder)))
     if bench.exists():
         drawn |= report.figures(report.read_json(bench))
     if not drawn:
-        raise ValueError(f"folder='{folder}' contains no results: run raas-cache eval --out {folder} first.")
+        raise no_results(folder)
     return reporting.save(drawn, folder)
+
+
+def title_of(settings: Mapping[str, Any]) -> str:
+    """The names of data set and model, as far as the settings of a folder have them."""
+    return ", ".join(Path(str(settings[name])).name for name in ("task", "model") if name in settings)
+
+
+def counts_of(summaries: list[Summary]) -> str:
+    """How many problems the summaries have, and how many samples of each if there are several."""
+    problems = _range(summary.problems for summary in summaries) + " problems"
+    several = any(summary.samples > 1 for summary in summaries)
+    return problems + f", {_range(summary.samples for summary in summaries)} samples each" * several
 
 
 def _range(counts: Iterable[int]) -> str:
@@ -149,8 +184,8 @@ def _in_effect(setting: Setting) -> dict[str, Any]:
     return {name: value for name, value in found.items() if name not in ("policy", "budget")}
 
 
-def _accuracy(summaries: list[Summary], common: list[str]) -> Figure:
-    figure, (axis,) = _figure(1)
+def _accuracy(summaries: list[Summary], common: list[str], shape: Shape) -> Figure:
+    figure, (axis,) = _figure(1, shape)
     lines = _lines(summaries, common)
     for (label, group), style, aside in zip(lines.items(), cycle(STYLES), _asides(len(lines)), strict=False):
         if label == DYNAMIC:
@@ -158,14 +193,14 @@ def _accuracy(summaries: list[Summary], common: list[str]) -> Figure:
             _level(axis, group[0].accuracy, style)
         else:
             _with_intervals(axis, [_tokens(summary.setting) for summary in group], group, aside, label=label, **style)
-    _budgets_below(axis, summaries)
+    _budgets_below(axis, summaries, shape)
     _accuracy_beside([axis])
-    _legend(figure)
+    _legend(figure, shape)
     return figure
 
 
-def _chain_length(summaries: list[Summary], common: list[str]) -> Figure:
-    figure, (axis,) = _figure(1)
+def _chain_length(summaries: list[Summary], common: list[str], shape: Shape) -> Figure:
+    figure, (axis,) = _figure(1, shape)
     for (label, group), style in zip(_lines(summaries, common).items(), cycle(STYLES), strict=False):
         cut = [summary for summary in group if 2 * summary.truncated > summary.rows]
         if label == DYNAMIC:
@@ -176,20 +211,20 @@ def _chain_length(summaries: list[Summary], common: list[str]) -> Figure:
     if any(2 * summary.truncated > summary.rows for summary in summaries):
         look = {"color": "0.4", "marker": "o", "linestyle": "none", **HOLLOW}
         axis.plot([], [], label="hollow: most rows\nwere cut off", **look)
-    _budgets_below(axis, summaries)
+    _budgets_below(axis, summaries, shape)
     axis.set_ylabel("generated tokens per problem, mean")
     axis.set_ylim(bottom=0)
     axis.yaxis.set_major_formatter("{x:,.0f}")
-    _legend(figure)
+    _legend(figure, shape)
     return figure
 
 
-def _ablation(option: str, panels: list[Panel], common: list[str]) -> Figure:
+def _ablation(option: str, panels: list[Panel], common: list[str], shape: Shape) -> Figure:
     values = list(dict.fromkeys(value for panel in panels for points in panel.values() for value in points))
     are_numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
     at = {value: value if are_numbers else place for place, value in enumerate(values)}
     budgets = sorted({budget for panel in panels for budget in panel})
-    figure, axes = _figure(len(panels))
+    figure, axes = _figure(len(panels), shape)
     for axis, panel in zip(axes, panels, strict=True):
         for budget, style, aside in zip(budgets, cycle(STYLES), _asides(len(budgets)), strict=False):
             if budget in panel:
@@ -197,22 +232,23 @@ def _ablation(option: str, panels: list[Panel], common: list[str]) -> Figure:
                 look = style if are_numbers else {**style, "linestyle": "none"}
                 _with_intervals(axis, xs, group, aside, label=f"{budget:,}", **look)
         axis.set_title(group[0].setting.label_but(common, option), fontsize=10)
-        axis.set_xlabel(f"{option} ({UNITS[option]})" if option in UNITS else option)
+        axis.set_xlabel(fill(f"{option} ({UNITS[option]})" if option in UNITS else option, shape.characters))
         _ticks_below(axis, {x: f"{value:g}" if are_numbers else str(value) for value, x in at.items()}, wide=20)
         if not are_numbers:
             axis.set_xlim(-0.5, len(values) - 0.5)
     _accuracy_beside(axes)
-    _legend(figure, "budget, tokens")
+    _legend(figure, shape, "budget, tokens")
     return figure
 
 
-def _figure(panels: int) -> tuple[Figure, list[Axes]]:
-    """A figure with panels of equal size, at most `COLUMNS` in a row."""
+def _figure(panels: int, shape: Shape) -> tuple[Figure, list[Axes]]:
+    """A figure with panels of equal size."""
     from matplotlib.figure import Figure
 
-    columns = min(panels, COLUMNS)
+    columns = min(panels, shape.columns)
     rows = -(-panels // columns)
-    figure = Figure(figsize=(3 + 4.8 * columns, 0.8 + 3.8 * rows), layout="constrained")
+    width, height = shape.panel
+    figure = Figure(figsize=(shape.beside + width * columns, 0.8 + height * rows), layout="constrained")
     axes = list(figure.subplots(rows, columns, sharey=True, squeeze=False).flat)
     for axis in axes[panels:]:
         axis.remove()
@@ -244,10 +280,10 @@ def _with_intervals(axis: Axes, xs: Sequence[float], group: Sequence[Summary], a
         artist.set_transform(moved)
 
 
-def _budgets_below(axis: Axes, summaries: list[Summary]) -> None:
+def _budgets_below(axis: Axes, summaries: list[Summary], shape: Shape) -> None:
     budgets = sorted({_tokens(summary.setting) for summary in _bounded(summaries)})
     _ticks_below(axis, {budget: f"{budget:,.0f}" for budget in budgets}, wide=4)
-    axis.set_xlabel("budget (tokens for each row, layer and KV head)")
+    axis.set_xlabel(fill("budget (tokens for each row, layer and KV head)", shape.characters))
 
 
 def _ticks_below(axis: Axes, ticks: dict[float, str], wide: float) -> None:
@@ -264,16 +300,19 @@ def _accuracy_beside(axes: list[Axes]) -> None:
 
     for axis in axes:
         axis.tick_params(labelleft=True)
-    for axis in axes[::COLUMNS]:
+    for axis in axes[:: axes[0].get_gridspec().ncols]:  # type: ignore[union-attr]
         axis.set_ylabel("accuracy (bars: 95 % intervals)")
     axes[0].set_ylim(bottom=0)
     axes[0].yaxis.set_major_formatter(PercentFormatter(1))
 
 
-def _legend(figure: Figure, title: str = "") -> None:
-    """Draw a legend beside the panels. Each label appears once."""
+def _legend(figure: Figure, shape: Shape, title: str = "") -> None:
+    """Draw a legend beside or below the panels. Each label appears once."""
     entries: dict[str, Artist] = {}
     for axis in figure.axes:
         entries |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.set_figheight(max(figure.get_figheight(), 1 + 0.2 * len(entries)))
-    figure.legend(entries.values(), entries, loc="outside right upper", title=title, fontsize=9)
+    if shape.beside:
+        figure.set_figheight(max(figure.get_figheight(), 1 + 0.2 * len(entries)))
+    else:
+        figure.set_figheight(figure.get_figheight() + 0.2 * len(entries))
+    figure.legend(entries.values(), entries, loc=shape.legend, title=title, fontsize=9)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from ..common.reporting import markdown
+from ..common.reporting import Cell, Table
 from ..common.statistics import clustered_interval
 from .rows import Row, by_setting
 from .settings import Setting, common_options
@@ -123,6 +124,13 @@ def table(summaries: list[Summary], **more: list[str]) -> str:
     Args:
         more: additional columns: name -> one cell per setting.
     """
+    shown = table_of(summaries)
+    lines = [[*line, *map(Cell, cells)] for line, *cells in zip(shown.lines, *more.values(), strict=True)]
+    return str(Table([*shown.header, *more], lines, shown.note))
+
+
+def table_of(summaries: list[Summary]) -> Table:
+    """The table of `table`, before it is text."""
     counts = {summary.samples for summary in summaries}
     several = any(count > 1 for count in counts)
     k = str(max(counts)) if len(counts) == 1 else "k"
@@ -131,22 +139,23 @@ def table(summaries: list[Summary], **more: list[str]) -> str:
     header += ["tokens", "truncated", "tokens/s", "peak KV", "mean KV", "evicted"]
     common = common_options(summary.setting for summary in summaries)
     lines = []
-    for summary in summaries:
-        low, high = summary.interval
-        budget = budget_text(summary.setting.budget) + f" (exceeded in {summary.over_budget} rows)" * bool(
-            summary.over_budget
-        )
-        votes = [f"{summary.pass_at(summary.samples):.1%}", f"{summary.majority:.1%}"] if several else []
-        if k == "k":  # an unfinished run
-            votes = [f"{cell} (k = {summary.samples})" for cell in votes]
+    for one in summaries:
+        low, high = one.interval
+        budget = budget_cell(one.setting.budget)
+        if one.over_budget:
+            budget = budget._replace(text=f"{budget.text} (exceeded in {one.over_budget} rows)")
+        votes = (one.pass_at(one.samples), one.majority) if several else ()
+        of_k = f" (k = {one.samples})" * (k == "k")  # an unfinished run
+        truncated = one.truncated / one.rows
         lines.append([
-            summary.setting.label_but(common), budget, budget_text(summary.decode_budget),
-            f"{summary.accuracy:.1%} ({low:.1%} to {high:.1%})", *votes, f"{summary.mean_tokens:,.0f}",
-            f"{summary.truncated / summary.rows:.1%}", f"{summary.tokens_per_second:,.0f}", f"{summary.kv_bytes:,}",
-            f"{summary.mean_kv_bytes:,.0f}", f"{summary.evictions:,.0f}",
+            Cell(one.setting.label_but(common)), budget, budget_cell(one.decode_budget),
+            Cell(f"{one.accuracy:.1%} ({low:.1%} to {high:.1%})", one.accuracy),
+            *(Cell(f"{vote:.1%}{of_k}", vote) for vote in votes),
+            Cell(f"{one.mean_tokens:,.0f}", one.mean_tokens), Cell(f"{truncated:.1%}", truncated),
+            Cell(f"{one.tokens_per_second:,.0f}", one.tokens_per_second), Cell(f"{one.kv_bytes:,}", one.kv_bytes),
+            Cell(f"{one.mean_kv_bytes:,.0f}", one.mean_kv_bytes), Cell(f"{one.evictions:,.0f}", one.evictions),
         ])  # fmt: skip
-    text = markdown([*header, *more], [[*line, *cells] for line, *cells in zip(lines, *more.values(), strict=True)])
-    return text + f"\n\nUnless said otherwise: {', '.join(common)}." * bool(common)
+    return Table(header, lines, note_of(common))
 
 
 def versions(settings: Mapping[str, Any], rows: Iterable[Row]) -> str:
@@ -161,11 +170,17 @@ def versions(settings: Mapping[str, Any], rows: Iterable[Row]) -> str:
     return ", ".join([*devices, *packages, *ours])
 
 
-def budget_text(budget: float | tuple[float, ...] | None) -> str:
-    """A budget in a table: tokens, tokens by layer, or `"all"`."""
+def budget_cell(budget: float | tuple[float, ...] | None) -> Cell:
+    """A budget in a table: tokens, tokens by layer, or `"all"`. It sorts by the mean over the layers, `"all"` last."""
     if budget is None:
-        return "all"
-    return " / ".join(f"{tokens:,.0f}" for tokens in (budget if isinstance(budget, tuple) else (budget,)))
+        return Cell("all", math.inf)
+    by_layer = budget if isinstance(budget, tuple) else (budget,)
+    return Cell(" / ".join(f"{tokens:,.0f}" for tokens in by_layer), fmean(by_layer))
+
+
+def note_of(common: list[str]) -> str:
+    """The note below a table whose settings share these options; empty without options."""
+    return f"Unless said otherwise: {', '.join(common)}." * bool(common)
 
 
 def _summary(rows: list[Row]) -> Summary:

@@ -182,6 +182,23 @@ def read_rows(folder: Path) -> list[Row]:
     return read_rows_of(folder, Row)
 
 
+def read_results(folder: Path) -> list[Row]:
+    """Read the rows of a folder that must have some.
+
+    Raises:
+        ValueError: the folder contains no rows.
+    """
+    rows = read_rows(folder)
+    if not rows:
+        raise no_results(folder)
+    return rows
+
+
+def no_results(folder: Path) -> ValueError:
+    """The error for a folder without results."""
+    return ValueError(f"folder='{folder}' contains no results: run raas-cache eval --out {folder} first.")
+
+
 def read_rows_of(folder: Path, kind: type[AnyRow]) -> list[AnyRow]:
     """Read the rows of a folder, from all processes.
 

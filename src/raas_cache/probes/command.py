@@ -8,9 +8,10 @@ from typing import Annotated
 import typer
 
 from ..common import arguments
+from ..eval.model_options import Base, DeviceMap, Dtype, ModelName, Quantize, dtype_of, load
 from ..eval.runner import processes
 from ..eval.settings import parse_methods, rivals_of, settings
-from ..fidelity.command import Dtype, ModelName, PageSize, budgets_of, load_model
+from ..fidelity.command import PageSize, budgets_of
 from . import measure
 from .stories import PROBES
 
@@ -36,7 +37,10 @@ def probe(
     ] = None,
     page_size: PageSize = 16,
     batch_size: Annotated[int, typer.Option(min=1, help="Largest number of texts in a batch.")] = 1,
+    base: Base = None,
     dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    quantize: Quantize = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -57,9 +61,9 @@ def probe(
             measure.check_name(name)
     with arguments.refusing():
         state = processes()
-    precision = arguments.dtype(dtype or ("bfloat16" if state.device.type == "cuda" else "float32"))
+    precision = dtype_of(dtype)
     with arguments.folder("--out", out), arguments.plain_warnings():
-        network, tokenizer = load_model(model, precision)
+        network, tokenizer = load(model, precision, base=base, device_map=device_map, quantize=quantize)
         for name in chosen:
             with arguments.refusing("--model", out="--out", folder="--out", tokens="--tokens"):
                 found = measure.probe(

@@ -45,6 +45,11 @@ class Piece:
     title: str
 
 
+def plain(text: str) -> str:
+    """Text for HTML, also inside quotes. It is ASCII, so that a file does not need to state its encoding."""
+    return escape(text).encode("ascii", "xmlcharrefreplace").decode()
+
+
 def of_text(prompt: Sequence[Piece], generated: Sequence[Piece], heads: str) -> Html:
     """The text of a sequence. A token is shaded by how long it was kept, and struck out if it was evicted.
 
@@ -131,8 +136,7 @@ def _bar(pages: tuple[int, ...], widest: int) -> str:
 def _marked(pieces: Sequence[Piece]) -> str:
     marked = []
     for piece in pieces:
-        # ASCII only, so that a file does not need to state its encoding.
-        text, title = (escape(said).encode("ascii", "xmlcharrefreplace").decode() for said in (piece.text, piece.title))
+        text, title = plain(piece.text), plain(piece.title)
         tag = "del" if piece.is_evicted else "span"
         marked.append(f'<{tag} title="{title}" style="background:rgba({GREY},{0.6 * piece.kept:.2f})">{text}</{tag}>')
     return "".join(marked)

@@ -11,8 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from raas_cache import from_name
-from raas_cache.cache import captured_step
-from raas_cache.cache.captured_step import CapturedStep, can_capture, captured_forward
+from raas_cache.common import captured_step
+from raas_cache.common.captured_step import CapturedStep, can_capture, captured_forward
 
 from ..helpers import generate, prompt, tiny_model
 

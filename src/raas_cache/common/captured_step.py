@@ -11,9 +11,9 @@ import torch
 from transformers import Cache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ..common.upstream import CACHE_ARGUMENT
-from .paged_cache import PagedCache
-from .paged_layer import PagedLayer, holding_pages
+from ..cache.paged_cache import PagedCache
+from ..cache.paged_layer import PagedLayer, holding_pages
+from .upstream import CACHE_ARGUMENT
 
 
 EAGER_STEPS = 3
