@@ -8,7 +8,7 @@ from importlib.metadata import distribution
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from raas_cache import RaaSCache, embedded_model, load_model, pretrained
 from raas_cache.models import load as module
@@ -82,6 +82,11 @@ class TestAdapters:
         inputs = tokenizer("v1 3 v2 4", return_tensors="pt")
         out = model.generate(**inputs, past_key_values=RaaSCache(budget=192), max_new_tokens=2)
         assert out.shape[1] == inputs["input_ids"].shape[1] + 2
+
+    def test_its_generation_config_is_taken(self, adapter):
+        folder, _ = adapter
+        GenerationConfig(eos_token_id=[3, 5]).save_pretrained(folder)
+        assert load_model(str(folder))[0].generation_config.eos_token_id == [3, 5]
 
     @pytest.mark.parametrize("base", ["chain_reasoner", "embedded"])
     def test_a_base_of_pretrained_by_name(self, adapter, base):

@@ -48,8 +48,20 @@ def test_a_quantized_model_becomes_a_plain_model(home, tmp_path, monkeypatch, na
         read.setdefault("gguf" if gguf_file else "plain", model)
         return model
 
+    # transformers 5.17 takes the start of a turn for its end.
+    read_tokenizer = AutoTokenizer.from_pretrained
+
+    def mistaken(*args, **options):
+        tokenizer = read_tokenizer(*args, **options)
+        if "gguf_file" in options:
+            tokenizer.eos_token = tokenizer.bos_token
+        return tokenizer
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", mistaken)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", keep)
     model, tokenizer = raas_cache.pretrained(name)
+    assert tokenizer.eos_token == {"smollm2": "<|im_end|>", "gemma3-270m": "<eos>"}[name]
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
     (folder,) = (home / "raas-cache").glob(f"{name}-*")
     assert not hasattr(model.config, "quantization_config") and model.dtype == torch.float32 and not model.training
     inputs = tokenizer(text, return_tensors="pt")

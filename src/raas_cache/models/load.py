@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -129,6 +129,8 @@ def _load_adapter(name: str, base: str, dtype: torch.dtype | str, device_map: An
         # 3. Fine-tuning may have added tokens or another chat template.
         if (Path(name) / "tokenizer_config.json").exists():
             tokenizer = AutoTokenizer.from_pretrained(name)
+        if (Path(name) / "generation_config.json").exists():  # and another end token
+            merged.generation_config = GenerationConfig.from_pretrained(name)
     except Exception as error:  # peft raises many kinds of errors
         raise _unloadable(name, error) from error
     return merged.eval(), tokenizer

@@ -139,6 +139,7 @@ def load_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a GGUF file as a model with float32 weights that can be saved, and its tokenizer."""
     options: dict[str, Any] = {"gguf_file": path.name}
     tokenizer = AutoTokenizer.from_pretrained(path.parent, **options)
+    _name_special_tokens(tokenizer, path)
     # Later releases keep the weights packed if they find a kernel for them. `GgufConfig` is new in these releases.
     if packed := getattr(transformers, "GgufConfig", None):
         options["quantization_config"] = packed(dequantize=True)
@@ -147,4 +148,16 @@ def load_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     values.pop("quantization_config", None)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(type(quantized.config)(**values), dtype=torch.float32)
     model.load_state_dict(quantized.state_dict())
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
     return model, tokenizer
+
+
+def _name_special_tokens(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """Take the special tokens from the GGUF file: transformers 5.17 gives SmolLM2 the start of a turn as its end."""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(path).fields
+    for role, name in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        field = fields.get(f"tokenizer.ggml.{name}_token_id")
+        if field is not None:
+            setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(int(field.contents())))

@@ -2,8 +2,9 @@
 
 `load.py` finds and reads the rows, `registry.py` has one entry (`hub_set.py`) per named data set, and `task.py` defines
 a task. The other files make tasks from rows: `maths.py` (a number or an expression), `multiple_choice.py` (a letter),
-`programs.py` (code that must pass tests, which `run_program.py` runs in the process `program_process.py`) and
-`chain.py` (the task of the embedded model). `columns.py` reads and checks columns.
+`programs.py` (code that must pass tests, which `run_program.py` runs in the process `program_process.py`), `chain.py`
+(the task of the embedded model) and `word_problem.py` (the task of the adapter in `examples`). `columns.py` reads and
+checks columns.
 """
 
 from .chain import chain_task

@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from ...common.extras import require
-from .. import chains, textfiles
+from .. import chains, textfiles, word_problems
 from .chain import chain_task
 from .hub_set import HubSet
 from .maths import maths_task
 from .registry import HUB_SETS
 from .task import Task
+from .word_problem import word_problem_task
 
 
 CHAIN_LINES = 50
 CHAIN_PROBLEMS = 100
+PEOPLE = 44
 LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -31,11 +33,13 @@ def load_task(name: str, limit: int | None = None, seed: int = 0, *, run_code: b
             - `NAME=FILE`: the same task from a local file with the same columns, such as `gpqa-diamond=rows.jsonl`
             - an `org/name` on the Hub (split `test`), or a local file, with a column `problem`, `question` or `prompt`,
               and a column `answer`. Answers are marked as in MATH-500
-            - `"chains"` for problems of the embedded model with 50 lines (`"chains-20"`: 20 lines).
+            - `"chains"` for problems of the embedded model with 50 lines (`"chains-20"`: 20 lines)
+            - `"word-problems"` and `"word-problems-once"` for the adapter in `examples/word_problem_solver`, problems
+              about 44 people (`"word-problems-30"`: 30 people).
 
             Files are `.jsonl`, `.json`, `.csv` or `.parquet`.
-        limit: use only the first rows. For chains, the number of problems (100 by default).
-        seed: seed of the chain problems.
+        limit: use only the first rows. For chains and word problems, the number of problems (100 by default).
+        seed: seed of the chains and the word problems.
         run_code: allow marks that run the code that the model writes, on this machine and as this user, with limits of
             time and memory but without a sandbox. LiveCodeBench needs it.
 
@@ -48,6 +52,10 @@ def load_task(name: str, limit: int | None = None, seed: int = 0, *, run_code: b
         raise ValueError(f"limit={limit} must be at least 1.")
     if chain := re.fullmatch(r"chains(?:-(\d+))?", name):
         return chain_task(chains.problems(limit or CHAIN_PROBLEMS, int(chain[1] or CHAIN_LINES), seed), name)
+    if words := re.fullmatch(r"word-problems(-once)?(?:-(\d+))?", name):
+        family: word_problems.Family = "once" if words[1] else "restated"
+        sample = word_problems.problems(limit or CHAIN_PROBLEMS, int(words[2] or PEOPLE), family, seed)
+        return word_problem_task(sample, name, family)
     label, file, entry = _find(name)
     if entry.runs_code and not run_code:
         raise ValueError(
@@ -78,8 +86,12 @@ def _find(name: str) -> tuple[str, Path | None, HubSet]:
         raise ValueError(f"dataset={name!r} must name a {', '.join(LOADERS)} file after the '='.")
     if "/" in name:
         return label, None, entry
-    near = difflib.get_close_matches(name, [*HUB_SETS, "chains"], n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"use {', '.join(HUB_SETS)}, chains, org/name, or a .jsonl file."
+    near = difflib.get_close_matches(name, [*HUB_SETS, "chains", "word-problems"], n=1)
+    hint = (
+        f"did you mean {near[0]!r}?"
+        if near
+        else f"use {', '.join(HUB_SETS)}, chains, word-problems, org/name, or a .jsonl file."
+    )
     raise ValueError(f"dataset={name!r} is not a data set: {hint}")
 
 

@@ -1,10 +1,11 @@
-"""Train a LoRA adapter with which SmolLM2-135M-Instruct solves the word problems of `raas_cache.eval.stories`.
+"""Train a LoRA adapter with which SmolLM2-135M-Instruct solves the word problems of `raas_cache.eval.word_problems`.
 
-    python examples/train_story_reasoner.py --out examples/story_reasoner
+    python examples/train_word_problems.py --out examples/word_problem_solver
 
-Training takes a few minutes on an H100. It uses dense attention only. Problems become longer in two stages. At the end
-the script prints, for each family of problems, the share of test problems whose whole solution is right under greedy
-decoding with dense attention. One forward over the solution tells it, because every token must be the most likely one.
+With `--seconds 225`, training took 652 steps on an H100. It uses dense attention only. Problems become longer in two
+stages. At the end the script prints, for each family of problems, the share of test problems whose whole solution is
+right under greedy decoding with dense attention. One forward over the solution tells it, because every token must be
+the most likely one.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ import typer
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from raas_cache import pretrained
-from raas_cache.eval.stories import FAMILIES, stories
+from raas_cache.eval.word_problems import FAMILIES, problems
 
 
 STAGES = ((24, 0.3, 26), (44, 1.0, 14))
@@ -45,8 +46,8 @@ class Batches(IterableDataset):
         ids, labels = [], []
         for family in FAMILIES:
             seed = self.seed * 1_000_000 + number
-            for story in stories(self.rows // len(FAMILIES), self.people, family, seed, split=self.split):
-                problem, solution = self.tokenizer([story.problem, story.solution])["input_ids"]
+            for one in problems(self.rows // len(FAMILIES), self.people, family, seed, split=self.split):
+                problem, solution = self.tokenizer([one.problem, one.solution])["input_ids"]
                 whole = [*problem, *solution, self.tokenizer.eos_token_id]
                 ids.append(whole[:-1])
                 labels.append([IGNORED] * (len(problem) - 1) + whole[len(problem) :])
@@ -116,7 +117,7 @@ def solved(model: PeftModel, tokenizer: PreTrainedTokenizerBase, people: int, ro
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Folder for the adapter.")] = Path("examples/story_reasoner"),
+    out: Annotated[Path, typer.Option(help="Folder for the adapter.")] = Path("examples/word_problem_solver"),
     steps: Annotated[int, typer.Option(min=2, help="Optimizer steps.")] = 1500,
     seconds: Annotated[float, typer.Option(help="End earlier, after about so many seconds.")] = float("inf"),
     rate: Annotated[float, typer.Option(help="Largest learning rate.")] = 1e-3,
@@ -168,6 +169,7 @@ def main(
     model.eval()
     model.peft_config["default"].base_model_name_or_path = "smollm2"
     model.save_pretrained(out)
+    GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id).save_pretrained(out)
     shares = {"solved": solved(model, tokenizer, STAGES[-1][0] // shrink, rows), "problems": rows}
     about = {"steps": step, "seed": seed, "rate": rate, "rank": rank, **shares, "torch": torch.__version__}
     (out / "training.json").write_text(json.dumps(about, indent=1) + "\n")

@@ -35,6 +35,8 @@ Charlotte Victoria Katherine Stephen
 """.split()  # noqa: SIM905
 TOKENS_PER_PERSON = 43
 """Tokens of a line of the solution, with the tokenizer of SmolLM2."""
+TOKENS_OF_GIVEN = 15
+"""Tokens of the line of a person whose coins the problem states."""
 FARTHEST = 32
 """The largest number of lines between a person's line and the line that compares with this person."""
 GIVEN: dict[Family, int] = {"restated": 4, "once": 12}
@@ -44,7 +46,7 @@ MOST_USES = 8
 
 
 @dataclass(frozen=True)
-class Story:
+class WordProblem:
     """A problem and its solution.
 
     Args:
@@ -58,7 +60,7 @@ class Story:
     coins: tuple[tuple[str, int], ...]
 
 
-def make_story(people: int, family: Family, rng: random.Random) -> Story:
+def make_problem(people: int, family: Family, rng: random.Random) -> WordProblem:
     """Draw a problem.
 
     Args:
@@ -92,13 +94,13 @@ def make_story(people: int, family: Family, rng: random.Random) -> Story:
     question = f"How many coins does {names[asked]} have?"
     end = f" That is everybody. {question} {names[asked]} has {coins[asked]} coins. The answer is {coins[asked]}."
     problem = f"Problem: {' '.join(facts)} {question}\nSolution:"
-    return Story(problem, "\n".join(lines) + "\n" + end, tuple(zip(names, coins, strict=True)))
+    return WordProblem(problem, "\n".join(lines) + "\n" + end, tuple(zip(names, coins, strict=True)))
 
 
-def stories(count: int, people: int, family: Family, seed: int, *, split: str = "test") -> list[Story]:
+def problems(count: int, people: int, family: Family, seed: int, *, split: str = "test") -> list[WordProblem]:
     """Draw `count` problems. Equal arguments give equal problems, and another split other problems."""
     rng = random.Random(f"{split}/{family}/{people}/{seed}")  # a string seed is the same on every platform
-    return [make_story(people, family, rng) for _ in range(count)]
+    return [make_problem(people, family, rng) for _ in range(count)]
 
 
 def coins_of(solution: str) -> list[tuple[str, int]]:
