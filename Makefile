@@ -5,7 +5,7 @@ TORCH ?= 2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test study fidelity notebooks lint types docs hub-kernel clean
+.PHONY: demo test study fidelity probes notebooks lint types docs hub-kernel clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.installed-cli
@@ -30,6 +30,11 @@ fidelity: $(VENV)/.installed-dev
 	$(FIDELITY) --budgets 25% --methods raas,window,random,quest,window:shares=$(SHARES),raas:shares=$(SHARES) \
 		--against window --recommend --out results/fidelity
 	$(FIDELITY) --budgets 75% --methods window:kv_dtype=int4 --out results/fidelity
+
+# What a model recalls with a bounded cache: the tables of docs/probes.md.
+probes: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m raas_cache.probes --budgets 25% --batch-size 8 \
+		--methods raas,window,random,quest,window:shares=$(SHARES),raas:shares=$(SHARES) --against window --out results/probes
 
 # Run each notebook from top to bottom in this environment.
 notebooks: $(VENV)/.installed-dev

@@ -16,10 +16,13 @@ import pytest
 import raas_cache
 import raas_cache.eval
 import raas_cache.fidelity
+import raas_cache.probes
 import raas_kernels
 from raas_cache.eval.rows import read_rows_of
 from raas_cache.eval.settings import common_options
 from raas_cache.fidelity import Fidelity, FidelityRow
+from raas_cache.probes import ProbeRow, Recalls
+from raas_cache.probes.results import DISTANCES
 
 
 ROOT = Path(__file__).parents[2]
@@ -96,6 +99,31 @@ def test_fidelity():
         assert row["KV bytes"] == f"{held[row['cache'].strip('`')] / held['dynamic']:.0%}"
         for name in ("budget", "loss - dynamic (95 %)", "loss - window (95 %)", "same top token"):
             assert row[name] == full[name]
+
+
+def test_probes():
+    """The tables of the page are those of the stored rows, and so are the numbers in the text."""
+    page = (ROOT / "docs" / "probes.md").read_text()
+    words, rates = " ".join(page.split()), {}
+    for name in raas_cache.probes.PROBES:
+        found = Recalls(name, read_rows_of(RESULTS / "smollm2" / "probes" / name, ProbeRow))
+        assert len(found.rows) == 7 * 16
+        for shown in (found.summary(), found.table("window"), found.by_distance()):
+            assert shown in page
+        for row in table(page, f"{name}: "):
+            rates.setdefault(row["method"].partition("=docs")[0], []).append(row["recalled"])
+        of = {one.method + ":shares" * ("shares" in one.options): one for one in found.settings}
+        pairs = [("raas", "window"), ("raas", "random"), ("raas:shares", "window:shares"), ("raas:shares", "quest")]
+        for one, other in pairs:
+            assert found.difference(of[one], of[other]).percent() in words
+        beyond = found.difference(of["raas"], of["window"], DISTANCES.index("257 to 512"))
+        assert beyond.percent() in words and beyond.is_significant == (name == "lemma-once")
+        assert not found.difference(of["raas"], of["random"]).is_significant
+        assert found.difference(of["raas:shares"], of["window:shares"]).is_significant == (name == "needle")
+    overview = table(page, "Recalled, by probe")
+    assert len(overview) == len(rates)
+    for row in overview:
+        assert [row[name] for name in raas_cache.probes.PROBES] == rates[row["method"]]
 
 
 def test_bytes_per_token(capsys):
@@ -205,7 +233,7 @@ def test_messages_in_the_code_are_in_troubleshooting():
     assert missing == {}, "give each a heading in docs/troubleshooting.md, its constant part in backticks"
 
 
-PUBLIC = [raas_cache, raas_cache.eval, raas_cache.fidelity, raas_kernels]
+PUBLIC = [raas_cache, raas_cache.eval, raas_cache.fidelity, raas_cache.probes, raas_kernels]
 
 
 @pytest.mark.parametrize("package", PUBLIC, ids=lambda package: package.__name__)

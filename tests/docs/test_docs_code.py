@@ -35,6 +35,7 @@ from typer.testing import CliRunner
 from raas_cache.cli import app
 
 from .. import kvpress_stand_in
+from ..probes import tiny
 
 
 ROOT = Path(__file__).parents[2]
@@ -49,10 +50,12 @@ STAND_INS = {
     "demo": "--model chain_reasoner --problems 1 --lines 3",
     "eval": "--dataset chains-3 --limit 2 --max-new-tokens 16",
     "fidelity": "--model chain_reasoner --data chains.jsonl --tokens 40 --page-size 4",
+    "probe": "--model reader --probe lemma-restated --tokens 160 --texts 1 --page-size 4",
     "shares": "--model chain_reasoner --data chains.jsonl --tokens 40 --budget 56 --page-size 4",
     "bench": "--model small --device cpu --seen 64 --batch 1 --budget 64 --steps 2 --mode eager",
 }
-"""Options that a command gets beside its own, of which the last one counts; models of the Hub are the embedded one."""
+"""Options that a command gets beside its own, of which the last one counts; models of the Hub are the embedded one.
+`reader` is a random model that knows the words of the probes."""
 
 
 @dataclass
@@ -113,8 +116,17 @@ class HubTokenizer:
         return self.inputs
 
 
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory):
+    """A folder with a random model that knows the words of the probes."""
+    folder, tokenizer = tmp_path_factory.mktemp("reader"), tiny.tokenizer_of("spaced")
+    tiny.model_of(tokenizer, dtype=torch.float32).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
-def offline(monkeypatch, tmp_path, tokenizer, inputs):
+def offline(monkeypatch, tmp_path, tokenizer, inputs, reader):
     """A folder to work in, the embedded model for those of the Hub, no network, and all as it was afterwards."""
 
     def refuse(*_):
@@ -147,6 +159,7 @@ def offline(monkeypatch, tmp_path, tokenizer, inputs):
     monkeypatch.chdir(tmp_path)
     (chain,) = problems(1, num_lines=4, seed=0)
     Path("chains.jsonl").write_text(json.dumps({"problem": chain.prompt, "reasoning": chain.chain}) + "\n")
+    Path("reader").symlink_to(reader)
     policies, caches, threads = dict(POLICIES), dict(CACHES), torch.get_num_threads()
     yield tmp_path
     for registry, before in ((POLICIES, policies), (CACHES, caches)):
@@ -210,8 +223,8 @@ def run_command(words):
 
             launched = get_args_parser().parse_args(arguments)
             if launched.module:
-                assert launched.training_script == "raas_cache.fidelity"
-                run_raas_cache(["fidelity", *launched.training_script_args])
+                command = {"raas_cache.fidelity": "fidelity", "raas_cache.probes": "probe"}[launched.training_script]
+                run_raas_cache([command, *launched.training_script_args])
                 return None
             know_options(launched.training_script, launched.training_script_args)
         case ["lm_eval", *arguments]:
@@ -247,6 +260,7 @@ def run_command(words):
         "raas-cache bench --copies many",
         "accelerate launch -m raas_cache.eval --no-such-option",
         "torchrun -m raas_cache.fidelity --no-such-option",
+        "torchrun -m raas_cache.no_such_room",
         "python examples/long_chain.py --no-such-option",
         "python -m raas_cache.no_such_module",
         "python -m pytest tests/no_such_file.py",
@@ -258,7 +272,7 @@ def run_command(words):
 )
 def test_a_wrong_command_fails(line, offline):
     (words,) = commands(line)
-    with pytest.raises((AssertionError, pytest.fail.Exception)):
+    with pytest.raises((AssertionError, KeyError, pytest.fail.Exception)):
         run_command(words)
 
 

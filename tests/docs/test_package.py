@@ -47,6 +47,7 @@ FLOORS = [
     {"raas_cache"},  # __init__.py and register.py
     {"eval"},
     {"fidelity"},
+    {"probes"},
     {"cli"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -1,7 +1,7 @@
 """The command line. `raas-cache demo` shows a model with a bounded cache, `eval` measures accuracy, `compare` compares
 methods pair by pair, `report` writes the results as one HTML page, `fidelity` measures what a cache changes on a given
-text, `shares` learns a share of the budget for each KV head, `plan` computes the memory of a budget, `bench` times
-decode steps, and `plot` draws the results."""
+text, `probe` measures what a model recalls, `shares` learns a share of the budget for each KV head, `plan` computes the
+memory of a budget, `bench` times decode steps, and `plot` draws the results."""
 
 import sys
 from contextlib import ExitStack
@@ -26,6 +26,7 @@ from ..eval.html_report import write_report
 from ..eval.rows import read_results
 from ..eval.settings import DYNAMIC
 from ..fidelity.command import fidelity
+from ..probes.command import probe
 from ..sizing import plan as planning
 from .demo import demo
 from .shares import shares
@@ -40,6 +41,7 @@ app: typer.Typer = typer.Typer(add_completion=False, no_args_is_help=True, rich_
 app.command()(demo)
 app.command("eval")(evaluate)
 app.command()(fidelity)
+app.command()(probe)
 app.command()(shares)
 
 

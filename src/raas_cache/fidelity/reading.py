@@ -47,6 +47,66 @@ class Reading:
     over_budget: bool
 
 
+class SideBySide:
+    """Reads texts whose chains have the same length, token by token, with several caches.
+
+    All caches take a step before any cache takes the next one, so few logits are in memory. Shorter prompts are padded
+    on the left.
+
+    Args:
+        settings: the caches that read beside `DynamicCache`.
+        pad: id of the padding token.
+
+    Attributes:
+        caches: `DynamicCache`, and then the cache of each setting.
+        targets: `[chain, rows]` int64, the token that each step predicts.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        texts: Sequence[Ids],
+        settings: Sequence[Setting],
+        pad: int,
+    ):
+        # 1. The batch: prompts padded on the left.
+        prompt = max(len(text.prompt) for text in texts)
+        padding = [prompt - len(text.prompt) for text in texts]
+        rows = [[pad] * empty + [*text.prompt, *text.chain] for empty, text in zip(padding, texts, strict=True)]
+        ids = torch.tensor(rows, device=model.device)  # [rows, prompt + chain]
+        places = torch.arange(prompt, device=model.device)
+        mask = (places >= torch.tensor(padding, device=model.device)[:, None]).long() if any(padding) else None
+        self.targets: torch.Tensor = ids[:, prompt:].T
+
+        # 2. One generator of logits for each cache.
+        dense = DynamicCache(config=model.config)
+        bounded = [setting.new_cache(model.config) for setting in settings]
+        self.caches: list[Cache] = [dense, *bounded]
+        self._readers = [
+            _reference(model, ids, prompt, dense, mask),
+            *(steps(model, ids, prompt, cache, mask, _decode(model, cache)) for cache in bounded),
+        ]
+
+    def __iter__(self) -> Iterator[Iterator[torch.Tensor]]:
+        """For each token of the chain, the logits `[rows, vocabulary]` of each cache.
+
+        Take the logits of all caches in each step, and use them in this step: the next step may overwrite them.
+        """
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "budget=.* leaves", UserWarning)  # see `is_over_budget` below
+            for _ in self.targets:
+                yield (next(reader) for reader in self._readers)
+
+    def kv_bytes(self, cache: Cache) -> int:
+        """Bytes of keys and values that a cache holds, divided by the rows."""
+        return kv_nbytes(cache) // self.targets.shape[1]
+
+
+def is_over_budget(cache: Cache) -> bool:
+    """Whether the prompt left fewer decode pages than `min_decode_pages`."""
+    return isinstance(cache, PagedCache) and cache.is_over_budget
+
+
 @torch.no_grad()
 def read_batch(
     model: PreTrainedModel,
@@ -55,58 +115,31 @@ def read_batch(
     pad: int,
     on_token: Callable[[], object] = lambda: None,
 ) -> list[list[Reading]]:
-    """Read texts whose chains have the same length, token by token, with the caches of all settings side by side.
-
-    All caches take a step before any cache takes the next one, so few logits are in memory. Shorter prompts are padded
-    on the left.
+    """Read texts with the caches of all settings side by side, and compare each cache with `DynamicCache`.
 
     Args:
-        settings: the caches to compare with `DynamicCache`.
-        pad: id of the padding token.
+        model, texts, settings, pad: as in `SideBySide`.
         on_token: called after each token.
 
     Returns:
         For `DynamicCache` and then for each setting, the readings of the texts.
     """
-    # 1. The batch: prompts padded on the left.
-    prompt, chain = max(len(text.prompt) for text in texts), len(texts[0].chain)
-    padding = [prompt - len(text.prompt) for text in texts]
-    rows = [[pad] * empty + [*text.prompt, *text.chain] for empty, text in zip(padding, texts, strict=True)]
-    ids = torch.tensor(rows, device=model.device)  # [rows, prompt + chain]
-    places = torch.arange(prompt, device=model.device)
-    mask = (places >= torch.tensor(padding, device=model.device)[:, None]).long() if any(padding) else None
+    # 1. Compare the logits of each step. Those of the first cache are the reference.
+    batch = SideBySide(model, texts, settings, pad)
+    shape = (len(batch.caches), 3, len(texts), len(batch.targets))
+    found = torch.empty(shape, dtype=torch.float64, device=model.device)
+    for step, (target, of_caches) in enumerate(zip(batch.targets, batch, strict=True)):
+        reference = log_probabilities(next(of_caches))  # [rows, vocabulary]
+        found[0, :, :, step] = _compare(reference, reference, target)
+        for number, logits in enumerate(of_caches, 1):
+            found[number, :, :, step] = _compare(reference, log_probabilities(logits), target)
+        on_token()
 
-    # 2. One generator of logits for each cache. The first one is the reference.
-    dense = DynamicCache(config=model.config)
-    bounded = [setting.new_cache(model.config) for setting in settings]
-    caches: list[Cache] = [dense, *bounded]
-    readers = [
-        _reference(model, ids, prompt, dense, mask),
-        *(steps(model, ids, prompt, cache, mask, _decode(model, cache)) for cache in bounded),
-    ]
-
-    # 3. The steps.
-    found = torch.empty(len(caches), 3, len(rows), chain, dtype=torch.float64, device=model.device)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "budget=.* leaves", UserWarning)  # a reading stores `over_budget` instead
-        for step in range(chain):
-            target = ids[:, prompt + step]  # [rows]
-            reference = _log_probabilities(next(readers[0]))  # [rows, vocabulary]
-            found[0, :, :, step] = _compare(reference, reference, target)
-            for number, reader in enumerate(readers[1:], 1):
-                found[number, :, :, step] = _compare(reference, _log_probabilities(next(reader)), target)
-            on_token()
-
-    # 4. Sums over the tokens of each cell.
+    # 2. Sums over the tokens of each cell.
     cells = [_cells(text, found[:, :, row].cpu()) for row, text in enumerate(texts)]
     return [
-        [
-            Reading(
-                of_row[number], kv_nbytes(cache) // len(rows), isinstance(cache, PagedCache) and cache.is_over_budget
-            )
-            for of_row in cells
-        ]
-        for number, cache in enumerate(caches)
+        [Reading(of_row[number], batch.kv_bytes(cache), is_over_budget(cache)) for of_row in cells]
+        for number, cache in enumerate(batch.caches)
     ]
 
 
@@ -132,7 +165,7 @@ def _reference(
         yield from logits.unbind(1)
 
 
-def _log_probabilities(logits: torch.Tensor) -> torch.Tensor:
+def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
     """`[rows, vocabulary]`, at least in float32."""
     return torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), -1)
 

@@ -10,14 +10,14 @@ import numpy as np
 
 from ..common.reporting import markdown
 from ..common.statistics import Difference, difference
-from ..eval.rows import StoredRow
 from ..eval.settings import DYNAMIC, Setting, SettingKey, common_options, rivals_of
 from ..methods.registry import CACHES, POLICIES
+from .batches import TextRow
 from .reading import DISTANCES, PARTS
 
 
 @dataclass(frozen=True)
-class FidelityRow(StoredRow):
+class FidelityRow(TextRow):
     """What one setting did to one text.
 
     Args:
@@ -176,13 +176,22 @@ class Fidelity:
         return markdown(["method", "budget", *names], lines) + self._footer()
 
     def _budget(self, setting: Setting) -> str:
-        """Tokens of the budget, and their share of the tokens of the chain."""
-        if not isinstance(setting.budget, int):
-            return "all" if setting.budget is None else " / ".join(map(str, setting.budget))
-        return f"{setting.budget:,} ({setting.budget / self.rows[0].tokens:.1%})"
+        return budget_in_words(setting, self.rows[0].tokens)
 
     def _footer(self) -> str:
-        return f"\n\nUnless said otherwise: {', '.join(self._common)}." * bool(self._common)
+        return footer(self._common)
+
+
+def budget_in_words(setting: Setting, tokens: int) -> str:
+    """Tokens of the budget, and their share of the tokens of the chain."""
+    if not isinstance(setting.budget, int):
+        return "all" if setting.budget is None else " / ".join(map(str, setting.budget))
+    return f"{setting.budget:,} ({setting.budget / tokens:.1%})"
+
+
+def footer(common: list[str]) -> str:
+    """What follows a table whose labels leave out the options in `common`."""
+    return f"\n\nUnless said otherwise: {', '.join(common)}." * bool(common)
 
 
 def constructor(setting: Setting) -> str:
