@@ -209,6 +209,19 @@ class TestResume:
         assert [len(found) for found in seen] == list(range(1, len(task.golds) + 1))
         assert {row.seconds for row in rows if row.batch == rows[0].batch} != {rows[0].seconds}
 
+    def test_marking_takes_none_of_the_seconds(self, model, tokenizer, monkeypatch):
+        """Neither of the row that is marked, nor of the rows that end later."""
+        clock = [0.0]
+
+        def mark(output, gold):
+            clock[0] += 1000
+            return output, output == gold
+
+        monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+        task = replace(mixed_lengths(4), mark=mark)
+        rows = run(model, tokenizer, task, DYNAMIC, batch_size=4)
+        assert len(rows) == 4 and clock == [4000.0] and {row.seconds for row in rows} == {0.0}
+
     def test_a_folder_of_other_rows_is_refused(self, model, tokenizer, tmp_path):
         task, wanted = chain_task(problems(2, 6, seed=0)), [Setting("dynamic")]
         run(model, tokenizer, task, wanted, out=tmp_path, about={"model": "this"})

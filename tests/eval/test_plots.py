@@ -276,8 +276,7 @@ def test_narrow_figures_hide_nothing_and_have_the_same_points():
             assert 0 <= box.x0 <= box.x1 <= figure.bbox.x1 and 0 <= box.y0 <= box.y1 <= figure.bbox.y1, name
         (legend_box,) = (one.get_window_extent() for one in figure.legends)
         assert legend_box.y1 <= min(axis.xaxis.label.get_window_extent().y0 for axis in figure.axes)
-        left = [axis.get_position().x0 for axis in figure.axes]
-        assert len({round(x, 3) for x in left}) == 1, "panels stand below each other"
+        assert len({round(axis.get_position().x0, 3) for axis in figure.axes}) == 1, "panels stand below each other"
 
 
 @pytest.mark.parametrize(

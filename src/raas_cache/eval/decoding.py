@@ -156,10 +156,13 @@ class Decoder:
         started = time.perf_counter()
 
         def finish(place: int, new: torch.Tensor, truncated: bool) -> None:
+            nonlocal started
             index, sample = rows[place]
             output: str = self.tokenizer.decode(new, skip_special_tokens=True)  # type: ignore[assignment]
-            seconds = time.perf_counter() - started  # without marking, which may run a program
+            ended = time.perf_counter()
+            seconds = ended - started
             answer, correct = self.task.mark(output, self.task.golds[index])
+            started += time.perf_counter() - ended  # marking may run a program: no row of the batch pays for it
             row = Row(
                 index=index,
                 sample=sample,
