@@ -101,6 +101,23 @@ def test_fidelity():
             assert row[name] == full[name]
 
 
+def test_fidelity_of_longer_texts():
+    page = (ROOT / "docs" / "fidelity.md").read_text()
+    for tokens, settings in ((3072, 9), (6144, 2)):
+        found = Fidelity(read_rows_of(RESULTS / "smollm2-h100" / str(tokens), FidelityRow))
+        assert len(found.settings) == settings + 1 and found.table("window") in page
+        for row in table(page, "3,072 tokens:" if tokens == 3072 else "6,144 tokens:"):
+            low, high = map(float, re.findall(r"[+-]\d\.\d+", row["loss - window (95 %)"])[1:] or (0, 0))
+            assert (low > 0) == (row["method"] == "random") and high >= 0
+
+
+def test_word_problems():
+    script = subprocess.run(
+        [sys.executable, ROOT / "examples" / "word_problem_table.py"], capture_output=True, text=True
+    )
+    assert script.stdout.strip() in (ROOT / "docs" / "evaluation.md").read_text(), script.stderr
+
+
 def test_probes():
     """The tables of the page are those of the stored rows, and so are the numbers in the text."""
     page = (ROOT / "docs" / "probes.md").read_text()
