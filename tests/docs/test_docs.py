@@ -116,6 +116,12 @@ def test_word_problems():
         [sys.executable, ROOT / "examples" / "word_problem_table.py"], capture_output=True, text=True
     )
     assert script.stdout.strip() in (ROOT / "docs" / "evaluation.md").read_text(), script.stderr
+    solved = {
+        (row["data set"], row["budget"], row["cache"]): row["solutions right"].replace("/", " of ")
+        for row in table(script.stdout, "|")
+    }
+    for budget, cache in (("2,304", "raas"), ("896", "window"), ("896", "window:shares")):
+        assert solved["word-problems-once", budget, cache] in " ".join(README.split())
 
 
 def test_probes():
