@@ -2,8 +2,8 @@
 
 python examples/word_problem_table.py
 
-The rows come from greedy decoding of 200 problems of each family in bfloat16, and with shares of the first 24 in float32
-on a CPU. Without their texts, they are in `docs/results/word-problems/rows.jsonl`. `raas-cache eval --model
+The rows come from greedy decoding of 200 problems of each family in bfloat16, and with shares of the first 24 problems
+in float32 on a CPU. Without their texts, they are in `docs/results/word-problems/rows.jsonl`. `raas-cache eval --model
 examples/word_problem_solver --dataset word-problems` measures the same on any machine.
 """
 
