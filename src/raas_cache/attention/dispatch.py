@@ -18,7 +18,6 @@ from transformers.masking_utils import sdpa_mask
 
 from ..engine.attention_inputs import Softmax
 from ..engine.forward_base import Forward
-from ..engine.traced import is_traced
 from .eager import AttentionFunction, eager_attention_forward, raas_attention_forward
 from .masks import mask_dispatcher, seen_by_new_tokens
 
@@ -124,7 +123,7 @@ def dispatcher(dense: AttentionFunction) -> AttentionFunction:
         if attended is not None:
             return attended
         assert output is not None
-        if has_gradients and not is_traced():
+        if has_gradients and not torch.compiler.is_compiling():
             output = _NoGradient.apply(output, query, key, value)  # type: ignore[no-untyped-call]
         return output.transpose(1, 2).contiguous(), None
 

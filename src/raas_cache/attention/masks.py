@@ -12,7 +12,7 @@ from ..engine.attention_inputs import Seen
 from ..engine.forward_base import Forward
 from ..engine.hide import check_same_length
 from ..engine.prefill import count_leading
-from ..engine.traced import is_traced
+from ..engine.traced import is_capturing
 
 
 def seen_by_new_tokens(mask: torch.Tensor | None, new: int, forward: Forward) -> Seen | None:
@@ -49,7 +49,7 @@ def seen_by_new_tokens(mask: torch.Tensor | None, new: int, forward: Forward) ->
     if mask.ndim == 4 and mask.shape[-1] != new:
         return _read(_split_past(mask, new, forward), new, forward.is_first)
     seen = _read(mask, new, forward.is_first)
-    if not is_traced():
+    if not (torch.compiler.is_compiling() or is_capturing()):
         mask.seen_by_new_tokens = key, seen  # type: ignore[attr-defined]
     return seen
 
@@ -78,7 +78,7 @@ def _read(mask: torch.Tensor, new: int, is_first: bool) -> Seen:
 
 def _split_past(mask: torch.Tensor, new: int, forward: Forward) -> torch.Tensor:
     """Apply the part of a 4-d mask about earlier tokens to the layer. Returns the part about the new tokens."""
-    seen = None if is_traced() else forward.seen_before
+    seen = None if torch.compiler.is_compiling() or is_capturing() else forward.seen_before
     if seen is None or mask.shape[-1] != seen + new or mask.shape[1] != 1:
         raise ValueError(
             f"attention_mask of shape {tuple(mask.shape)} covers {mask.shape[-1]} keys, but the sequence has {seen} "
@@ -103,7 +103,7 @@ def _allowed(mask: torch.Tensor) -> torch.Tensor:
 def _visible_generated(mask: torch.Tensor) -> torch.Tensor | None:
     """`[rows, 1]` bool from the 4-d mask of one token; None if it is known to be visible in all rows."""
     # No check for a bias here, because it would make the host wait for the device. The prefill has checked for it.
-    if mask.is_cuda or is_traced():
+    if mask.is_cuda or torch.compiler.is_compiling() or is_capturing():
         return _allowed(mask)[:, 0, -1]
     # All layers of a step get the same tensor, so the result is kept as an attribute, with the version of the tensor.
     version = None if mask.is_inference() else mask._version

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from transformers import PreTrainedModel
 
 from ..attention.dispatch import DISPATCHED
-from ..engine.traced import is_traced
 from .model_probe import calling_module, can_compile, generate_compiles, is_asked_by_generate
 
 
@@ -33,7 +33,7 @@ class CompiledStep:
         """
         if modes.forbid_compilation:
             return False
-        if not is_traced() and (self._suits_model is None or is_asked_by_generate()):
+        if not torch.compiler.is_compiling() and (self._suits_model is None or is_asked_by_generate()):
             model = calling_module(PreTrainedModel)
             if model is not None:
                 chosen = plan.for_model(layers, model.config)

@@ -13,7 +13,6 @@ from ..engine.attention_inputs import Expanded, Seen, Softmax
 from ..engine.forward_base import INTERRUPTED, Forward
 from ..engine.layer_settings import LayerSettings
 from ..engine.resize import RowFunction
-from ..engine.traced import is_traced
 from .paged_layer import PagedLayer
 
 
@@ -154,7 +153,7 @@ class GroupedEngine:
                 f"shares has {self.kv_heads} entries for a layer, but the layer stores {key.shape[1]} KV heads: give "
                 "one share per KV head, or one share for the whole layer."
             )
-        if not is_traced() and len({part.table.tokens for part in self.parts}) > 1:
+        if not torch.compiler.is_compiling() and len({part.table.tokens for part in self.parts}) > 1:
             raise RuntimeError(INTERRUPTED)
 
 

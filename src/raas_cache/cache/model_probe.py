@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from ..attention.dispatch import OWN_CACHE_FOR_ENCODER
 from ..engine.forward_base import INTERRUPTED
 from ..engine.rotation import Rotation
-from ..engine.traced import is_traced
+from ..engine.traced import is_capturing
 
 
 AnyModule = TypeVar("AnyModule", bound=torch.nn.Module)
@@ -210,7 +210,7 @@ def check_checkpointing() -> None:
     Raises:
         ValueError: the model that calls the cache is such a model, and gradients are enabled.
     """
-    if is_traced() or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return
     model = calling_module(PreTrainedModel)
     if model is None or not model.training:
@@ -262,7 +262,7 @@ def check_caller(cache: Cache, new: int) -> None:
         ValueError: the model attends to an encoder or an image without a separate cache, or `generate` may reach the
             length at which the model drops the cache (see `length_to_tell`).
     """
-    if is_traced():
+    if torch.compiler.is_compiling() or is_capturing():
         return
     attends_to_encoder = is_wrapped = False
     seen = cache.get_seq_length() if cache.layers else 0

@@ -13,7 +13,6 @@ from transformers.cache_utils import Cache
 from ..engine.forward import ForwardGuard
 from ..engine.layer_settings import LayerSettings
 from ..engine.policy import Policy
-from ..engine.traced import is_traced
 from . import inspection, model_probe
 from .compiled_step import CompiledStep
 from .head_groups import new_layer
@@ -258,14 +257,13 @@ class PagedCache(Cache):
     def is_compileable(self) -> bool:
         """Whether one compiled decode step, or one CUDA graph, can serve all decode steps.
 
-        It is False for a method that never evicts, with offloading, and while the cache is recorded or can roll back.
-        It is False for a model that transformers cannot compile, that has a sliding window, or that `generate` does not
-        compile (on a CPU, with `disable_compile=True`).
+        It is False for a method that never evicts, with offloading, and while the cache is recorded or can roll back,
+        and for a model that transformers or `generate` does not compile (sliding windows, CPU, `disable_compile=True`).
 
         Raises:
             ValueError: `generate` prepares a step that cannot use the cache (see `check_generate_step`).
         """
-        if not is_traced():
+        if not torch.compiler.is_compiling():
             model_probe.check_generate_step(self)
         if self.offloading or not self.settings.policy.evicts:
             return False
@@ -324,7 +322,8 @@ class PagedCache(Cache):
             ValueError: the model would drop the cache, because its RoPE changes at this length (see `length_to_tell`).
         """
         seen = super().get_seq_length(layer_idx)
-        return seen if is_traced() else model_probe.length_to_tell(seen, sys._getframe(1))
+        is_traced = torch.compiler.is_compiling() or torch.is_tensor(seen)
+        return seen if is_traced else model_probe.length_to_tell(seen, sys._getframe(1))
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """-1, because the length of the sequence has no limit."""

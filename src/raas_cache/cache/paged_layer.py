@@ -21,7 +21,7 @@ from ..engine.page_table import PageTable
 from ..engine.prefill import truncate
 from ..engine.resize import RowFunction, movable
 from ..engine.step import rank
-from ..engine.traced import is_traced
+from ..engine.traced import is_capturing
 from .model_probe import rotation_of_caller
 
 
@@ -196,7 +196,7 @@ class PagedLayer(CacheLayerMixin):
     def get_seq_length(self) -> int:
         """Number of tokens seen, with evicted tokens: the next position. A 0-d tensor under `torch.compile`."""
         table = self.table
-        if is_traced() and not table.is_empty:
+        if (torch.compiler.is_compiling() or is_capturing()) and not table.is_empty:
             return self.engine.kv.clock[0, 0, 0] + 1  # type: ignore[return-value]
         return 0 if self.engine.admits else table.length_of(self.engine.rows)
 

@@ -15,7 +15,7 @@ import torch
 import raas_kernels
 
 from ..engine.hide import check_same_length
-from ..engine.traced import is_traced
+from ..engine.traced import is_capturing
 from .model_probe import MEND
 
 
@@ -39,7 +39,7 @@ class MaskOffset(int):
 
 def tagged(offset: AnyOffset, cache: TakesMasks) -> AnyOffset | MaskOffset:
     """The offset of a mask (an int, or a 0-d tensor under `torch.compile`) with `cache` as attribute `paged_cache`."""
-    if is_traced() and not torch.is_tensor(offset):
+    if (torch.compiler.is_compiling() or is_capturing()) and not torch.is_tensor(offset):
         return offset  # a compiled first forward: there are no earlier tokens
     tag = offset if torch.is_tensor(offset) else MaskOffset(offset)
     tag.paged_cache = cache  # type: ignore[attr-defined]

@@ -22,7 +22,6 @@ from .prefill_forward import Prefill
 from .resize import uncompiled
 from .rollback import DecodeNote
 from .step import step
-from .traced import is_traced
 
 
 class Decode(StoringForward):
@@ -47,7 +46,10 @@ class Decode(StoringForward):
             new = self.key, self.value, None if visible is None else visible[:, 0].expand(len(self.key))
             self.key = self.value = None  # type: ignore[assignment]
             table = layer.table
-            if not is_traced() and table.quiet_steps and layer.rows is None:
+            is_traced = torch.compiler.is_compiling() or (
+                torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+            )
+            if not is_traced and table.quiet_steps and layer.rows is None:
                 table.quiet_steps -= 1
                 table.tokens += 1
             else:
@@ -226,7 +228,7 @@ class ForwardGuard:
         Raises:
             RuntimeError: an exception stopped the last forward, so that only some layers have its tokens.
         """
-        if not is_traced():
+        if not torch.compiler.is_compiling():
             if layer_idx <= self.layer_idx or self.layer_idx < 0:  # a forward of the model begins
                 self._tokens_before = engine.table.tokens
             elif engine.table.tokens != self._tokens_before:

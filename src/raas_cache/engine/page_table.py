@@ -14,7 +14,7 @@ from .layer_settings import LayerSettings
 from .layout import Layout
 from .resize import RowFunction, allocating, fix_addresses, map_rows, movable, new_kv, resized
 from .row_counts import RowCounts, Rows
-from .traced import is_traced
+from .traced import is_capturing
 
 
 FIRST_TOKENS = 128  # a layer starts with evictable pages for this many tokens, and allocates more when it needs them
@@ -223,7 +223,7 @@ class PageTable:
         Raises:
             RuntimeError: the step is compiled, and a row may need a page that is not allocated.
         """
-        if is_traced():
+        if torch.compiler.is_compiling() or is_capturing():
             if not self.is_full_size:
                 raise RuntimeError(NOT_PREALLOCATED)
             self.clock_moved()

@@ -1,12 +1,13 @@
-"""Whether a forward is traced, and so must not read the values of tensors."""
+"""Whether a CUDA graph records a forward."""
 
 import torch
 
 
-def is_traced() -> bool:
-    """Whether `torch.compile` traces this code, or a CUDA graph records it.
+def is_capturing() -> bool:
+    """Whether the current CUDA stream is recorded.
 
-    The code runs once, and its result runs for many steps. So it must not read a value of a tensor, and the host cannot
-    count steps.
+    Recorded code runs once, and its kernels run again for many steps, as code under `torch.compile` does. So it must
+    not read a value of a tensor, and the host cannot count steps. The check for `torch.compile` is not part of this
+    function, because `torch.compile` may compile the function by itself when an eager caller calls it.
     """
-    return torch.compiler.is_compiling() or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
