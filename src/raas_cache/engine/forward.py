@@ -46,6 +46,7 @@ class Decode(StoringForward):
             new = self.key, self.value, None if visible is None else visible[:, 0].expand(len(self.key))
             self.key = self.value = None  # type: ignore[assignment]
             table = layer.table
+            # As `is_capturing`, written out because of the cost of a call.
             is_traced = torch.compiler.is_compiling() or (
                 torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
             )

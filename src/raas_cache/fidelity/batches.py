@@ -29,9 +29,11 @@ class Source:
 
 
 class TextRow(StoredRow):
-    """What the rows of texts have in common: `text_hash` is the hash of their source."""
+    """What the rows of texts have in common: `text_hash` is the hash of their source. See `FidelityRow`."""
 
     text_hash: str
+    tokens: int
+    over_budget: bool
 
 
 AnySource = TypeVar("AnySource", bound=Source)

@@ -16,7 +16,15 @@ from .measure import measure
 from .texts import TRACES, load_texts
 
 
-# The options that `raas-cache fidelity` and `raas-cache shares` have in common.
+# The options that `raas-cache fidelity` has in common with `raas-cache probe` or `raas-cache shares`.
+Methods = Annotated[
+    str, typer.Option(help="Methods, separated by commas, with options after colons: raas:alpha=0.01:page_size=8.")
+]
+Budgets = Annotated[
+    str, typer.Option(help="Budgets, separated by commas: tokens, or shares of --tokens (25%). The prompt counts.")
+]
+Against = Annotated[str | None, typer.Option(help="A method from --methods: also compare every method with this one.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Largest number of texts in a batch.")]
 Data = Annotated[
     str, typer.Option(help="A JSONL file with problem and reasoning, or traces: twelve real chains of thought.")
 ]
@@ -30,22 +38,16 @@ PageSize = Annotated[int, typer.Option(min=1, callback=arguments.power_of_two, h
 def fidelity(
     model: ModelName = "smollm2",
     data: Data = TRACES,
-    methods: Annotated[
-        str, typer.Option(help="Methods, separated by commas, with options after colons: raas:alpha=0.01:page_size=8.")
-    ] = "raas,window,random,quest",
-    budgets: Annotated[
-        str, typer.Option(help="Budgets, separated by commas: tokens, or shares of --tokens (25%). The prompt counts.")
-    ] = "25%",
+    methods: Methods = "raas,window,random,quest",
+    budgets: Budgets = "25%",
     tokens: ChainTokens = 1024,
     rows: Rows = None,
-    against: Annotated[
-        str | None, typer.Option(help="A method from --methods: also compare every method with this one.")
-    ] = None,
+    against: Against = None,
     recommend: Annotated[
         bool, typer.Option("--recommend", help="Print the constructor call of the best bounded cache at each budget.")
     ] = False,
     page_size: PageSize = 16,
-    batch_size: Annotated[int, typer.Option(min=1, help="Largest number of texts in a batch.")] = 1,
+    batch_size: BatchSize = 1,
     base: Base = None,
     dtype: Dtype = None,
     device_map: DeviceMap = None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -61,7 +61,47 @@ def _everything(sums: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return total
 
 
-class Fidelity:
+AnyTextRow = TypeVar("AnyTextRow", bound=TextRow)
+
+
+class TextResults(Generic[AnyTextRow]):
+    """Rows by setting, with the rows of each setting in the order of the texts, so that differences are paired.
+
+    Args:
+        rows: one row per text and setting, `dynamic` included.
+    """
+
+    def __init__(self, rows: Sequence[AnyTextRow]):
+        self.rows: list[AnyTextRow] = list(rows)
+        self._groups: dict[SettingKey, list[AnyTextRow]] = {}
+        for row in self.rows:
+            self._groups.setdefault(row.setting.key, []).append(row)
+        for group in self._groups.values():
+            group.sort(key=lambda row: row.index)
+        self._common = common_options(self.settings)
+
+    @property
+    def settings(self) -> list[Setting]:
+        """The settings, in the order of their first row."""
+        return [rows[0].setting for rows in self._groups.values()]
+
+    def _budget(self, setting: Setting) -> str:
+        """Tokens of the budget, and their share of the tokens of the chain."""
+        if not isinstance(setting.budget, int):
+            return "all" if setting.budget is None else " / ".join(map(str, setting.budget))
+        return f"{setting.budget:,} ({setting.budget / self.rows[0].tokens:.1%})"
+
+    def _budget_held(self, setting: Setting) -> str:
+        """`_budget`, and in how many texts the cache exceeded it."""
+        exceeded = sum(row.over_budget for row in self._groups[setting.key])
+        return self._budget(setting) + f" (exceeded in {exceeded} texts)" * bool(exceeded)
+
+    def _footer(self) -> str:
+        """What follows a table whose labels leave out the options that all settings share."""
+        return f"\n\nUnless said otherwise: {', '.join(self._common)}." * bool(self._common)
+
+
+class Fidelity(TextResults[FidelityRow]):
     """The result of `measure`: its rows, and tables of them.
 
     Args:
@@ -70,20 +110,9 @@ class Fidelity:
     """
 
     def __init__(self, rows: Sequence[FidelityRow], too_short: int = 0):
+        super().__init__(rows)
         self.too_short: int = too_short
-        self.rows: list[FidelityRow] = list(rows)
-        self._groups: dict[SettingKey, list[FidelityRow]] = {}
-        for row in self.rows:
-            self._groups.setdefault(row.setting.key, []).append(row)
-        for group in self._groups.values():
-            group.sort(key=lambda row: row.index)  # differences are paired by text
         self._problems = [row.problem_hash for row in self._groups[DYNAMIC, None]]
-        self._common = common_options(self.settings)
-
-    @property
-    def settings(self) -> list[Setting]:
-        """The settings, in the order of their first row."""
-        return [rows[0].setting for rows in self._groups.values()]
 
     def difference(self, setting: Setting, other: Setting, cells: Cells = _everything) -> Difference:
         """The loss of `setting` less the loss of `other`, in nats per token, paired by text.
@@ -120,9 +149,7 @@ class Fidelity:
                 rival = rivals.get(setting.key)
                 found = self.difference(setting, rival) if rival else None
                 cells += [str(found), found.p_text] if found else ["-", "-"]
-            exceeded = sum(row.over_budget for row in rows)
-            budget = self._budget(setting) + f" (exceeded in {exceeded} texts)" * bool(exceeded)
-            lines.append([setting.label_but(self._common), budget, *cells])
+            lines.append([setting.label_but(self._common), self._budget_held(setting), *cells])
         return markdown(header, lines) + self._footer()
 
     def by_position(self) -> str:
@@ -174,24 +201,6 @@ class Fidelity:
             if setting.method != DYNAMIC
         ]
         return markdown(["method", "budget", *names], lines) + self._footer()
-
-    def _budget(self, setting: Setting) -> str:
-        return budget_in_words(setting, self.rows[0].tokens)
-
-    def _footer(self) -> str:
-        return footer(self._common)
-
-
-def budget_in_words(setting: Setting, tokens: int) -> str:
-    """Tokens of the budget, and their share of the tokens of the chain."""
-    if not isinstance(setting.budget, int):
-        return "all" if setting.budget is None else " / ".join(map(str, setting.budget))
-    return f"{setting.budget:,} ({setting.budget / tokens:.1%})"
-
-
-def footer(common: list[str]) -> str:
-    """What follows a table whose labels leave out the options in `common`."""
-    return f"\n\nUnless said otherwise: {', '.join(common)}." * bool(common)
 
 
 def constructor(setting: Setting) -> str:

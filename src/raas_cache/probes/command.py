@@ -11,7 +11,7 @@ from ..common import arguments
 from ..eval.model_options import Base, DeviceMap, Dtype, ModelName, Quantize, dtype_of, load
 from ..eval.runner import processes
 from ..eval.settings import parse_methods, rivals_of, settings
-from ..fidelity.command import PageSize, budgets_of
+from ..fidelity.command import Against, BatchSize, Budgets, Methods, PageSize, budgets_of
 from . import measure
 from .stories import PROBES
 
@@ -21,22 +21,16 @@ def probe(
     names: Annotated[
         str, typer.Option("--probe", help=f"Probes, separated by commas: {', '.join(PROBES)}.")
     ] = ",".join(PROBES),
-    methods: Annotated[
-        str, typer.Option(help="Methods, separated by commas, with options after colons: raas:alpha=0.01:page_size=8.")
-    ] = "raas,window,random,quest",
-    budgets: Annotated[
-        str, typer.Option(help="Budgets, separated by commas: tokens, or shares of --tokens (25%). The prompt counts.")
-    ] = "25%",
+    methods: Methods = "raas,window,random,quest",
+    budgets: Budgets = "25%",
     tokens: Annotated[
         int, typer.Option(min=1, max=arguments.LARGEST, help="Tokens of each text, without the prompt.")
     ] = 1024,
     texts: Annotated[int, typer.Option(min=1, help="Number of texts of each probe.")] = 16,
     seed: Annotated[int, typer.Option(min=0, max=arguments.LARGEST_SEED, help="Seed of the texts.")] = 0,
-    against: Annotated[
-        str | None, typer.Option(help="A method from --methods: also compare every method with this one.")
-    ] = None,
+    against: Against = None,
     page_size: PageSize = 16,
-    batch_size: Annotated[int, typer.Option(min=1, help="Largest number of texts in a batch.")] = 1,
+    batch_size: BatchSize = 1,
     base: Base = None,
     dtype: Dtype = None,
     device_map: DeviceMap = None,

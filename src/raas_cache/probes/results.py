@@ -9,9 +9,9 @@ from typing import Any
 
 from ..common.reporting import markdown
 from ..common.statistics import Difference, difference
-from ..eval.settings import DYNAMIC, Setting, SettingKey, common_options, rivals_of
+from ..eval.settings import DYNAMIC, Setting, rivals_of
 from ..fidelity.batches import TextRow
-from ..fidelity.results import budget_in_words, footer
+from ..fidelity.results import TextResults
 from .stories import PROBES
 
 
@@ -54,7 +54,7 @@ class ProbeRow(TextRow):
     loss: list[float]
 
 
-class Recalls:
+class Recalls(TextResults[ProbeRow]):
     """The result of `probe`: its rows, and tables of them.
 
     Args:
@@ -63,19 +63,8 @@ class Recalls:
     """
 
     def __init__(self, name: str, rows: Sequence[ProbeRow]):
+        super().__init__(rows)
         self.name: str = name
-        self.rows: list[ProbeRow] = list(rows)
-        self._groups: dict[SettingKey, list[ProbeRow]] = {}
-        for row in self.rows:
-            self._groups.setdefault(row.setting.key, []).append(row)
-        for group in self._groups.values():
-            group.sort(key=lambda row: row.index)  # differences are paired by text
-        self._common = common_options(self.settings)
-
-    @property
-    def settings(self) -> list[Setting]:
-        """The settings, in the order of their first row."""
-        return [rows[0].setting for rows in self._groups.values()]
 
     def recalled(self, setting: Setting, group: int | None = None) -> float:
         """The share of correct recalls.
@@ -132,10 +121,8 @@ class Recalls:
                 rival = rivals.get(setting.key)
                 found = self.difference(setting, rival) if rival else None
                 cells += [found.percent(), found.p_text] if found else ["-", "-"]
-            exceeded = sum(row.over_budget for row in rows)
-            budget = budget_in_words(setting, rows[0].tokens) + f" (exceeded in {exceeded} texts)" * bool(exceeded)
-            lines.append([setting.label_but(self._common), budget, *cells])
-        return markdown(header, lines) + footer(self._common)
+            lines.append([setting.label_but(self._common), self._budget_held(setting), *cells])
+        return markdown(header, lines) + self._footer()
 
     def by_distance(self, against: str | None = None) -> str:
         """A table of the share of correct recalls, by the tokens since the last use of the fact.
@@ -160,12 +147,11 @@ class Recalls:
         counts = [len(list(self._recalls(Setting(DYNAMIC), group))) for group in range(len(DISTANCES))]
         groups = [group for group, count in enumerate(counts) if count]
         lines = [
-            [setting.label_but(self._common), budget_in_words(setting, self.rows[0].tokens)]
-            + [cell(setting, group) for group in groups]
+            [setting.label_but(self._common), self._budget(setting)] + [cell(setting, group) for group in groups]
             for setting in settings
         ]
         header = ["method", "budget", *(f"{DISTANCES[group]} ({counts[group]:,})" for group in groups)]
-        return markdown(header, lines) + footer(self._common)
+        return markdown(header, lines) + self._footer()
 
     def _recalls(self, setting: Setting, group: int | None) -> Iterator[tuple[int, float, float]]:
         """Text, correctness and loss of each recall."""
