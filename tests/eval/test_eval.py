@@ -11,10 +11,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from raas_cache import embedded_model, list_methods
+from raas_cache import list_methods
 from raas_cache.eval import (
     Decoding,
     Setting,
@@ -40,16 +38,6 @@ DYNAMIC = [Setting("dynamic")]
 SMALL = {"page_size": 4, "min_decode_pages": 1}
 MEASURED = ("seconds",)
 """Fields of a row that are times."""
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(embedded_model())
-
-
-@pytest.fixture(scope="module")
-def model():
-    return AutoModelForCausalLM.from_pretrained(embedded_model(), dtype=torch.float32).eval()
 
 
 def mixed_lengths(count=9, seed=3):

@@ -9,9 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from raas_cache import embedded_model
 from raas_cache.eval import Decoding, Setting, chain_task, parse_methods, read_rows, run, settings
 from raas_cache.eval.chains import make_problem, problems
 from raas_cache.eval.sampling import RowSampler
@@ -25,16 +23,6 @@ CPU = torch.device("cpu")
 DYNAMIC = [Setting("dynamic")]
 HOT = Decoding(temperature=4.0, top_p=0.99, samples=3)
 PROBABILITIES = torch.tensor([0.4, 0.25, 0.0, 0.2, 0.1, 0.05])
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(embedded_model())
-
-
-@pytest.fixture(scope="module")
-def model():
-    return AutoModelForCausalLM.from_pretrained(embedded_model(), dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="module")

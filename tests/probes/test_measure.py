@@ -17,7 +17,7 @@ from raas_cache.probes import PROBES, ProbeRow, Recalls, probe
 from raas_cache.probes.results import DISTANCES, EDGES
 
 from ..helpers import refused
-from .tiny import model_of, tokenizer_of
+from .tiny import model_of
 
 
 pytest.importorskip("typer")
@@ -32,16 +32,6 @@ PAGES = {"page_size": 4, "min_decode_pages": 1}
 RAAS, WINDOW, LARGE = Setting("raas", 48, PAGES), Setting("window", 48, PAGES), Setting("raas", 512, PAGES)
 DYNAMIC = Setting("dynamic")
 OPTIONS = {"tokens": 180, "texts": 3, "batch_size": 2}
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tokenizer_of("spaced")
-
-
-@pytest.fixture(scope="module")
-def model(tokenizer):
-    return model_of(tokenizer)
 
 
 @pytest.fixture(scope="module")

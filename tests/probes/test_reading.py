@@ -9,22 +9,12 @@ from raas_cache.probes import PROBES
 from raas_cache.probes.reading import read_recalls
 from raas_cache.probes.tokens import probe_sources
 
-from .tiny import model_of, tokenizer_of
+from .tiny import model_of
 
 
 SMALL = {"page_size": 4, "min_decode_pages": 1}
 RAAS = Setting("raas", 48, SMALL)
 LARGE = Setting("window", 512, SMALL)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tokenizer_of("spaced")
-
-
-@pytest.fixture(scope="module")
-def model(tokenizer):
-    return model_of(tokenizer)
 
 
 @pytest.fixture(scope="module", params=PROBES)

@@ -38,13 +38,15 @@ class TextRow(StoredRow):
 
 AnySource = TypeVar("AnySource", bound=Source)
 AnyTextRow = TypeVar("AnyTextRow", bound=TextRow)
+AnyReading = TypeVar("AnyReading")
 
 
 def run(
     sources: Sequence[AnySource],
     settings: Sequence[Setting],
     kind: type[AnyTextRow],
-    read: Callable[[list[AnySource], list[Setting], Callable[[], object]], list[list[AnyTextRow]]],
+    read: Callable[[list[AnySource], list[Setting], Callable[[], object]], list[list[AnyReading]]],
+    row_of: Callable[[AnySource, Setting, AnyReading], AnyTextRow],
     *,
     batch_size: int,
     out: Path | str | None,
@@ -59,7 +61,8 @@ def run(
         settings: the caches. `dynamic` is always read.
         kind: the class of the rows.
         read: reads a batch with these settings, and calls its last argument after each token. Returns, for `dynamic`
-            and then for each setting, one row per text.
+            and then for each setting, one reading per text.
+        row_of: makes the row of a text and a setting from its reading.
         batch_size: largest number of texts in a batch.
         out: folder for the rows; None stores nothing. Rows that the folder already contains are not run again.
         depends_on: computes the values that all rows in a folder depend on.
@@ -95,9 +98,13 @@ def run(
         tokens = len(sources[0].ids.chain)
         with tqdm(total=len(ours) * tokens, unit="token", disable=not state.is_main_process) as bar:
             for batch in ours:
-                for of_setting in read(batch, _missing(batch, bounded, done) or [], bar.update):
-                    # A batch runs again if a row of it is missing.
-                    for row in (one for one in of_setting if one.key not in done):
+                wanted_now = _missing(batch, bounded, done) or []
+                readings = read(batch, wanted_now, bar.update)
+                for setting, of_setting in zip((Setting(DYNAMIC), *wanted_now), readings, strict=True):
+                    for source, reading in zip(batch, of_setting, strict=True):
+                        row = row_of(source, setting, reading)
+                        if row.key in done:  # a batch runs again if a row of it is missing
+                            continue
                         new.append(row)
                         if file is not None:
                             file.append(row)

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..eval import inputs
-from ..eval.settings import DYNAMIC, Setting
+from ..eval.settings import Setting
 from ..eval.tasks import hash_of
 from . import reading, texts
 from .batches import Source, pad_token, run
@@ -75,18 +75,14 @@ def measure(
     sources = _sources(data, tokenizer, tokens)
     pad = pad_token(tokenizer)
 
-    def read(batch: list[_Source], wanted: list[Setting], on_token: Callable[[], object]) -> list[list[FidelityRow]]:
-        found = read_batch(model, [source.ids for source in batch], wanted, pad, on_token)
-        return [
-            [_row(source, setting, one) for source, one in zip(batch, of_setting, strict=True)]
-            for setting, of_setting in zip((Setting(DYNAMIC), *wanted), found, strict=True)
-        ]
+    def read(batch: list[_Source], wanted: list[Setting], on_token: Callable[[], object]) -> list[list[Reading]]:
+        return read_batch(model, [source.ids for source in batch], wanted, pad, on_token)
 
     def depends_on() -> dict[str, Any]:
         code = hash_of(inspect.getsource(reading) + inspect.getsource(texts))
         return {"tokens": tokens, "reading": code, **inputs.of_model(model, tokenizer), **(about or {})}
 
-    rows = run(sources, settings, FidelityRow, read, batch_size=batch_size, out=out, depends_on=depends_on)
+    rows = run(sources, settings, FidelityRow, read, _row, batch_size=batch_size, out=out, depends_on=depends_on)
     return Fidelity(rows, len(data) - len(sources))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..eval import inputs
-from ..eval.settings import DYNAMIC, Setting
+from ..eval.settings import Setting
 from ..eval.tasks import hash_of
 from ..fidelity import reading as side_by_side
 from ..fidelity.batches import pad_token, run
@@ -82,12 +82,10 @@ def probe(
     sources = probe_sources(name, tokenizer, tokens, texts, seed)
     pad = pad_token(tokenizer)
 
-    def read(batch: list[ProbeSource], wanted: list[Setting], on_token: Callable[[], object]) -> list[list[ProbeRow]]:
-        found = read_recalls(model, batch, wanted, pad, on_token)
-        return [
-            [_row(source, setting, one) for source, one in zip(batch, of_setting, strict=True)]
-            for setting, of_setting in zip((Setting(DYNAMIC), *wanted), found, strict=True)
-        ]
+    def read(
+        batch: list[ProbeSource], wanted: list[Setting], on_token: Callable[[], object]
+    ) -> list[list[RecallReading]]:
+        return read_recalls(model, batch, wanted, pad, on_token)
 
     def depends_on() -> dict[str, Any]:
         files = (side_by_side, reading, stories, token_places, words)
@@ -95,7 +93,7 @@ def probe(
         texts_of = {"probe": name, "tokens": tokens, "seed": seed}
         return {**texts_of, "reading": code, **inputs.of_model(model, tokenizer), **(about or {})}
 
-    rows = run(sources, settings, ProbeRow, read, batch_size=batch_size, out=out, depends_on=depends_on)
+    rows = run(sources, settings, ProbeRow, read, _row, batch_size=batch_size, out=out, depends_on=depends_on)
     return Recalls(name, rows)
 
 
