@@ -119,6 +119,10 @@ class PageTable:
         """Number of tokens seen, in the row that has seen the most."""
         return int(self.counts.lengths.max(initial=0))
 
+    def has_decoded(self, rows: Rows | None) -> bool:
+        """Whether one of `rows` has a decode token."""
+        return self.is_decoding and (rows is None or bool(self.counts.decoded[rows.on_host].any()))
+
     def length_of(self, rows: Rows | None) -> int:
         """Number of tokens seen, in the row of `rows` that has seen the most."""
         return self.length if rows is None else int(self.counts.lengths[rows.on_host].max(initial=0))
@@ -148,7 +152,7 @@ class PageTable:
 
     def check_same_use(self, key: torch.Tensor, value: torch.Tensor, rows: Rows | None) -> None:
         """Raise a ValueError if rows, heads, head sizes, dtypes or device differ from the stored tokens."""
-        expected = (self.batch_size if rows is None else len(rows.on_host), *self.signature[1:])
+        expected = (self.batch_size if rows is None else len(rows.on_device), *self.signature[1:])
         given_batch, heads, _, head_size = key.shape
         given = (given_batch, heads, head_size, value.shape[-1], key.dtype, value.dtype, key.device)
         if expected == given:
@@ -223,7 +227,8 @@ class PageTable:
         Raises:
             RuntimeError: the step is compiled, and a row may need a page that is not allocated.
         """
-        if torch.compiler.is_compiling() or is_capturing():
+        is_unknown = rows is not None and rows.on_host is None
+        if is_unknown or torch.compiler.is_compiling() or is_capturing():
             if not self.is_full_size:
                 raise RuntimeError(NOT_PREALLOCATED)
             self.clock_moved()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import torch
 
@@ -18,7 +20,7 @@ class Places:
 
     The tokens of a row first fill its last pinned page, and then new pages. The new pages follow the pinned pages if
     the row has no decode token yet. Otherwise they follow all pages that the row uses or may use for decode tokens.
-    With `prompt="evict"`, the tokens start in a new page.
+    With `prompt="evict"`, the sink is the only pinned page after a prefill, and counts as full.
 
     Args:
         rows: int64 `[rows]`, the rows that the forward touches.
@@ -28,7 +30,7 @@ class Places:
     """
 
     def __init__(self, table: PageTable, rows: np.ndarray, new: int, leading: np.ndarray):
-        counts, size, is_kept = table.counts, table.page_size, table.settings.prompt != "evict"
+        counts, size = table.counts, table.page_size
         self.new, self.page_size = new, size
         # 1. Tokens without padding.
         self.dropped = np.where(counts.hold_nothing[rows], leading, 0)
@@ -36,7 +38,7 @@ class Places:
         self.begins = counts.hold_nothing[rows] & (self.stored > 0)  # whether the row's first token is among them
         # 2. The rest of the last pinned page.
         prefilled = counts.prefilled[rows]
-        self.room = np.minimum(-prefilled % size if is_kept else 0 * prefilled, self.stored)
+        self.room = np.minimum(-prefilled % size, self.stored)
         columns = np.arange(counts.pinned.shape[1])
         last = np.where(counts.pinned[rows], columns, 0).max(1, initial=0)
         self.tail = last * size + prefilled % size
@@ -44,6 +46,14 @@ class Places:
         self.pages = -(-(self.stored - self.room) // size)
         self.is_fresh = (counts.decoded[rows] == 0) & (counts.released[rows] == 0)
         self.base = np.where(self.is_fresh, counts.pinned_pages[rows], _end_of_pages(table, rows))
+
+    def of_whole_prompt(self, prefilled: int) -> Places:
+        """The places of all `prefilled` tokens of a prompt of which these are the last ones, in the only row."""
+        whole = copy.copy(self)
+        whole.base, whole.begins = np.zeros_like(self.base), np.ones_like(self.begins)
+        whole.stored = np.full_like(self.stored, prefilled)
+        whole.pages = -(-whole.stored // self.page_size)
+        return whole
 
     @property
     def pages_needed(self) -> int:

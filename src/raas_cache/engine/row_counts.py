@@ -13,11 +13,11 @@ class Rows:
     """Some of a batch's rows.
 
     Args:
-        on_host: int64 `[rows]`.
+        on_host: int64 `[rows]`; None if only the device knows them, in a step that a CUDA graph repeats.
         on_device: int64 `[rows]`, for the kernels.
     """
 
-    on_host: np.ndarray
+    on_host: np.ndarray | None
     on_device: torch.Tensor
 
     @classmethod
