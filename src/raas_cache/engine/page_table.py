@@ -227,8 +227,7 @@ class PageTable:
         Raises:
             RuntimeError: the step is compiled, and a row may need a page that is not allocated.
         """
-        is_unknown = rows is not None and rows.on_host is None
-        if is_unknown or torch.compiler.is_compiling() or is_capturing():
+        if torch.compiler.is_compiling() or is_capturing() or not (rows is None or rows.is_known):
             if not self.is_full_size:
                 raise RuntimeError(NOT_PREALLOCATED)
             self.clock_moved()

@@ -187,7 +187,7 @@ class RowCache(PagedAttentionCache):
             if future.has_new_token:
                 drawing.append((state.request_id, past + future.query_length))
         self.draws.set(drawing)
-        self.batch = PackedBatch.of(decoding, prompts, self.device)
+        self.batch = PackedBatch.of(decoding, prompts, self.store.device)
 
     def extend_read_and_write_indices(
         self,

@@ -11,11 +11,9 @@ from ..cache.paged_cache import PagedCache
 from ..cache.paged_layer import PagedLayer
 from ..common.upstream import CACHE_ARGUMENT
 from ..engine.page_table import PageTable
+from .continuous import DEFAULT_ROWS
 from .row_plan import usual_row
 from .row_store import RowStore
-
-
-DEFAULT_ROWS = 32
 
 
 @dataclass(frozen=True)
