@@ -47,12 +47,12 @@ def answers(manager, asked, at_random=True, **options):
     return [found[name] for name in ids]
 
 
-def alone(model, prompt, new, method, budget=32, **options):
+def alone(model, ids, new, method, budget=32, **options):
     """The tokens that `generate` gives for one request, and the number of evictions."""
     cache = from_name(method, budget, **{**OPTIONS, **options})
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "budget=.* leaves", UserWarning)
         output = model.generate(
-            torch.tensor([prompt]), past_key_values=cache, max_new_tokens=new, do_sample=False, pad_token_id=0
+            torch.tensor([ids]), past_key_values=cache, max_new_tokens=new, do_sample=False, pad_token_id=0
         )
-    return output[0, len(prompt) :].tolist(), cache.evictions
+    return output[0, len(ids) :].tolist(), cache.evictions

@@ -77,7 +77,8 @@ class RowCache(PagedAttentionCache):
         self.layer_to_allocator: dict[int, Any] = {}
         self.pool = CachePool(0, 2)
         self.num_blocks, self.bytes_per_sector = rows, 1
-        self.read_cache_limit = self.max_tokens_read = 0
+        # Rows need no index of slots. The scheduler ends a batch when no such index is left, so one is.
+        self.read_cache_limit, self.max_tokens_read = 0, 1
         for index, (kind, layers) in enumerate(group_layers_by_attn_type(config).items()):
             if kind == FULL_ATTENTION:
                 allocator: Any = RowAllocator(index=index, tokens_per_page=store.page_size, num_blocks=0)

@@ -56,8 +56,10 @@ def rows_of(
             )
         key, value = part.table.states()
         examples.append(_Example(key[:, :, :1].clone(), value[:, :, :1].clone()))
-        rotation = part.engine.rotation
-        part.reset()
+    rotations = [part.engine.rotation for part in parts]
+    for layer in layers.values():
+        layer.reset()
+    for part, rotation in zip(parts, rotations, strict=True):
         part.engine.rotation = rotation
     # 2. Pages of each pool.
     tables = [part.table for part in parts]
