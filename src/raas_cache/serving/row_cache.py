@@ -67,7 +67,7 @@ class RowCache(PagedAttentionCache):
         draws: Draws,
     ):
         self.store, self.config, self.dtype, self.device = store, config, dtype, store.device
-        self.draws = draws
+        self.draws, self._first_layer = draws, min(store.layers)
         self.max_batch_tokens, self.max_requests = max_batch_tokens, rows
         self.batch = PackedBatch(None, ())
         self.max_blocks_per_request = 1 if has_block_table else 0
@@ -224,10 +224,10 @@ class RowCache(PagedAttentionCache):
         if layer is None:
             updated: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, layer_idx, kwargs)
             return updated
-        batch, block_table = self.batch, kwargs.get("block_table")
-        if block_table is not None:
+        block_table = kwargs.get("block_table")
+        if block_table is not None and layer_idx == self._first_layer:
             rows = block_table[0, :, 0].long()  # [tokens], -1 for padding
-            batch = PackedBatch.decoding(torch.where(rows < 0, SPARE, rows))
-        forward = PackedForward(layer, key_states, value_states, batch)
+            self.batch = PackedBatch.decoding(torch.where(rows < 0, SPARE, rows))
+        forward = PackedForward(layer, key_states, value_states, self.batch)
         key_states.paged_forward = value_states.paged_forward = forward  # type: ignore[attr-defined]
         return key_states, value_states
