@@ -40,8 +40,8 @@ class PageTable:
     A decode step writes into buffers that keep their address, and advances the clock on the device, so that a compiled
     step or a CUDA graph can repeat without the host. The `counts` on the host are updated when they are read.
 
-    With `use_pool`, keys and values lie in a pool of blocks, which all rows share and which is allocated once. A row has
-    the pages that `raas_cache.engine.reserve.reserve` took for it, and needs no more memory until it is released.
+    With `use_pool`, keys and values lie in a pool of blocks, which all rows share and which is allocated once. A row
+    has the pages that `raas_cache.engine.reserve.reserve` took for it, and needs no more memory until it is released.
 
     A method that changes sizes allocates all new buffers before it assigns the first. If memory runs out, nothing has
     changed.
@@ -287,13 +287,14 @@ class PageTable:
         counts, pages = self._counts, 0
         opening = np.zeros(self.batch_size, bool)
         opening[touched] = counts.decoded[touched] % self.page_size == 0
+        if self.blocks is not None:
+            reserved = self.blocks.reserved
+            decode_pages = reserved - counts.pinned_pages
+            for row in np.flatnonzero(opening & (self.opened >= decode_pages) & (counts.limit > decode_pages))[:1]:
+                raise RuntimeError(NOT_RESERVED.format(row=row, reserved=reserved[row], needed=reserved[row] + 1))
+            return
         for row in np.flatnonzero(opening | self.preallocates):
             limit, pinned_pages = int(counts.limit[row]), int(counts.pinned_pages[row])
-            if self.blocks is not None:
-                reserved = int(self.blocks.reserved[row])
-                if self.opened[row] >= reserved - pinned_pages and limit > reserved - pinned_pages:
-                    raise RuntimeError(NOT_RESERVED.format(row=row, reserved=reserved, needed=reserved + 1))
-                continue
             allocated = self.num_pages - pinned_pages
             if self.preallocates or (allocated < limit and self.opened[row] >= allocated):
                 pages = max(pages, pinned_pages + self.pages_to_allocate(allocated + 1, limit))

@@ -37,8 +37,9 @@ def reserve(table: PageTable, row: int, pages: int, shared_from: tuple[int, int]
         full = 0 if table.settings.prompt == "evict" or counts.padding[source] else counts.prefilled[source]
         if shared > min(pages, full // table.page_size) or not counts.pinned[source, :shared].all():
             raise ValueError(
-                f"shared_from={shared_from}: row {row} reserves {pages} pages, and can share at most so many full pages of "
-                f"the prompt of row {source}, which has no left padding and is not evicted (prompt='pin' or 'select')."
+                f"shared_from={shared_from}: row {row} reserves {pages} pages, and can share at most as many full "
+                f"pages of the prompt of row {source}. This prompt must have no left padding. Its pages must stay: use "
+                "prompt='pin' or 'select'."
             )
     # 2. Blocks on the host, and pages of all rows for them.
     taken = blocks.pool.take(pages - shared)
