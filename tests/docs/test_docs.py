@@ -134,6 +134,11 @@ def test_fidelity_of_longer_texts():
     eighth, quarter = rows.at("window:shares", 384), rows.at("window", 768)
     assert str(rows.found.difference(eighth, quarter)) in page
     assert f"{rows.bytes[eighth.key] / rows.bytes[quarter.key]:.0%}" == "61%"
+    readme = " ".join(README.split())
+    for of, budget, ending in ((rows, 768, "Quest {}"), (longer, 1536, "it is {}, {} and {}")):
+        lost = [of.difference(name, "dynamic", budget)[1:7] for name in ("window", "raas:shares", "quest")]
+        assert ending.format(*(lost[-1:] if budget == 768 else lost)) in readme
+        assert max(float(lost[1]), float(of.difference("window:shares", "dynamic", budget)[1:7])) < float(lost[0]) / 3
     # 3. Options.
     found = compared("quest", "window:kv_dtype=int4", 768)
     assert f"by {found.mean:.4f} ({found.low:.4f} to {found.high:.4f})" in words
@@ -160,6 +165,16 @@ def test_word_problems():
     }
     for budget, cache in (("2,304", "raas"), ("896", "window"), ("896", "window:shares")):
         assert solved["word-problems-once", budget, cache] in " ".join(README.split())
+    for cache in ("window", "window:shares"):
+        assert solved["word-problems", "640", cache] in " ".join(README.split())
+    rows = [json.loads(line) for line in (RESULTS / "word-problems" / "rows.jsonl").read_text().splitlines()]
+    wrong = [
+        row["people_right"] == row["people"]
+        for row in rows
+        if row["dataset"] == "word-problems" and "shares" in row["method"] and not row["correct"]
+    ]
+    words = " ".join((ROOT / "docs" / "evaluation.md").read_text().split())
+    assert f"{sum(wrong)} of the {len(wrong)} wrong solutions with shares have all people right" in words
 
 
 def test_probes():
@@ -243,6 +258,21 @@ def test_steps_on_the_gpu(shown, method, mode):
         assert cell == (f"{row['timing']['median']:.2f} ms" if row["timing"] else "does not fit")
         if seen == 32_768:
             assert line["KV at 32,768"] == f"{row['kv_bytes'] / 1e9:.1f} GB"
+
+
+@pytest.mark.parametrize(("name", "mode", "lines"), [("8b", "compiled", 4), ("1.5b", "eager", 8)])
+def test_steps_on_an_h100(name, mode, lines):
+    rows = json.loads((RESULTS / f"bench-h100-{name}.json").read_text())["rows"]
+    shown = table((ROOT / "docs" / "performance.md").read_text(), f"bench-h100-{name}.json")
+    assert len(shown) == lines
+    for line in shown:
+        of = {"method": line["method"], "seen": int(line["seen"].replace(",", "")), "mode": mode}
+        (row,) = (row for row in rows if of.items() <= row["case"].items())
+        time = row["timing"]
+        assert line["ms/token (p10 to p90)"] == f"{time['median']:.2f} ({time['p10']:.2f} to {time['p90']:.2f})"
+        for base in ("dynamic", "StaticCache(budget)"):
+            assert line[f"/ {base}"] == f"{row['ratios'][base]:.2f}"
+        assert (line["ran"], line["KV bytes"]) == (row["ran"], f"{row['kv_bytes']:,}")
 
 
 def test_models_served():
