@@ -93,7 +93,7 @@ def draw(picture: np.ndarray, title: str, out: Path) -> None:
     lines = len(picture)
     found = {column: np.flatnonzero(picture[:, 1 + column] >= DEFAULT_ALPHA) for column in range(lines)}
     uses = {column: used for column, used in found.items() if len(used)}
-    # Point at the milestone with the most attention, among the milestones that end in the first two thirds of the chain.
+    # Point at the milestone with the most attention, of the milestones whose last use is in the first two thirds.
     star = max(uses, key=lambda column: (uses[column][-1] < lines * 2 / 3, picture[uses[column], 1 + column].sum()))
     first, last = uses[star][[0, -1]]
 
