@@ -200,7 +200,7 @@ def occupancy(recording: Recording, row: int = 0) -> Figure:
     axis.plot([0, seen[-1]], [0, seen[-1]], color="0.6", linewidth=1, label="everything")
     looks = zip(cycle(reporting.STYLES), cycle(("-", "--", "-.")), strict=False)
     for (held, layers), ((colour, marker), dashes) in zip(lines.items(), looks, strict=False):
-        label = fill(f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}", 24)
+        label = fill(f"layer{'s' * (len(layers) > 1)} {_ranges(layers)}", 24)
         axis.plot(seen, held, color=colour, marker=marker, markevery=0.1, linestyle=dashes, label=label)
     budget = recording.budget
     budgets = {budget[layer] if isinstance(budget, tuple) else budget for layer in recording.recorded}
@@ -339,6 +339,14 @@ def _recorded(recording: Recording) -> list[int]:
     if not recording.recorded:
         raise ValueError("recording is empty: generate inside `with record(cache) as recording`.")
     return recording.recorded
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Numbers in ascending order, three or more consecutive ones as a range: `"0 to 4, 7, 8"`."""
+    parts: list[str] = []
+    for run in np.split(numbers, np.flatnonzero(np.diff(numbers) > 1) + 1):
+        parts += [f"{run[0]} to {run[-1]}"] if len(run) > 2 else map(str, run)
+    return ", ".join(parts)
 
 
 def _name(recording: Recording, layer: int, head: int, row: int) -> str:
