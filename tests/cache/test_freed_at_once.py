@@ -5,6 +5,7 @@ the next one.
 import copy
 import gc
 import weakref
+from contextlib import suppress
 
 import pytest
 import torch
@@ -74,36 +75,28 @@ def a_reset(model, cache):
 
 def a_refusal(model, cache):
     forwards(model, cache)
-    try:
+    with suppress(ValueError):
         model(prompt(length=1)["input_ids"], past_key_values=cache, output_attentions=True)
-    except ValueError:
-        pass
 
 
 def a_refused_prompt(model, cache):
-    try:
+    with suppress(ValueError):
         model(**prompt(), past_key_values=cache, output_attentions=True)
-    except ValueError:
-        pass
 
 
 def out_of_memory_in_a_step(model, cache):
     forwards(model, cache)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("raas_cache.engine.forward.step", out_of_memory)
-        try:
+        with suppress(torch.OutOfMemoryError):
             model(prompt(length=1)["input_ids"], past_key_values=cache)
-        except torch.OutOfMemoryError:
-            pass
 
 
 def out_of_memory_in_a_prompt(model, cache):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("torch.nn.functional.scaled_dot_product_attention", out_of_memory)
-        try:
+        with suppress(torch.OutOfMemoryError):
             model(**prompt(), past_key_values=cache)
-        except torch.OutOfMemoryError:
-            pass
 
 
 def out_of_memory(*args, **kwargs):
