@@ -148,6 +148,22 @@ def test_a_page_closed_by_a_turn_has_the_stamp_of_its_newest_token(model):
     assert resident_set(cache, 0, 0, 0) == set(range(20))
 
 
+@pytest.mark.parametrize("name", ["raas", "lazy_eviction", "window"])
+def test_a_page_that_a_turn_interrupts_is_stamped_when_it_is_full(model, name):
+    """A page opened at 4 gets the tokens 13 to 15 after a turn: its positions are not consecutive."""
+    cache = from_name(name, 64, page_size=4, **({} if name == "window" else {"alpha": 0.999}), prompt="pin")
+    with torch.no_grad():
+        for length in (4, 1, 8, 1, 1, 1):
+            model(ids(length, seed=length), past_key_values=cache)
+    kv = cache.layers[0].engine.kv
+    assert resident_set(cache, 0, 0, 0) == set(range(16))
+    page = kv.first[0, 0].tolist().index(4)
+    assert kv.positions[0, 0].unflatten(0, (-1, 4))[page].tolist() == [4, 13, 14, 15]
+    # The state of LazyEviction is the age of the page at its timestamp.
+    stamp = kv.priority if name != "lazy_eviction" else 4 + kv.states[..., 0]
+    assert stamp[0, 0, page] == 15
+
+
 class TestInput:
     """transformers.js #1638: a conversation is kept in the cache, however its tokens reach the model."""
 
