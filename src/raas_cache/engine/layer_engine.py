@@ -11,6 +11,7 @@ import torch
 import raas_kernels
 from raas_kernels import PagedKV
 
+from .held_prompt import HeldPrompt
 from .layer_settings import LayerSettings
 from .page_table import PageTable
 from .rollback import Rollback
@@ -62,6 +63,9 @@ class LayerEngine:
         records_past: whether forwards note what they overwrite, so that their tokens can be taken back.
         expects_turn: whether the next forward of several tokens is prefill although `records_past` is set.
         reads_prefill: whether single tokens are prefill, too (`PagedCache.prefilling`).
+        prompt_continues: whether more chunks of the same prompt follow the next prefill, which touches one row that
+            holds nothing else. Its output, and what `prompt="evict"` evicts, are then as without chunks.
+        held_prompts: by row, what is kept of the earlier chunks of its prompt.
         tracer: receives what the policy receives; None if the layer is not traced.
         rotation: the rotary embedding of the layer, for a policy with `uses_rotation`; None if it is not known.
     """
@@ -90,7 +94,8 @@ class LayerEngine:
         self.set_rows(None)
         self.batch_size: int | None = None
         self.announced: torch.Tensor | None = None
-        self.is_latent = self.records_past = self.expects_turn = self.reads_prefill = False
+        self.is_latent = self.records_past = self.expects_turn = self.reads_prefill = self.prompt_continues = False
+        self.held_prompts: dict[int, HeldPrompt] = {}
 
     @property
     def kv(self) -> PagedKV:
@@ -106,10 +111,12 @@ class LayerEngine:
         """Make the layer one that caches a latent, which the model expands before attention.
 
         Raises:
+            RuntimeError: the pages of the rows lie in a pool.
             ValueError: the policy compares queries with the cached keys, which a latent does not allow. Or the cache
                 stores 4-bit codes: the mask of a latent comes after its tokens, so a page would be coded before it is
                 known which of its tokens are hidden.
         """
+        self.table.check_no_pool("A model that caches a latent (MLA)")
         if self.settings.is_packed:
             raise ValueError(NO_PACKED_LATENT)
         if self.policy.uses_rotation:
@@ -152,6 +159,7 @@ class LayerEngine:
             value_min=None,
             value_max=None,
             row_states=None if kv.row_states is None else kv.row_states[rows],
+            blocks=None,
         )
 
     def show(self, visible: torch.Tensor) -> None:

@@ -10,8 +10,10 @@ import raas_kernels
 
 from .attention_inputs import Expanded, Seen, Softmax
 from .forward_base import StoringForward
+from .held_prompt import HeldPrompt, joined
 from .hide import hide_newest
 from .layer_engine import LayerEngine
+from .packed_pages import write_prefill_keys
 from .prefill import write_prefill
 from .prefill_eviction import enter_competition, keep_best
 from .resize import uncompiled
@@ -31,6 +33,7 @@ class Prefill(StoringForward):
         self.is_first = is_first
         self.among: torch.Tensor | None = None
         self.places: Places | None = None
+        self.held: HeldPrompt | None = None  # the earlier chunks of this prompt
         self.exact: Expanded | None = None  # the tokens before they become codes, for rows that begin here
         self.competes = False  # whether its pages must still be reduced to the budget (prompt="evict")
 
@@ -42,11 +45,16 @@ class Prefill(StoringForward):
         if visible is not None and len(visible) != count:  # one mask for all rows
             visible, leading = visible.expand(count, -1), leading and leading * count
         self.places = write_prefill(layer.table, self.key, self.value, visible, leading, layer.rows)
-        if layer.settings.kv_dtype is not None and not self.is_first and self.places.begins.any():
+        self.held = None if layer.rows is None else layer.held_prompts.pop(int(layer.rows.on_host[0]), None)
+        self.begins = self.places.begins | (self.held is not None)
+        if layer.settings.kv_dtype is not None and not self.is_first and self.begins.any():
             self.exact = self.key, self.value
             if visible is not None:
                 hidden = ~visible[:, None, :, None]
                 self.exact = raas_kernels.finite(self.key, hidden), raas_kernels.finite(self.value, hidden)
+            if self.held is not None and self.held.exact is not None:
+                before = self.held.exact
+                self.exact = joined(before[0], self.exact[0]), joined(before[1], self.exact[1])
         self.competes, layer.admits = layer.settings.prompt == "evict", False
         self.key = self.value = None  # type: ignore[assignment]
 
@@ -59,6 +67,8 @@ class Prefill(StoringForward):
             return None
         if layer.rollback.notes:
             layer.rollback.note_read(query, softmax)
+        if layer.prompt_continues or self.held is not None:
+            return self._read_chunk(query, softmax)
         window = layer.policy.prompt_window if self.competes else None
         output, scores = layer.attend_prefill(query, softmax, expanded, self.among, window)
         if self.exact is not None and expanded is None:
@@ -67,12 +77,35 @@ class Prefill(StoringForward):
         self._rank(scores, queries)
         return output
 
+    def _read_chunk(self, query: torch.Tensor, softmax: Softmax) -> torch.Tensor:
+        """Read a chunk of a prompt that is cut: the pages compete after the last chunk, as if it were not cut."""
+        layer, rows, observed = self.layer, self.layer.rows, None
+        assert rows is not None and self.places is not None
+        row = int(rows.on_host[0])
+        # 1. The output, from the exact keys and values if the pages hold codes.
+        output, _ = layer.attend_prefill(query, softmax, None if self.exact is None else self.states(), observed=0)
+        # 2. The queries so far that will score the pages.
+        if self.competes:
+            before = None if self.held is None else self.held.queries
+            observed = joined(before, query, layer.policy.prompt_window)
+        if layer.prompt_continues:
+            layer.held_prompts[row] = HeldPrompt(observed, self.exact)
+            return output
+        # 3. After the last chunk: code the pages that two chunks have filled, and reduce the prompt to the budget.
+        self.places = self.places.of_whole_prompt(int(layer.table.counts.prefilled[row]))
+        if layer.settings.is_packed and self.exact is not None:
+            write_prefill_keys(layer.kv, self.places, self.exact[0], None, rows)
+        if observed is not None:
+            queries = observed.shape[2]
+            self.evict(layer.attend_prefill(observed, softmax)[1] if queries else None, queries)
+        return output
+
     def states(self) -> Expanded:
         """As `Forward.states`. A row that begins here reads its tokens as in a first forward: not as codes."""
         states = super().states()
         if self.exact is None or self.places is None:
             return states
-        begins = torch.from_numpy(self.places.begins).to(self.layer.table.device)[:, None, None, None]
+        begins = torch.from_numpy(self.begins).to(self.layer.table.device)[:, None, None, None]
         keys, values = (
             torch.where(begins, self._by_slot(exact), stored) for exact, stored in zip(self.exact, states, strict=True)
         )
@@ -92,16 +125,16 @@ class Prefill(StoringForward):
     def _by_slot(self, states: torch.Tensor) -> torch.Tensor:
         """Move states of the new tokens `[rows, heads, new, head_dim]` to slots, `[rows, heads, slots, head_dim]`."""
         assert self.places is not None
-        slots = self.layer.kv.keys.shape[2]
+        slots = self.layer.kv.bias.shape[2]
         dropped = torch.from_numpy(self.places.dropped).to(states.device)
-        token = (torch.arange(slots, device=states.device) + dropped[:, None]).clamp(max=self.new - 1)
+        token = (torch.arange(slots, device=states.device) + dropped[:, None]).clamp(max=states.shape[2] - 1)
         return torch.take_along_dim(states, token[:, None, :, None], 2)
 
     def _rank(self, scores: torch.Tensor | None, queries: int) -> None:
         layer = self.layer
         if self.competes:
             self.evict(scores, queries)
-        elif layer.table.is_decoding and scores is not None:
+        elif layer.table.has_decoded(layer.rows) and scores is not None:
             rank(layer, scores, queries)
             if layer.tracer is not None:
                 layer.tracer.note(layer.table, scores, is_prefill=True)
