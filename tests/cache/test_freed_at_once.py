@@ -11,9 +11,12 @@ import pytest
 import torch
 
 from raas_cache import DenseCache, RaaSCache, from_name, list_methods, record
+from raas_cache.serving.packed_forward import PackedForward
 
 from ..architectures import build
 from ..helpers import generate, prompt, tiny_model
+from ..serving.alone import answers, requests
+from ..serving.alone import rows as rows_of
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +154,13 @@ def test_shares_of_the_kv_heads(model):
     keys = [weakref.ref(part.keys) for part in cache.layers[0].parts]
     del cache
     assert [key() for key in keys] == [None, None]
+
+
+def test_forwards_of_continuous_batching(model, monkeypatch):
+    monkeypatch.setattr(gc, "collect", lambda: 0)  # transformers calls it when the batching ends
+    with rows_of(model) as manager:
+        answers(manager, requests(3))
+    assert not any(isinstance(one, PackedForward) for one in gc.get_objects())
 
 
 def test_a_copy_does_not_keep_its_original(model):
