@@ -289,7 +289,7 @@ def tokens(
         )
     index = np.arange(steps[-1] + 1)
     # [KV heads, tokens], also `kept`
-    gone = np.stack([_eviction_of_tokens(recording, number, histories[number, head]) for number, head in chosen])
+    gone = np.stack([_eviction_of_tokens(recording, number, row, histories[number, head]) for number, head in chosen])
     born = np.searchsorted(steps, index)
     kept = np.clip(np.searchsorted(steps, gone) - born, 0, None)
     share, left = kept.mean(0) / (len(steps) - born), np.isfinite(gone).sum(0)
@@ -311,10 +311,10 @@ def tokens(
     return html.of_text(*parts, heads)
 
 
-def _eviction_of_tokens(recording: Recording, layer: int, history: History) -> np.ndarray:
+def _eviction_of_tokens(recording: Recording, layer: int, row: int, history: History) -> np.ndarray:
     """`[tokens]` float, step at which each token was evicted; NaN: not evicted, -1: evicted before the recording."""
     evicted = dict(zip(history.first.tolist(), history.evicted.tolist(), strict=True)) | {PREFILL: np.nan}
-    return np.array([evicted.get(page, -1) for page in recording.pages_of_tokens(layer).tolist()])
+    return np.array([evicted.get(page, -1) for page in recording.pages_of_tokens(layer, row).tolist()])
 
 
 def _texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> Iterator[tuple[str, range]]:
