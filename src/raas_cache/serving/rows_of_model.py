@@ -91,5 +91,5 @@ def _page_bytes(table: PageTable, example: _Example) -> int:
     trial.use_pool(2)
     trial.allocate(example.key, example.value, 1)
     assert trial.kv is not None
-    contents = (getattr(trial.kv, name) for name in CONTENTS)
+    contents: list[torch.Tensor | None] = [getattr(trial.kv, name) for name in CONTENTS]
     return sum(buffer.nbytes for buffer in contents if buffer is not None) // 2
