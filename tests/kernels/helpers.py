@@ -216,7 +216,9 @@ def in_blocks(kv, spare=3, strided=False, seed=0):
     kv.evictable[:, -1] = False
     kv.bias[..., -size:] = float("-inf")
     pages = kv.num_pages - 1
-    order = 1 + torch.randperm(batch * pages + spare, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+    order = 1 + torch.randperm(batch * pages + spare, generator=torch.Generator().manual_seed(seed), device="cpu").to(
+        DEVICE
+    )
     blocks = torch.zeros(batch, pages + 1, dtype=torch.int32, device=DEVICE)
     blocks[:, :-1] = order[: batch * pages].view(batch, pages)
     for name in POOLED:

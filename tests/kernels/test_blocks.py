@@ -74,7 +74,8 @@ def test_states_of_all_pages_and_of_chosen_pages(code, layout):
         if getattr(plain, name) is not None:
             found = take_pages(getattr(pooled, name), rows, selected, 4, pooled.blocks)
             assert same_bits(found, take_pages(getattr(plain, name), rows, selected, 4)), name
-    assert torch.equal(resident(pooled, torch.arange(24), rows), resident(plain, torch.arange(24), rows))
+    tokens = torch.arange(24, device=DEVICE)
+    assert torch.equal(resident(pooled, tokens, rows), resident(plain, tokens, rows))
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -175,7 +176,7 @@ def test_append(code, strided, chosen, engine):
         APPENDS[engine](plain, key, value, visible, rows, step % 5 == 0)
         assert_same(in_rows(pooled), plain)
     assert torch.equal(pooled.blocks, before.blocks)
-    kept = torch.ones(len(pooled.keys), dtype=torch.bool)
+    kept = torch.ones(len(pooled.keys), dtype=torch.bool, device=DEVICE)
     kept[pooled.blocks[slice(None) if rows is None else rows].flatten().long()] = False
     kept[0] = True
     for name in POOLED:
