@@ -239,8 +239,12 @@ def in_blocks(kv, spare=3, strided=False, seed=0):
     return kv
 
 
-def in_rows(kv):
-    """A cache in blocks as a cache whose rows have memory of their own; pages without memory hold zeros."""
+def in_rows(kv, missing=None):
+    """A cache in blocks as a cache whose rows have memory of their own.
+
+    Args:
+        missing: the page whose contents take the place of a page without memory; None for zeros.
+    """
     plain = copied(kv)
     batch, heads, size = len(kv.bias), kv.bias.shape[1], kv.page_size
     for name in POOLED:
@@ -252,6 +256,8 @@ def in_rows(kv):
         for row in range(batch):
             for page in range(kv.num_pages):
                 block = kv.blocks[row, page].item()
+                if not block and missing is not None:
+                    block = kv.blocks[row, missing].item()
                 if block:
                     held[row, :, page * size : (page + 1) * size] = taken[block]
         setattr(plain, name, rows)
