@@ -1,20 +1,22 @@
-"""Times `raas_kernels.attend`: the whole cache, some of its pages, codes, other scores."""
+"""Times `raas_kernels.attend`: the whole cache, some of its pages, codes, other scores, pages in blocks."""
 
 import argparse
 from functools import partial
 
 import torch
-from common import HEAD_SIZE, Case, cold_copies, encode, in_turn, main, make_kv, make_query
+from common import HEAD_SIZE, Case, cold_copies, encode, in_turn, main, make_kv, make_query, move_to_blocks
 
 from raas_kernels import attend
 
 
-def prepare(batch, budget, options, code=None, share=None, **settings):
+def prepare(batch, budget, options, code=None, share=None, has_blocks=False, **settings):
     calls = []
     for _ in range(cold_copies(batch, budget, options)):
         kv, query = make_kv(batch, budget, options), make_query(batch, options)
         if code is not None:
             encode(kv, code)
+        if has_blocks:
+            move_to_blocks(kv)
         selected = None
         if share is not None:
             order = torch.rand(kv.priority.shape, device=options.device).argsort(-1)
@@ -29,6 +31,8 @@ def make_cases(options: argparse.Namespace) -> list[Case]:
         ", a quarter of the pages": {"share": 4},
         ", int8": {"code": torch.int8},
         ", int4": {"code": torch.uint8},
+        ", in blocks": {"has_blocks": True},
+        ", int8 in blocks": {"has_blocks": True, "code": torch.int8},
         ", sum and mean": {"page_score": "sum", "group_score": "mean"},
     }
     return [

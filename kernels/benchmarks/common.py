@@ -70,6 +70,20 @@ def encode(kv: PagedKV, code: torch.dtype) -> None:
     kv.values, kv.value_min, kv.value_max = pack_values(kv.values)
 
 
+def move_to_blocks(kv: PagedKV) -> None:
+    """Move the pages of `make_kv` to shuffled blocks, as in a server (`PagedKV.blocks`)."""
+    batch, pages, device = len(kv.bias), kv.num_pages, kv.bias.device
+    block = 1 + torch.randperm(batch * pages, device=device)
+    for name in ("keys", "values", "key_scales", "value_scales", "value_min", "value_max"):
+        rows = getattr(kv, name)
+        if rows is not None:
+            by_page = rows.unflatten(2, (-1, PAGE)).transpose(1, 2).flatten(0, 1)  # [B * P, H, S, ...]
+            pool = rows.new_zeros(1 + batch * pages, *by_page.shape[1:])
+            pool[block] = by_page
+            setattr(kv, name, pool)
+    kv.blocks = block.view(batch, pages).int()
+
+
 def make_query(batch: int, options: argparse.Namespace) -> torch.Tensor:
     return torch.randn(batch, HEADS * GROUP, 1, HEAD_SIZE, dtype=options.dtype, device=options.device)
 
