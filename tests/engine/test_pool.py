@@ -273,6 +273,27 @@ def test_a_prompt_that_was_evicted_gives_its_blocks_back():
     assert layers.table.blocks.reserved.tolist() == [6, 3], "what its decode tokens can need stays"
 
 
+def test_buffers_keep_their_addresses_while_short_prompts_come_and_go():
+    """With pages for a full row from the start, a CUDA graph of the step stays valid, also when prompts are evicted."""
+    layers = SideBySide(2, 40, prompt="evict")
+    layer, table = layers.pooled, layers.table
+    table.set_pages(6)
+
+    def addresses():
+        return {name: buffer.data_ptr() for name, buffer in vars(table.kv).items() if torch.is_tensor(buffer)}
+
+    before = addresses()
+    for tokens in (PAGE, 5 * PAGE, 2 * PAGE):
+        layers.reserve(0, 6)
+        layer.set_rows(rows_of(0))
+        layer.admits = True
+        query, key, value = layers.draw_tokens(1, tokens)
+        Decode(layer).begin(key, value)[0].attend(query, SOFTMAX)
+        assert table.blocks.reserved[0] == 6
+        table.release_rows(rows_of(0))
+        assert addresses() == before
+
+
 def test_what_a_pool_does_not_support():
     layers = SideBySide(2, 20)
     layers.reserve(0, 4)

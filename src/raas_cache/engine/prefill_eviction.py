@@ -84,7 +84,8 @@ def keep_best(table: PageTable, places: Places, rows: Rows | None) -> None:
     put_rows(kv, moving, small)
     for row in touched.tolist():
         table.blocks.shrink(row, 1 + limit)
-    table.set_pages(int(table.blocks.reserved.max()))
+    # As many pages as the longest row has, but not fewer than a full row has: buffers then keep their addresses.
+    table.set_pages(max(int(table.blocks.reserved.max()), min(table.num_pages, 1 + limit)))
 
 
 def _best_pages(kv: PagedKV, limit: int, rows: torch.Tensor | None) -> torch.Tensor:
