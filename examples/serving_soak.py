@@ -70,9 +70,7 @@ def main(minutes, queue, seed):
         assert (store.free_rows, store.free_pages) == (8, free), "rows or pages were lost"
         assert [table.kv.keys.data_ptr() for table in store.tables] == addresses, "a buffer has moved"
         first, last = max(resident[: len(resident) // 4 + 1]), max(resident[-len(resident) // 4 :])
-        print(
-            f"{minutes} minutes: {ended:,} answers of {tokens:,} tokens, {cancelled:,} cancelled, {queue:,} in the queue"
-        )
+        print(f"{minutes} minutes, {queue:,} queued: {ended:,} answers ({tokens:,} tokens), {cancelled:,} cancelled")
         print(f"keys and values: {nbytes:,} bytes at the beginning, {manager.nbytes:,} at the end")
         print(f"memory of the process: {first / 1e6:,.0f} MB in the first quarter, {last / 1e6:,.0f} MB in the last")
 

@@ -127,6 +127,17 @@ def test_refused_requests_leave_the_others_alone(model):
         assert len(manager.get_result(timeout=1).generated_tokens) == 40
 
 
+def test_a_request_that_needs_one_page_too_many_is_refused(model):
+    with rows(model, max_rows=1) as manager:
+        (free, _), tokens = manager.cache.store.free_pages, 4 * 7
+        manager.start()
+        with pytest.raises(ValueError, match="which need 9 pages of 4 tokens"):
+            manager.add_request([3] * tokens, max_new_tokens=8)
+        manager.add_request([3] * tokens, max_new_tokens=4)
+        assert len(manager.get_result(timeout=20).generated_tokens) == 4
+        assert free == 8
+
+
 def test_arguments(model):
     for options, message in (
         ({"max_rows": 0}, "max_rows=0 must be positive"),

@@ -70,7 +70,7 @@ class RowStore:
 
     def fits(self, needed: Need) -> bool:
         """Whether a request with this need could be admitted if there were no other."""
-        return all(pages <= pool.blocks for pages, pool in zip(needed.pages, self._pools, strict=True))
+        return all(pages < pool.blocks for pages, pool in zip(needed.pages, self._pools, strict=True))  # one is spare
 
     def admit(self, request_id: str, prompt: Sequence[int], needed: Need) -> int | None:
         """Give a request its row, and the row all its pages.
