@@ -41,7 +41,7 @@ def answer_errors(app: FastAPI, count: Callable[[], None]) -> None:
     async def _refusal(request: Request, error: HTTPException) -> Response:
         detail: Any = error.detail
         if not isinstance(detail, dict):
-            detail = {"message": f"{detail}", "param": None}
+            detail = {"message": f"{detail}".rstrip(".") + "."}
         if request.method == "POST":
             count()
         return _answer(error.status_code, detail, error.headers)

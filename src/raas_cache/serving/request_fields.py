@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Annotated, Any, Literal
 
@@ -211,10 +212,15 @@ def check(fields: type[Fields], body: dict[str, Any]) -> None:
         HTTPException: 400; a parameter is unknown, has a wrong value, or is missing.
     """
     try:
+        json.dumps(body, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        lone = error.object[error.start]
+        raise refused(f"The body has {lone!a}, half of a surrogate pair, which is no text: remove it.") from None
+    try:
         fields.model_validate(body)
     except ValidationError as error:
-        # Of the alternatives that a value may be, the one that went deepest is meant.
-        found = max(error.errors(include_url=False), key=lambda one: len(one["loc"]))
+        # Of the alternatives that a value may be, the one that went deepest is meant, or whose type is right.
+        found = max(error.errors(include_url=False), key=lambda one: (len(one["loc"]), "_type" not in one["type"]))
         path, value = _path(body, found["loc"])
         param = re.match(r"\w*", path)
         raise refused(_sentence(path, value, found["type"], found["msg"]), param and param[0]) from None

@@ -20,6 +20,7 @@ from transformers.cli.serving.utils import (
     _StreamError,
 )
 from transformers.generation.continuous_batching.cb_logits_processors import (
+    ContinuousBatchingLogitsProcessorList,
     ContinuousBatchingTemperatureLogitsWarper,
 )
 
@@ -32,6 +33,7 @@ __all__ = [
     "CBWorkerDeadError",
     "ChatCompletionHandler",
     "CompletionHandler",
+    "ContinuousBatchingLogitsProcessorList",
     "ContinuousBatchingTemperatureLogitsWarper",
     "GenerationState",
     "ModelManager",
