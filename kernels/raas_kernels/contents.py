@@ -17,14 +17,14 @@ def key_states(kv: PagedKV, dtype: torch.dtype, rows: Tensor | None = None) -> T
     """
     if kv.is_packed:
         return unpack_keys(kv, dtype, rows)
-    return _states(kv.keys, kv.key_scales, dtype, rows)
+    return _states(kv, kv.keys, kv.key_scales, dtype, rows)
 
 
 def value_states(kv: PagedKV, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor:
     """The values of all slots in `dtype`, `[R, H, N, Dv]`; `rows` as in `key_states`."""
     if kv.is_packed:
         return unpack_values(kv, dtype, rows)
-    return _states(kv.values, kv.value_scales, dtype, rows)
+    return _states(kv, kv.values, kv.value_scales, dtype, rows)
 
 
 def unpack_keys(kv: PagedKV, dtype: torch.dtype, rows: Tensor | None = None, selected: Tensor | None = None) -> Tensor:
@@ -39,7 +39,7 @@ def unpack_keys(kv: PagedKV, dtype: torch.dtype, rows: Tensor | None = None, sel
     assert kv.key_min is not None and kv.key_max is not None and kv.open_keys is not None
     size = kv.page_size
     # 1. The codes between the bounds of their page, [R, H, K, S, Dk].
-    codes = take_pages(kv.keys, rows, selected, size).unflatten(2, (-1, size))
+    codes = take_pages(kv.keys, rows, selected, size, kv.blocks).unflatten(2, (-1, size))
     low, high = (take_pages(bound, rows, selected, 1)[:, :, :, None] for bound in (kv.key_min, kv.key_max))
     keys = unpack(codes, low, high, dtype)
     # 2. The open page, at `place` [R, H, 1] among the pages wanted.
@@ -58,32 +58,50 @@ def unpack_values(
     """The values of a 4-bit cache in `dtype`, `[R, H, K * S, Dv]`; arguments as for `unpack_keys`."""
     assert kv.value_min is not None and kv.value_max is not None
     codes, low, high = (
-        take_pages(buffer, rows, selected, kv.page_size) for buffer in (kv.values, kv.value_min, kv.value_max)
+        take_pages(buffer, rows, selected, kv.page_size, kv.blocks)
+        for buffer in (kv.values, kv.value_min, kv.value_max)
     )
     return unpack(codes, low[..., None], high[..., None], dtype)
 
 
-def take_pages(tensor: Tensor, rows: Tensor | None, selected: Tensor | None, entries: int) -> Tensor:
+def take_pages(
+    tensor: Tensor, rows: Tensor | None, selected: Tensor | None, entries: int, blocks: Tensor | None = None
+) -> Tensor:
     """The pages `selected` `[R, H, K]` of a buffer `[B, H, P * entries, ...]`: `[R, H, K * entries, ...]`.
 
     Page 0 takes the place of -1. All pages of the rows for None.
+
+    Args:
+        blocks: `[B, P]` int32, for a buffer `[blocks, H, entries, ...]`: the block of each page. A page without memory
+            gives zeros.
     """
-    if selected is None:
+    if selected is None and blocks is None:
         return take_rows(tensor, rows)
     movable = tensor.view(torch.int8) if tensor.dtype == torch.float8_e4m3fn else tensor  # torch cannot index float8
-    pages: Tensor = movable.unflatten(2, (-1, entries))  # [B, H, P, entries, ...]
-    row = torch.arange(len(selected), device=selected.device) if rows is None else rows
-    row, head = row[:, None, None], torch.arange(tensor.shape[1], device=selected.device)[:, None]
-    page = selected.clamp(min=0)
+    pages: Tensor = movable.unflatten(2, (-1, entries))  # [B, H, P, entries, ...], or [blocks, H, 1, entries, ...]
+    head = torch.arange(tensor.shape[1], device=tensor.device)[:, None]  # [H, 1]
+    is_missing = None
+    if blocks is not None:
+        block = take_rows(blocks, rows)[:, None].long()  # [R, 1, P]
+        if selected is not None:
+            block = block.expand(-1, len(head), -1).gather(2, selected.clamp(min=0))
+        row, page, is_missing = block, torch.zeros_like(block), block == 0  # [R, H or 1, K]
+    else:
+        assert selected is not None
+        row = (torch.arange(len(selected), device=tensor.device) if rows is None else rows)[:, None, None]
+        page = selected.clamp(min=0)
     if tensor.is_contiguous():  # index_select copies whole pages, in a third of the time
         index = (row * tensor.shape[1] + head) * pages.shape[2] + page
         picked: Tensor = pages.flatten(0, 2).index_select(0, index.flatten()).unflatten(0, index.shape)
     else:
         picked = pages[row, head, page]
+    if is_missing is not None:
+        picked.masked_fill_(is_missing.reshape(*is_missing.shape, *[1] * (picked.ndim - 3)), 0)
     return picked.flatten(2, 3).view(tensor.dtype)
 
 
-def _states(states: Tensor, scales: Tensor | None, dtype: torch.dtype, rows: Tensor | None) -> Tensor:
+def _states(kv: PagedKV, states: Tensor, scales: Tensor | None, dtype: torch.dtype, rows: Tensor | None) -> Tensor:
+    states = take_pages(states, rows, None, kv.page_size, kv.blocks)
     if scales is None:
-        return take_rows(states, rows).to(dtype)
-    return dequantize(take_rows(states, rows), take_rows(scales, rows), dtype)
+        return states.to(dtype)
+    return dequantize(states, take_pages(scales, rows, None, kv.page_size, kv.blocks), dtype)

@@ -29,7 +29,7 @@ NAMESPACE = __spec__.parent
 
 TENSORS = (
     "keys", "values", "bias", "positions", "priority", "evictable", "open_slot", "clock", "key_scales", "value_scales",
-    "key_min", "key_max", "states", "open_keys", "value_min", "value_max",
+    "key_min", "key_max", "states", "open_keys", "value_min", "value_max", "blocks",
 )  # fmt: skip
 OPTIONAL = TENSORS[8:]
 

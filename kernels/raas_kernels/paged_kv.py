@@ -28,6 +28,20 @@ class PagedKV:
     numbers of the policy. `keys` and `values` may be strided views of a caller's memory, with a contiguous last
     dimension. All other buffers are contiguous.
 
+    With `blocks`, the contents of the slots lie in a pool of blocks that all rows share, and a block holds one page of
+    one row, for all its KV heads. Rows then need no more memory than their own pages, and pages with the same tokens
+    can be stored once. Two rows whose first page is the same, and whose other pages lie anywhere:
+
+        blocks, row 0    [4, 1, 6, 0]    page 0 in block 4, page 1 in block 1, page 2 in block 6, page 3 without memory
+        blocks, row 1    [4, 3, 0, 0]    page 0 in block 4, page 1 in block 3
+        keys             block 0 | block 1     | block 2 | block 3     | block 4         | block 5 | block 6
+        [7, H, S, Dk]    nothing | row 0, p. 1 | free    | row 1, p. 1 | both rows, p. 0 | free    | row 0, p. 2
+
+    The pool has the buffers `keys`, `values`, `key_scales`, `value_scales`, `value_min` and `value_max`: their shapes
+    begin with `[blocks, H, S]` instead of `[B, H, N]`. All other buffers stay as they are. Block 0 holds nothing: a
+    page without memory has block 0. Its bias is -inf and its `evictable` is False. No operator writes block 0, and no
+    result depends on what block 0 holds.
+
     Args:
         keys: `[B, H, N, Dk]`, RoPE applied. In a 4-bit cache, codes: uint8 `[B, H, N, Dk / 2]`, see `pack`.
         values: `[B, H, N, Dv]`, of a dtype of its own. In a 4-bit cache, codes: uint8 `[B, H, N, Dv / 2]`.
@@ -54,6 +68,7 @@ class PagedKV:
         value_min, value_max: `[B, H, N]`, for 4-bit caches only: smallest and largest number of each slot's value, in
             the dtype of the model's values. The value's codes count from one to the other.
         row_states: `[B, H, V, Dk]` float64, V vectors of the policy for each row and KV head. No operator uses them.
+        blocks: `[B, P]` int32, the block that holds each page. None if each row has its pages in memory of its own.
     """
 
     keys: Tensor
@@ -74,6 +89,7 @@ class PagedKV:
     value_min: Tensor | None = None
     value_max: Tensor | None = None
     row_states: Tensor | None = None
+    blocks: Tensor | None = None
 
     @classmethod
     def filled(cls, keys: Tensor, values: Tensor, page_size: int) -> PagedKV:

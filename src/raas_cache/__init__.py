@@ -24,6 +24,7 @@ from .methods.window import WindowCache
 from .models.load import load_model
 from .models.pretrained import embedded_model, pretrained
 from .register import register, unregister
+from .serving.continuous import continuous
 from .sizing.learn_shares import learn_shares
 from .sizing.plan import Plan, largest_budget, plan
 from .sizing.read_text import read
@@ -50,6 +51,7 @@ __all__ = [
     "TriAttentionCache",
     "VaSECache",
     "WindowCache",
+    "continuous",
     "embedded_model",
     "from_name",
     "largest_budget",

@@ -33,7 +33,7 @@ DTYPES = {"fp16": 2, "bf16": 2, "fp32": 4}
 OPERANDS = {"fp16": triton.language.float16, "bf16": triton.language.bfloat16, "fp32": triton.language.float32}
 POINTERS = {
     "bias": "*fp32", "positions": "*i32", "priority": "*fp64", "evictable": "*i1", "open_slot": "*i64", "clock": "*i64",
-    "states": "*fp64", "rows": "*i64", "selected": "*i64",
+    "states": "*fp64", "rows": "*i64", "selected": "*i64", "blocks": "*i32",
     "part_output": "*fp32", "part_max": "*fp32", "part_sum": "*fp32", "unit_logit": "*fp32", "scores": "*fp32",
     "bounds": "*fp32", "key_scales": "*fp32", "value_scales": "*fp32", "key_scale": "*fp32",
     "value_scale": "*fp32", "visible": "*i1",
@@ -54,7 +54,7 @@ def launch_of(head_size: int, dtype: str, code: str | None) -> Config:
 def constants_of(kernel: str, head_size: int, dtype: str, code: str | None) -> list[dict]:
     """The compile-time arguments that the launchers choose for a budget of 1,024 tokens.
 
-    Options that add only a few instructions are all off, then all on.
+    Options that add only a few instructions are all off, then all on. `blocks` None is a cache without blocks.
     """
     block = triton.next_power_of_2(head_size)
     group = {"GROUP": GROUP, "DV": head_size, "BLOCK_GROUP": MIN_DOT, "BLOCK_DV": block}
@@ -66,7 +66,7 @@ def constants_of(kernel: str, head_size: int, dtype: str, code: str | None) -> l
             {
                 "PAGE": PAGE, "DK": head_size, "DV": head_size, "BOUNDS": is_other, "MASKED": is_other,
                 "MAY_CLOSE": is_other, "ROWS": is_other, "STATES": 3 * is_other, "QUANTIZED": code in CODES,
-                "PACKED": code == PACKED,
+                "PACKED": code == PACKED, **({} if is_other else {"blocks": None}),
                 "BLOCK_PAGES": 64, "BLOCK_DK": block, "BLOCK_DV": block, "BLOCK_STATES": 4 if is_other else 1,
             }
             for is_other in (False, True)
@@ -77,9 +77,12 @@ def constants_of(kernel: str, head_size: int, dtype: str, code: str | None) -> l
                 "BLOCK_DV": part, "KEYS_SLOT": bytes_of_token, "VALUES_SLOT": bytes_of_token * (1 + is_other),
                 "OPERAND": OPERANDS[dtype], "CAPPED": is_other, "SELECTED": is_other, "ROWS": is_other,
                 "SUM": is_other, "MEAN": is_other, "SINKS": is_other, "WHOLE": is_whole, "BLOCK_PAGES": 64,
-                "QUANTIZED": code in CODES, "PACKED": code == PACKED,
+                "QUANTIZED": code in CODES, "PACKED": code == PACKED, **({} if has_blocks else {"blocks": None}),
             }
-            for is_other, is_whole in ((False, True), (True, True), (True, False))
+            for is_other, is_whole, has_blocks in (
+                (False, True, False), (True, True, False), (True, False, False), (False, True, True),
+                (True, False, True),
+            )
         ],
         "reduce_kernel": [
             {**group, "BLOCK_PAGES": 64, "UNITS": 1, "SINKS": is_other, "SUM": is_other, "MEAN": is_other}
@@ -98,10 +101,12 @@ def constants_of(kernel: str, head_size: int, dtype: str, code: str | None) -> l
         "show_kernel": [
             {
                 "COLUMNS": show.COLUMNS, "BIAS": triton.language.float32, "KEY": key, "BOUND": bound,
-                "BOUNDS": has_bounds, "QUANTIZED": code in CODES, "PACKED": code == PACKED, "DK": head_size,
-                "BLOCK_DK": block, "BLOCK": PAGE if has_bounds else show.BLOCK_SLOTS,
+                "BOUNDS": has_bounds, "QUANTIZED": code in CODES, "PACKED": code == PACKED, "BLOCKS": has_blocks,
+                "DK": head_size, "BLOCK_DK": block, "BLOCK": PAGE if has_bounds else show.BLOCK_SLOTS,
             }
-            for has_bounds in ((True,) if code == PACKED else (False, True))
+            for has_bounds, has_blocks in (
+                ((True, False),) if code == PACKED else ((False, False), (True, False), (True, True))
+            )
             for key, bound in [(CODES[code], triton.language.float32) if code in CODES else (OPERANDS[dtype],) * 2]
         ],
     }[kernel]  # fmt: skip

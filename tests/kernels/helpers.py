@@ -198,3 +198,60 @@ def relative_error(result, expected):
     finite = torch.isfinite(expected)
     assert torch.equal(result[~finite], expected[~finite])
     return ((result - expected)[finite].norm() / expected[finite].norm()).item()
+
+
+POOLED = ("keys", "values", "key_scales", "value_scales", "value_min", "value_max")
+
+
+def in_blocks(kv, spare=3, strided=False, seed=0):
+    """The same cache with its pages in shuffled blocks; the last page of each row has no memory and is not evictable.
+
+    Block 0 and `spare` blocks belong to no page, and hold what would spoil a result.
+
+    Args:
+        strided: keys and values are views of one larger buffer, tokens before heads.
+    """
+    kv = copied(kv)
+    batch, heads, size = len(kv.bias), kv.bias.shape[1], kv.page_size
+    kv.evictable[:, -1] = False
+    kv.bias[..., -size:] = float("-inf")
+    pages = kv.num_pages - 1
+    order = 1 + torch.randperm(batch * pages + spare, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+    blocks = torch.zeros(batch, pages + 1, dtype=torch.int32, device=DEVICE)
+    blocks[:, :-1] = order[: batch * pages].view(batch, pages)
+    for name in POOLED:
+        rows = getattr(kv, name)
+        if rows is None:
+            continue
+        rows = rows.contiguous()
+        shape = (1 + len(order), heads, size, *rows.shape[3:])
+        poison = torch.full(shape, float("nan") if rows.is_floating_point() else 77, device=DEVICE).to(rows.dtype)
+        taken, held = (t.view(torch.int8) if t.element_size() == 1 else t for t in (rows, poison))
+        for row in range(batch):
+            for page in range(pages):
+                held[blocks[row, page].item()] = taken[row, :, page * size : (page + 1) * size]
+        setattr(kv, name, poison)
+    if strided:
+        kv.keys, kv.values = as_views(kv.keys, kv.values)
+    kv.blocks = blocks
+    return kv
+
+
+def in_rows(kv):
+    """A cache in blocks as a cache whose rows have memory of their own; pages without memory hold zeros."""
+    plain = copied(kv)
+    batch, heads, size = len(kv.bias), kv.bias.shape[1], kv.page_size
+    for name in POOLED:
+        pool = getattr(kv, name)
+        if pool is None:
+            continue
+        rows = torch.zeros(batch, heads, kv.bias.shape[2], *pool.shape[3:], device=DEVICE).to(pool.dtype)
+        taken, held = (t.view(torch.int8) if t.element_size() == 1 else t for t in (pool, rows))
+        for row in range(batch):
+            for page in range(kv.num_pages):
+                block = kv.blocks[row, page].item()
+                if block:
+                    held[row, :, page * size : (page + 1) * size] = taken[block]
+        setattr(plain, name, rows)
+    plain.blocks = None
+    return plain

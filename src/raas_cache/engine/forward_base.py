@@ -99,15 +99,14 @@ class StoringForward(Forward):
 
     def states(self) -> Expanded:
         """Keys and values of all slots of the rows of this forward, `[rows, kv_heads, slots, head_dim]`."""
-        keys, values = self.layer.table.states()
-        rows = self.layer.row_index
-        return (keys, values) if rows is None else (keys[rows], values[rows])
+        return self.layer.table.states(self.layer.row_index)
 
     def _note(self, note: type[DecodeNote] | type[PrefillNote]) -> None:
         """Add a rollback note of what the new tokens will overwrite, if the past is recorded."""
         layer = self.layer
         layer.expects_turn = False
         if layer.records_past and layer.table.length:
+            layer.table.check_no_pool("Taking tokens back (assisted decoding, crop, rewind)")
             layer.rollback.note(note.before(layer.table, self.new))
         elif layer.rollback.notes:
             layer.rollback.notes.clear()  # forwards without a note make older notes useless

@@ -110,10 +110,12 @@ class LayerEngine:
         """Make the layer one that caches a latent, which the model expands before attention.
 
         Raises:
+            RuntimeError: the pages of the rows lie in a pool.
             ValueError: the policy compares queries with the cached keys, which a latent does not allow. Or the cache
                 stores 4-bit codes: the mask of a latent comes after its tokens, so a page would be coded before it is
                 known which of its tokens are hidden.
         """
+        self.table.check_no_pool("A model that caches a latent (MLA)")
         if self.settings.is_packed:
             raise ValueError(NO_PACKED_LATENT)
         if self.policy.uses_rotation:
@@ -156,6 +158,7 @@ class LayerEngine:
             value_min=None,
             value_max=None,
             row_states=None if kv.row_states is None else kv.row_states[rows],
+            blocks=None,
         )
 
     def show(self, visible: torch.Tensor) -> None:

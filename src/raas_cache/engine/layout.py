@@ -26,11 +26,17 @@ class Layout:
     is_full_size: bool
 
     @classmethod
-    def of(cls, counts: RowCounts, settings: LayerSettings) -> Layout:
-        """The layout of the rows with these counts."""
+    def of(cls, counts: RowCounts, settings: LayerSettings, reserved: np.ndarray | None = None) -> Layout:
+        """The layout of the rows with these counts.
+
+        Args:
+            reserved: `[batch]`, number of first pages of each row that have memory; None if all pages have.
+        """
         # 1. The first free pages of each row, up to its limit.
         pinned_pages, free = counts.pinned_pages, ~counts.pinned
         evictable = free & (free.cumsum(1) <= counts.limit[:, None])
+        if reserved is not None:
+            evictable &= np.arange(free.shape[1]) < reserved[:, None]
         evictable_pages = evictable.sum(1)
         # 2. Pages to read: all evictable pages and a part of the prefill, or the budget.
         budget = settings.budget // settings.page_size

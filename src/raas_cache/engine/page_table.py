@@ -10,9 +10,10 @@ import torch
 import raas_kernels
 from raas_kernels import PagedKV
 
+from .block_pool import RowBlocks
 from .layer_settings import LayerSettings
 from .layout import Layout
-from .resize import RowFunction, allocating, fix_addresses, map_rows, movable, new_kv, resized
+from .resize import CONTENTS, RowFunction, allocating, fix_addresses, in_a_pool, map_rows, movable, new_kv, resized
 from .row_counts import RowCounts, Rows
 from .traced import is_capturing
 
@@ -22,6 +23,10 @@ UNLIMITED = sys.maxsize
 NOT_PREALLOCATED = (
     "This cache allocates memory while the chain grows, which a compiled step cannot do: call cache.preallocate() "
     "before the first forward. (generate does this itself if it compiles.)"
+)
+NOT_RESERVED = (
+    "Row {row} has reserved {reserved} pages, but needs {needed}: reserve as many pages as its prompt and its decode "
+    "tokens need before its first forward."
 )
 
 
@@ -34,6 +39,9 @@ class PageTable:
 
     A decode step writes into buffers that keep their address, and advances the clock on the device, so that a compiled
     step or a CUDA graph can repeat without the host. The `counts` on the host are updated when they are read.
+
+    With `use_pool`, keys and values lie in a pool of blocks, which all rows share and which is allocated once. A row
+    has the pages that `raas_cache.engine.reserve.reserve` took for it, and needs no more memory until it is released.
 
     A method that changes sizes allocates all new buffers before it assigns the first. If memory runs out, nothing has
     changed.
@@ -48,6 +56,8 @@ class PageTable:
             counts it down by one.
         signature: rows, KV heads, head sizes, dtypes and device of the keys and values that the table accepts.
         preallocates: whether all pages are allocated at once, which a compiled step needs.
+        pool_blocks: number of blocks of the pool, with block 0, which holds nothing; None without a pool.
+        blocks: the blocks of each row; None without a pool, and before the first allocation.
     """
 
     kv: PagedKV | None
@@ -60,11 +70,13 @@ class PageTable:
     def __init__(self, settings: LayerSettings):
         self.settings, self.page_size = settings, settings.page_size
         self.preallocates = False
+        self.pool_blocks: int | None = None
         self.release()
 
     def release(self) -> None:
         """Empty the table and release its memory."""
         self.kv, self.pages_read_by_row, self.pages_read = None, None, 0
+        self.blocks: RowBlocks | None = None
         self.limit = torch.empty(0, 1, 1, dtype=torch.int64)
         self.batch_size = self.num_heads = self.tokens = 0
         self._counts = RowCounts.empty(0)
@@ -73,6 +85,22 @@ class PageTable:
         self.is_empty = True  # whether no forward came, or all tokens were taken back
         self.is_decoding = False  # whether a decode token was ever stored
         self.is_full_size = False  # whether no row will need more pages
+
+    def use_pool(self, pool_blocks: int) -> None:
+        """Keep the keys and values of all rows in a pool of `pool_blocks` blocks, which is allocated with the buffers.
+
+        A block holds one page of one row, for all its KV heads. Block 0 holds nothing. `reserve` takes blocks for a row
+        before its first forward.
+        """
+        assert self.kv is None, "call use_pool before the buffers are allocated"
+        self.pool_blocks = pool_blocks
+
+    def check_no_pool(self, what: str) -> None:
+        """Raise a RuntimeError if the pages lie in a pool, which does not support `what`."""
+        if self.pool_blocks is not None:
+            raise RuntimeError(
+                f"{what} is not supported by a cache whose rows share a pool of pages: use a cache without a pool."
+            )
 
     @allocating
     def allocate(self, key: torch.Tensor, value: torch.Tensor, batch_size: int) -> None:
@@ -86,7 +114,9 @@ class PageTable:
             ValueError: the device cannot compute in the layer's 8-bit dtype, or 4-bit codes cannot store a head size.
         """
         heads, device = key.shape[1], key.device
-        self.kv = new_kv(self.settings, key, value, batch_size)
+        kv = new_kv(self.settings, key, value, batch_size)
+        self.kv = kv if self.pool_blocks is None else in_a_pool(kv, self.pool_blocks)
+        self.blocks = None if self.pool_blocks is None else RowBlocks(self.pool_blocks, batch_size)
         self.dtypes, self.device = (key.dtype, value.dtype), device
         self.batch_size, self.num_heads = batch_size, heads
         self.signature = batch_size, heads, key.shape[-1], value.shape[-1], key.dtype, value.dtype, device
@@ -187,6 +217,8 @@ class PageTable:
         if pages != self.kv.num_pages:
             self.kv = resized(self.kv, pages)
             self.counts.set_pages(pages)
+            if self.blocks is not None:
+                self.blocks.set_pages(pages)
 
     def set_pages(self, pages: int) -> None:
         """Change the number of pages of each row to `pages`, and lay them out."""
@@ -195,10 +227,16 @@ class PageTable:
 
     @allocating
     def lay_out(self) -> None:
-        """Write to the device which pages each row may recycle, and how many pages a step reads."""
+        """Write to the device where the pages of each row are, which it may recycle, and how many a step reads."""
         kv, counts = self.kv, self.counts
         assert kv is not None
-        layout = Layout.of(counts, self.settings)
+        layout = Layout.of(counts, self.settings, None if self.blocks is None else self.blocks.reserved)
+        if self.blocks is not None:
+            blocks = torch.from_numpy(self.blocks.ids).to(self.device)
+            if kv.blocks is not None and kv.blocks.shape == blocks.shape:
+                kv.blocks.copy_(blocks)  # a CUDA graph may read it
+            else:
+                kv.blocks = blocks.clone()  # on a CPU, `blocks` and `ids` are the same memory
         evictable, limit, reads = (
             torch.from_numpy(array).to(self.device)
             for array in (layout.evictable, counts.limit[:, None, None].copy(), layout.reads[:, None, None].copy())
@@ -225,18 +263,18 @@ class PageTable:
         """Count one decode token in each of `rows`, and allocate more pages if a row opens a page that does not exist.
 
         Raises:
-            RuntimeError: the step is compiled, and a row may need a page that is not allocated.
+            RuntimeError: the step is compiled, and a row may need a page that is not allocated. Or a row opens a page
+                that it has not reserved in the pool; a compiled step recycles a page instead.
         """
-        is_unknown = rows is not None and rows.on_host is None
-        if is_unknown or torch.compiler.is_compiling() or is_capturing():
-            if not self.is_full_size:
+        if torch.compiler.is_compiling() or is_capturing() or not (rows is None or rows.is_known):
+            if not (self.is_full_size or self.blocks is not None):
                 raise RuntimeError(NOT_PREALLOCATED)
             self.clock_moved()
             return
-        self.tokens += 1
         counts, touched = self.counts, slice(None) if rows is None else rows.on_host
         if not self.is_full_size:
             self._make_room(touched)
+        self.tokens += 1
         counts.seen[touched] += 1
         counts.decoded[touched] += 1
         self.is_decoding = True
@@ -253,6 +291,12 @@ class PageTable:
         counts, pages = self._counts, 0
         opening = np.zeros(self.batch_size, bool)
         opening[touched] = counts.decoded[touched] % self.page_size == 0
+        if self.blocks is not None:
+            reserved = self.blocks.reserved
+            decode_pages = reserved - counts.pinned_pages
+            for row in np.flatnonzero(opening & (self.opened >= decode_pages) & (counts.limit > decode_pages))[:1]:
+                raise RuntimeError(NOT_RESERVED.format(row=row, reserved=reserved[row], needed=reserved[row] + 1))
+            return
         for row in np.flatnonzero(opening | self.preallocates):
             limit, pinned_pages = int(counts.limit[row]), int(counts.pinned_pages[row])
             allocated = self.num_pages - pinned_pages
@@ -276,11 +320,15 @@ class PageTable:
 
     # Contents.
 
-    def states(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of all slots in the dtypes of the model, `[batch, kv_heads, slots, head_dim]`."""
-        kv = self.kv
+    def states(self, rows: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of all slots in the dtypes of the model, `[rows, kv_heads, slots, head_dim]`.
+
+        Args:
+            rows: `[rows]` int64, the rows of the batch; None for all.
+        """
+        kv, (key_dtype, value_dtype) = self.kv, self.dtypes
         assert kv is not None
-        return raas_kernels.key_states(kv, self.dtypes[0]), raas_kernels.value_states(kv, self.dtypes[1])
+        return raas_kernels.key_states(kv, key_dtype, rows), raas_kernels.value_states(kv, value_dtype, rows)
 
     def summarise(self) -> None:
         """Compute `key_min` and `key_max` again, see `raas_kernels.refresh_extremes`."""
@@ -292,6 +340,7 @@ class PageTable:
     @allocating
     def apply_to_rows(self, function: RowFunction) -> None:
         """Replace the rows of every buffer by the rows that `function` returns for them."""
+        self.check_no_pool("Moving rows (beam search, reorder_cache)")
         if self.kv is None:
             return
         kv, counts = map_rows(self.kv, function), self.counts
@@ -304,14 +353,20 @@ class PageTable:
         self.lay_out()
 
     def release_rows(self, rows: Rows) -> None:
-        """Empty `rows`, so that other sequences can start there."""
+        """Empty `rows`, so that other sequences can start there. They give the blocks that they reserved back."""
         kv = self.kv
         assert kv is not None
         self.counts.clear(rows.on_host)
         index = rows.on_device
-        for held in (kv.keys, kv.values, kv.key_scales, kv.value_scales, kv.open_keys, kv.value_min, kv.value_max):
+        contents = [kv.open_keys, *(getattr(kv, name) for name in CONTENTS if self.blocks is None)]
+        if kv.is_packed:  # the codes count from these bounds, also in empty pages
+            contents += [kv.key_min, kv.key_max]
+        for held in contents:
             if held is not None:  # attention multiplies what is hidden by 0, which leaves NaN as it is
                 movable(held)[index] = 0
         kv.bias[index], kv.positions[index] = float("-inf"), -1
         kv.priority[index], kv.open_slot[index], kv.clock[index] = float("-inf"), 0, -1
+        if self.blocks is not None:  # `reserve` clears the blocks for the rows that take them
+            for row in rows.on_host:
+                self.blocks.shrink(row, 0)
         self.lay_out()

@@ -10,7 +10,7 @@ import torch
 import raas_kernels
 
 from .packed_pages import write_prefill_keys
-from .page_table import PageTable
+from .page_table import NOT_RESERVED, PageTable
 from .resize import allocating, movable
 from .row_counts import Rows
 
@@ -110,6 +110,9 @@ def write_prefill(
         visible: `[rows, new]` bool, False where the attention mask hides a token; None if it hides no token.
         leading: for each row, the number of hidden tokens before its first visible token; None to count them here.
         rows: the rows that the forward touches; None for all.
+
+    Raises:
+        RuntimeError: a row needs more pages than it has reserved in the pool. Nothing has changed.
     """
     touched = np.arange(table.batch_size) if rows is None else rows.on_host
     new = key.shape[2]
@@ -117,6 +120,10 @@ def write_prefill(
         leading = [0] * len(touched) if visible is None else count_leading(visible)
     counts = table.counts
     places = Places(table, touched, new, np.array(leading, np.int64))
+    if table.blocks is not None:
+        needed, reserved = places.base + places.pages, table.blocks.reserved[touched]
+        for i in np.flatnonzero((needed > reserved) & (places.pages > 0))[:1]:
+            raise RuntimeError(NOT_RESERVED.format(row=touched[i], reserved=reserved[i], needed=needed[i]))
     # 1. Pages: pin the pages of the new tokens, and compute how many evictable pages each row may have.
     pages = _pages_for(table, touched, places)
     seen, decoded = counts.seen[touched].copy(), counts.decoded[touched].copy()
@@ -173,6 +180,8 @@ def _limits_after(table: PageTable, touched: np.ndarray, places: Places) -> np.n
 
 def _pages_for(table: PageTable, touched: np.ndarray, places: Places) -> int:
     """Number of pages for the new tokens, and for the first decode tokens of rows that have not decoded yet."""
+    if table.blocks is not None:  # `reserve` made room for them
+        return table.num_pages
     if table.settings.prompt == "evict":
         return max(
             places.pages_needed, 0 if places.is_fresh.all() and len(touched) == table.batch_size else table.num_pages
@@ -204,18 +213,21 @@ def _write(
         key, value = (raas_kernels.finite(states, hidden[..., None]) for states in (key, value))
     positions = seen[:, None, None] + torch.arange(new, device=device)  # [rows, 1, new]
     writes = [(kv.bias, bias.expand(-1, heads, -1)), (kv.positions, positions.int().expand(-1, heads, -1))]
+    contents: list[tuple[torch.Tensor, torch.Tensor]] = []
     held = [(kv.keys, kv.key_scales, key), (kv.values, kv.value_scales, value)]
     if kv.value_min is not None and kv.value_max is not None:
         write_prefill_keys(kv, places, key, None if visible is None else hidden, rows)
         codes, low, high = raas_kernels.pack_values(value)
-        writes += [(kv.value_min, low), (kv.value_max, high)]
+        contents += [(kv.value_min, low), (kv.value_max, high)]
         held = [(kv.values, None, codes)]
     for buffer, scales, states in held:
         if scales is not None:
             states, scale = raas_kernels.quantize(states, buffer.dtype)
-            writes.append((scales, scale))
-        writes.append((movable(buffer), movable(states)))
-    segments = places.segments if rows is None else None
+            contents.append((scales, scale))
+        contents.append((movable(buffer), movable(states)))
+    segments = places.segments if rows is None and kv.blocks is None else None
+    if kv.blocks is None:
+        writes += contents
     if segments is not None:
         for buffer, states in writes:
             for tokens, slots in segments:
@@ -225,6 +237,10 @@ def _write(
     target = source if rows is None else rows.on_device[source]
     for buffer, states in writes:
         buffer[target, :, slot] = states[source, :, token]
+    if kv.blocks is not None:
+        block, lane = kv.blocks[target, slot // table.page_size].long(), slot % table.page_size
+        for buffer, states in contents:
+            buffer[block, :, lane] = states[source, :, token]
 
 
 def _move_positions(table: PageTable, by: int, decoded: np.ndarray, rows: Rows | None) -> None:
@@ -256,6 +272,7 @@ def truncate(table: PageTable, seen: np.ndarray, drops_decoded: bool) -> None:
         seen: `[batch]`, number of tokens of each row that stay.
         drops_decoded: whether to empty all evictable pages and set the number of decode tokens to 0.
     """
+    table.check_no_pool("Taking tokens back (assisted decoding, crop, rewind)")
     kv, counts = table.kv, table.counts
     assert kv is not None
     size, pinned_pages = table.page_size, counts.pinned_pages

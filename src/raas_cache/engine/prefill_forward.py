@@ -123,7 +123,7 @@ class Prefill(StoringForward):
     def _by_slot(self, states: torch.Tensor) -> torch.Tensor:
         """Move states of the new tokens `[rows, heads, new, head_dim]` to slots, `[rows, heads, slots, head_dim]`."""
         assert self.places is not None
-        slots = self.layer.kv.keys.shape[2]
+        slots = self.layer.kv.bias.shape[2]
         dropped = torch.from_numpy(self.places.dropped).to(states.device)
         token = (torch.arange(slots, device=states.device) + dropped[:, None]).clamp(max=states.shape[2] - 1)
         return torch.take_along_dim(states, token[:, None, :, None], 2)

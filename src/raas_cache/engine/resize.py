@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from raas_kernels import PagedKV
+from raas_kernels.contents import take_pages
 
 from .layer_settings import CODES, LayerSettings
 from .packed_pages import check_head_sizes, packed_buffers
@@ -18,7 +19,11 @@ from .packed_pages import check_head_sizes, packed_buffers
 AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
 RowFunction = Callable[[torch.Tensor], torch.Tensor]
 """Takes a tensor `[batch, ...]`, and returns a tensor `[new batch, ...]` whose rows are rows of the argument."""
-NOTHING = float("-inf")
+PageFunction = Callable[[torch.Tensor, int, float], torch.Tensor]
+"""Takes a buffer with pages, the number of its entries per page, and the value of an empty entry."""
+CONTENTS = ("keys", "values", "key_scales", "value_scales", "value_min", "value_max")  # they may lie in a pool
+BY_PAGE = ("priority", "key_min", "key_max", "states")  # they have one entry per page
+EMPTY = {"bias": float("-inf"), "positions": -1, "priority": float("-inf")}  # values of empty entries that are not 0
 
 
 def allocating(function: AnyFunction) -> AnyFunction:
@@ -91,35 +96,39 @@ def new_kv(settings: LayerSettings, key: torch.Tensor, value: torch.Tensor, batc
     )
 
 
-def map_pages(kv: PagedKV, function: Callable[[torch.Tensor, int, float], torch.Tensor]) -> PagedKV:
+def in_a_pool(kv: PagedKV, blocks: int) -> PagedKV:
+    """`kv`, which has no pages, with a pool of `blocks` blocks for the contents of its slots."""
+
+    def pool(buffer: torch.Tensor | None) -> torch.Tensor | None:
+        if buffer is None:
+            return None
+        size = blocks, buffer.shape[1], kv.page_size, *buffer.shape[3:]
+        return torch.zeros(size, dtype=movable(buffer).dtype, device=buffer.device).view(buffer.dtype)
+
+    batch, device = len(kv.bias), kv.bias.device
+    contents: dict[str, Any] = {name: pool(getattr(kv, name)) for name in CONTENTS}
+    return replace(kv, **contents, blocks=torch.zeros(batch, 0, dtype=torch.int32, device=device))
+
+
+def map_pages(kv: PagedKV, function: PageFunction, contents: PageFunction | None = None) -> PagedKV:
     """`kv` with `function(buffer, entries, empty)` in place of every buffer that has pages.
 
     Args:
         function: takes a buffer `[batch, kv_heads, pages * entries, ...]`, the number of entries per page (`page_size`
             or 1), and the value of an empty entry.
+        contents: as `function`, for the buffers that lie in a pool if there is one; None for `function`.
     """
 
-    def codes(tensor: torch.Tensor) -> torch.Tensor:
-        return function(movable(tensor), kv.page_size, 0).view(tensor.dtype)
+    def mapped(name: str) -> torch.Tensor | None:
+        buffer = getattr(kv, name)
+        if buffer is None:
+            return None
+        entries = 1 if name in BY_PAGE else kv.page_size
+        run = contents if contents is not None and name in CONTENTS else function
+        return run(movable(buffer), entries, EMPTY.get(name, 0)).view(buffer.dtype)
 
-    def optional(tensor: torch.Tensor | None, entries: int) -> torch.Tensor | None:
-        return None if tensor is None else function(tensor, entries, 0)
-
-    return replace(
-        kv,
-        keys=codes(kv.keys),
-        values=codes(kv.values),
-        bias=function(kv.bias, kv.page_size, NOTHING),
-        positions=function(kv.positions, kv.page_size, -1),
-        priority=function(kv.priority, 1, NOTHING),
-        key_scales=optional(kv.key_scales, kv.page_size),
-        value_scales=optional(kv.value_scales, kv.page_size),
-        key_min=optional(kv.key_min, 1),
-        key_max=optional(kv.key_max, 1),
-        states=optional(kv.states, 1),
-        value_min=optional(kv.value_min, kv.page_size),
-        value_max=optional(kv.value_max, kv.page_size),
-    )
+    buffers: dict[str, Any] = {name: mapped(name) for name in (*CONTENTS, *BY_PAGE, "bias", "positions")}
+    return replace(kv, **buffers)
 
 
 def map_rows(kv: PagedKV, function: RowFunction) -> PagedKV:
@@ -145,7 +154,7 @@ def map_rows(kv: PagedKV, function: RowFunction) -> PagedKV:
 
 
 def resized(kv: PagedKV, pages: int) -> PagedKV:
-    """`kv` with `pages` pages: added pages are empty, or the last pages are removed."""
+    """`kv` with `pages` pages: added pages are empty, or the last pages are removed. A pool stays as it is."""
     kept = min(pages, kv.num_pages)
 
     def moved(old: torch.Tensor, entries: int, empty: float) -> torch.Tensor:
@@ -153,7 +162,7 @@ def resized(kv: PagedKV, pages: int) -> PagedKV:
         new[:, :, : kept * entries] = old[:, :, : kept * entries]
         return new
 
-    return map_pages(kv, moved)
+    return map_pages(kv, moved, None if kv.blocks is None else lambda pool, entries, empty: pool)
 
 
 def gathered(kv: PagedKV, index: torch.Tensor) -> PagedKV:
@@ -165,6 +174,38 @@ def gathered(kv: PagedKV, index: torch.Tensor) -> PagedKV:
         return chosen.view(*old.shape[:2], index.shape[-1] * entries, *old.shape[3:])
 
     return map_pages(kv, moved)
+
+
+def take_out(kv: PagedKV, rows: torch.Tensor, index: torch.Tensor) -> PagedKV:
+    """A copy of the pages `index` `[rows, kv_heads, n]` int64 of `rows` `[rows]` int64, outside the pool."""
+    taken = map_pages(
+        kv,
+        lambda buffer, entries, empty: take_pages(buffer, rows, index, entries),
+        lambda pool, entries, empty: take_pages(pool, rows, index, entries, kv.blocks),
+    )
+    return replace(taken, open_slot=kv.open_slot[rows], clock=kv.clock[rows], blocks=None)
+
+
+def put_rows(kv: PagedKV, rows: torch.Tensor, taken: PagedKV) -> None:
+    """Make the pages that `take_out` returned the first pages of `rows`; all other pages of these rows become empty.
+
+    A page that holds a token must have a block in its new place.
+    """
+    kept = taken.num_pages
+    for name in (*BY_PAGE, "bias", "positions"):
+        buffer, new = getattr(kv, name), getattr(taken, name)
+        if buffer is not None:
+            buffer[rows] = EMPTY.get(name, 0)
+            buffer[rows, :, : new.shape[2]] = new
+    assert kv.blocks is not None
+    block = kv.blocks[rows, :kept].long()  # [rows, kept]
+    has_memory = block > 0
+    for name in CONTENTS:
+        buffer, new = getattr(kv, name), getattr(taken, name)
+        if buffer is not None:
+            pages = movable(new).unflatten(2, (kept, kv.page_size)).transpose(1, 2)  # [rows, kept, kv_heads, S, ...]
+            movable(buffer)[block[has_memory]] = pages[has_memory]
+    kv.open_slot[rows], kv.clock[rows] = taken.open_slot, taken.clock
 
 
 def put_page(kv: PagedKV, page: torch.Tensor, contents: PagedKV) -> None:

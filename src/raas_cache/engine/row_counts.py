@@ -13,12 +13,15 @@ class Rows:
     """Some of a batch's rows.
 
     Args:
-        on_host: int64 `[rows]`; None if only the device knows them, in a step that a CUDA graph repeats.
+        on_host: int64 `[rows]`.
         on_device: int64 `[rows]`, for the kernels.
+        is_known: False if only the device knows the rows, in a decode step that a CUDA graph repeats. `on_host` then
+            has no meaning.
     """
 
-    on_host: np.ndarray | None
+    on_host: np.ndarray
     on_device: torch.Tensor
+    is_known: bool = True
 
     @classmethod
     def from_list(cls, indices: list[int], device: torch.device) -> Rows:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from raas_kernels.paged_kv import take_rows
+
 
 if TYPE_CHECKING:
     from .page_table import PageTable
@@ -39,7 +41,10 @@ def select_pages(table: PageTable, bounds: torch.Tensor, rows: torch.Tensor | No
         newest = (open_slot // table.page_size)[..., None].expand(-1, bounds.shape[1], -1)
         bounds = bounds.scatter(-1, newest, float("inf"))
         if settings.prompt == "pin":
-            bounds = bounds.masked_fill(~evictable, float("inf"))
+            pinned = ~evictable
+            if kv.blocks is not None:  # a page without memory is not evictable either
+                pinned = pinned & (take_rows(kv.blocks, rows) > 0)[:, None]
+            bounds = bounds.masked_fill(pinned, float("inf"))
     selected = bounds.argsort(dim=-1, descending=True, stable=True)[..., :wanted]
     if table.pages_read_by_row is None:
         return selected

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,11 +15,8 @@ from .summaries import mean_keys, value_range
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from .attention_inputs import Expanded, Softmax
     from .layer_engine import LayerEngine
-    from .page_table import PageTable
 
 New = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 """Key and value `[rows, kv_heads, 1, head_dim]` of a new token, and `[rows]` bool, False where the mask hides it."""
@@ -80,7 +77,7 @@ def rank(layer: LayerEngine, scores: torch.Tensor, queries: int, query: torch.Te
     state = {}
     if kv.states is not None:
         state = {name: kv.states[..., i] for i, name in enumerate(policy.state)}
-    keys, ranges = partial(_of_rows, mean_keys, table, rows), partial(_of_rows, value_range, table, rows)
+    keys, ranges = partial(mean_keys, table, rows=rows), partial(value_range, table, rows=rows)
     row_state = {}
     if kv.row_states is not None:
         row_state = {name: kv.row_states[:, :, i] for i, name in enumerate(policy.row_state)}
@@ -93,11 +90,3 @@ def rank(layer: LayerEngine, scores: torch.Tensor, queries: int, query: torch.Te
             layer.kv.states[rows] = kv.states
         if layer.kv.row_states is not None and kv.row_states is not None:
             layer.kv.row_states[rows] = kv.row_states
-
-
-def _of_rows(
-    summary: Callable[..., torch.Tensor], table: PageTable, rows: torch.Tensor | None, *args: Any
-) -> torch.Tensor:
-    """A summary of the pages `[rows, kv_heads, pages, ...]`, for the rows of the forward; None for all."""
-    whole = summary(table, *args)
-    return whole if rows is None else whole[rows]

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from ..cache.paged_cache import PagedCache
 from ..methods.registry import from_name
 
 
 if TYPE_CHECKING:
+    from transformers import ContinuousBatchingConfig
+
     from ..cache.settings import Budget
     from .manager import RowManager
 
 
+DEFAULT_ROWS = 32
 CHUNK = 512
 """Largest number of tokens of one forward: longer prompts are read in chunks while other requests decode."""
 
@@ -67,21 +70,12 @@ def continuous(
     ```
     """
     cache = from_name(method, budget, config=model.config.get_text_config(), **options)
-    return manager_for(
-        model,
-        cache,
-        max_rows=max_rows,
-        memory=memory,
-        generation_config=generation_config,
-        batching=batching,
-        seed=seed,
-    )
+    return manager_for(model, cache, max_rows, memory, generation_config, batching, seed)
 
 
 def manager_for(
     model: PreTrainedModel,
     cache: PagedCache,
-    *,
     max_rows: int | None = None,
     memory: int | None = None,
     generation_config: GenerationConfig | None = None,
@@ -91,6 +85,7 @@ def manager_for(
     """As `continuous`, with the settings of an empty cache, whose layers the rows take over."""
     from .manager import RowManager
     from .rows_of_model import rows_of
+    from .upstream import ContinuousBatchingConfig
 
     for name, value in (("max_rows", max_rows), ("memory", memory)):
         if value is not None and value < 1:

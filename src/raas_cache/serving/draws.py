@@ -36,7 +36,8 @@ class Draws:
     def uniform(self, count: int) -> torch.Tensor:
         """One number in (0, 1) for each of the first `count` new tokens, float64 `[count]`."""
         seeds, tokens = self._keys[:, :count]
-        return (mixed(mixed(seeds) ^ (tokens & WORD)).double() + 0.5) / (WORD + 1)
+        hashed: torch.Tensor = mixed(mixed(seeds) ^ (tokens & WORD))
+        return (hashed.double() + 0.5) / (WORD + 1)
 
     def _seed_of(self, request_id: str) -> int:
         own = self.seeds.get(request_id)

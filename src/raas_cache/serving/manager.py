@@ -8,12 +8,19 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from .draws import Draws
 from .row_cache import RowCache
 from .row_plan import need
-from .row_runner import Draws, RowRunner
+from .row_runner import RowRunner
 from .row_scheduler import RowScheduler
 from .row_store import RowStore
-from .upstream import SLIDING_ATTENTION, ContinuousBatchingConfig, ContinuousBatchingManager, ContinuousBatchProcessor
+from .upstream import (
+    SLIDING_ATTENTION,
+    ContinuousBatchingConfig,
+    ContinuousBatchingLogitsProcessorList,
+    ContinuousBatchingManager,
+    ContinuousBatchProcessor,
+)
 
 
 class RowManager(ContinuousBatchingManager):
@@ -40,15 +47,16 @@ class RowManager(ContinuousBatchingManager):
         batching: ContinuousBatchingConfig,
         seed: int,
     ):
-        super().__init__(model, generation_config, batching)
+        super().__init__(model, generation_config, batching)  # type: ignore[arg-type]
         config, settings = model.config.get_text_config(), self.continuous_batching_config
         self._has_windows = SLIDING_ATTENTION in (getattr(config, "layer_types", None) or ())
         # Decode steps run from a CUDA graph, which needs a block table. transformers has none for windows.
-        has_graph = model.device.type == "cuda" and not self._has_windows and settings.use_cuda_graph is not False
+        has_graph = model.device.type == "cuda" and not self._has_windows and batching.use_cuda_graph is not False
         settings.max_blocks_per_request, settings.use_cuda_graph = int(has_graph), (False, has_graph)
-        settings.max_requests_per_batch = rows
+        settings.max_requests_per_batch = self.max_rows = rows
+        max_tokens: int = settings.max_batch_tokens  # type: ignore[assignment]  # `continuous` sets it
         self.draws = Draws(rows, seed, model.device)
-        self.cache = RowCache(store, config, rows, settings.max_batch_tokens, has_graph, model.dtype, self.draws)
+        self.cache = RowCache(store, config, rows, max_tokens, has_graph, model.dtype, self.draws)
 
     @property
     def nbytes(self) -> int:
@@ -78,7 +86,7 @@ class RowManager(ContinuousBatchingManager):
                 are; or the method never evicts, and the request has no `max_new_tokens`.
         """
         ids = [int(token) for token in input_ids]
-        vocabulary = self.model.get_input_embeddings().num_embeddings
+        vocabulary: int = self.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
         if not ids:
             raise ValueError(f"input_ids={input_ids} is empty: a request needs a prompt of one token or more.")
         if min(ids) < 0 or max(ids) >= vocabulary:
@@ -101,6 +109,29 @@ class RowManager(ContinuousBatchingManager):
             self.draws.seeds[request_id] = int(seed)
         added: str | None = super().add_request(ids, request_id=request_id, **options)
         return added
+
+    def use(self, generation_config: GenerationConfig) -> None:
+        """Use another generation config for all later requests.
+
+        Raises:
+            RuntimeError: the loop is running.
+        """
+        if generation_config == self.generation_config:
+            return
+        if self.is_running():
+            raise RuntimeError(
+                "generation_config differs from that of the requests that are running: wait for them, or call "
+                "manager.stop() first."
+            )
+        settings = self.continuous_batching_config
+        self.generation_config = generation_config
+        self.num_return_sequences = generation_config.num_return_sequences or 1
+        self.logit_processor = ContinuousBatchingLogitsProcessorList(
+            self.model._get_logits_processor(generation_config),
+            settings.per_request_processors,
+            settings.drop_unsupported_processors,
+        )
+        self.batch_processor = None
 
     def stop(
         self,
@@ -151,17 +182,18 @@ class RowManager(ContinuousBatchingManager):
             background_thread_status=self.background_thread_status,
             model_device=device,
             model_dtype=self.model.dtype,
-            scheduler=RowScheduler(self.cache, 0.0, settings.max_requests_per_batch),
+            scheduler=RowScheduler(self.cache, 0.0, self.max_rows),
             distributed_helper=self.distributed_helper,
         )
-        if not self._has_windows:  # rows need no mask
-            processor.inputs_and_outputs.attention_mask = None
+        inputs = processor.inputs_and_outputs
+        if not self._has_windows:
+            inputs.attention_mask = None  # type: ignore[union-attr]  # rows need no mask
         processor.model_runner = RowRunner(
             self.draws,
             logit_processor=self.logit_processor,
             cb_config=settings,
             cache=self.cache,
-            inputs_and_outputs=processor.inputs_and_outputs,
+            inputs_and_outputs=inputs,
             do_sample=processor.do_sample,
             return_logprobs=processor.return_logprobs,
         )

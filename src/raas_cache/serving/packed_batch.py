@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from ..engine.row_counts import Rows
@@ -61,4 +62,4 @@ class PackedBatch:
 
         The rows have all their pages, so the host need not know them.
         """
-        return cls(Rows(None, rows), ())
+        return cls(Rows(np.empty(0, np.int64), rows, is_known=False), ())

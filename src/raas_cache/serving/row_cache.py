@@ -67,7 +67,7 @@ class RowCache(PagedAttentionCache):
         draws: Draws,
     ):
         self.store, self.config, self.dtype, self.device = store, config, dtype, store.device
-        self.draws = draws
+        self.draws, self._first_layer = draws, min(store.layers)
         self.max_batch_tokens, self.max_requests = max_batch_tokens, rows
         self.batch = PackedBatch(None, ())
         self.new_tokens = 0  # generated so far, by all requests
@@ -78,7 +78,8 @@ class RowCache(PagedAttentionCache):
         self.layer_to_allocator: dict[int, Any] = {}
         self.pool = CachePool(0, 2)
         self.num_blocks, self.bytes_per_sector = rows, 1
-        self.read_cache_limit = self.max_tokens_read = 0
+        # Rows need no index of slots. The scheduler ends a batch when no such index is left, so one is.
+        self.read_cache_limit, self.max_tokens_read = 0, 1
         for index, (kind, layers) in enumerate(group_layers_by_attn_type(config).items()):
             if kind == FULL_ATTENTION:
                 allocator: Any = RowAllocator(index=index, tokens_per_page=store.page_size, num_blocks=0)
@@ -189,7 +190,7 @@ class RowCache(PagedAttentionCache):
                 drawing.append((state.request_id, past + future.query_length))
         self.draws.set(drawing)
         self.new_tokens += len(drawing)
-        self.batch = PackedBatch.of(decoding, prompts, self.device)
+        self.batch = PackedBatch.of(decoding, prompts, self.store.device)
 
     def extend_read_and_write_indices(
         self,
@@ -225,10 +226,10 @@ class RowCache(PagedAttentionCache):
         if layer is None:
             updated: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, layer_idx, kwargs)
             return updated
-        batch, block_table = self.batch, kwargs.get("block_table")
-        if block_table is not None:
+        block_table = kwargs.get("block_table")
+        if block_table is not None and layer_idx == self._first_layer:
             rows = block_table[0, :, 0].long()  # [tokens], -1 for padding
-            batch = PackedBatch.decoding(torch.where(rows < 0, SPARE, rows))
-        forward = PackedForward(layer, key_states, value_states, batch)
+            self.batch = PackedBatch.decoding(torch.where(rows < 0, SPARE, rows))
+        forward = PackedForward(layer, key_states, value_states, self.batch)
         key_states.paged_forward = value_states.paged_forward = forward  # type: ignore[attr-defined]
         return key_states, value_states

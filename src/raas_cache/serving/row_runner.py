@@ -9,7 +9,7 @@ from torch import nn
 
 from .draws import Draws
 from .row_cache import RowCache
-from .upstream import CudaGraphBuffer, ModelRunner
+from .upstream import ContinuousBatchingIOs, CudaGraphBuffer, ModelRunner
 
 
 class RowRunner(ModelRunner):
@@ -21,6 +21,7 @@ class RowRunner(ModelRunner):
     """
 
     cache: RowCache
+    inputs_and_outputs: ContinuousBatchingIOs
 
     def __init__(self, draws: Draws, **arguments: Any):
         super().__init__(**arguments)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from ..cache.paged_layer import PagedLayer
+from ..engine.reserve import reserve
 from ..engine.row_counts import Rows
 from .row_plan import Need
 
@@ -30,8 +31,11 @@ class RowStore:
     def __init__(self, layers: dict[int, PagedLayer], rows: int, device: torch.device):
         self.layers, self.device = layers, device
         self.tables = [part.table for layer in layers.values() for part in layer.parts]
-        self.page_size = self.tables[0].page_size
-        self.shares_prefixes = self.tables[0].settings.prompt != "evict"
+        self._pools = [table.blocks.pool for table in self.tables if table.blocks is not None]
+        settings = self.tables[0].settings
+        self.page_size = settings.page_size
+        # A prompt alone is read exactly, and its first pages would be codes here.
+        self.shares_prefixes = settings.prompt != "evict" and settings.kv_dtype is None
         self.rows: dict[str, int] = {}  # by request
         self._prompts: dict[int, np.ndarray] = {}  # of each row
         self._stored: dict[int, int] = {}  # prompt tokens of each row that are in its pages
@@ -46,12 +50,13 @@ class RowStore:
     @property
     def free_pages(self) -> list[int]:
         """Number of pages of each table that no row has. Pages of ended requests count from the next admission on."""
-        return [table.pool.free for table in self.tables]
+        return [pool.free for pool in self._pools]
 
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers, which are allocated once."""
-        return sum(table.nbytes for table in self.tables)
+        kvs = (vars(table.kv).values() for table in self.tables if table.kv is not None)
+        return sum(buffer.nbytes for buffers in kvs for buffer in buffers if isinstance(buffer, torch.Tensor))
 
     @property
     def shapes(self) -> object:
@@ -64,7 +69,7 @@ class RowStore:
 
     def fits(self, needed: Need) -> bool:
         """Whether a request with this need could be admitted if there were no other."""
-        return all(pages <= table.pool.blocks for pages, table in zip(needed.pages, self.tables, strict=True))
+        return all(pages <= pool.blocks for pages, pool in zip(needed.pages, self._pools, strict=True))
 
     def admit(self, request_id: str, prompt: Sequence[int], needed: Need) -> int | None:
         """Give a request its row, and the row all its pages.
@@ -80,12 +85,11 @@ class RowStore:
         source, shared, is_stored = self._longest_prefix(tokens)
         if not is_stored:
             return None
-        for pages, table in zip(needed.pages, self.tables, strict=True):
-            if pages - shared > table.pool.free:
-                return None
+        if any(pages - shared > pool.free for pages, pool in zip(needed.pages, self._pools, strict=True)):
+            return None
         row = self._free.pop()
         for pages, table in zip(needed.pages, self.tables, strict=True):
-            table.reserve(row, pages, shared_from=(source, shared) if shared else None)
+            reserve(table, row, pages, shared_from=(source, shared) if shared else None)
         self.rows[request_id], self._prompts[row], self._stored[row] = row, tokens, shared * self.page_size
         return shared * self.page_size
 

@@ -11,11 +11,11 @@ from ..cache.paged_cache import PagedCache
 from ..cache.paged_layer import PagedLayer
 from ..common.upstream import CACHE_ARGUMENT
 from ..engine.page_table import PageTable
+from ..engine.reserve import reserve
+from ..engine.resize import CONTENTS
+from .continuous import DEFAULT_ROWS
 from .row_plan import usual_row
-from .row_store import RowStore
-
-
-DEFAULT_ROWS = 32
+from .row_store import SPARE, RowStore
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,10 @@ def rows_of(
             )
         key, value = part.table.states()
         examples.append(_Example(key[:, :, :1].clone(), value[:, :, :1].clone()))
-        rotation = part.engine.rotation
-        part.reset()
+    rotations = [part.engine.rotation for part in parts]
+    for layer in layers.values():
+        layer.reset()
+    for part, rotation in zip(parts, rotations, strict=True):
         part.engine.rotation = rotation
     # 2. Pages of each pool.
     tables = [part.table for part in parts]
@@ -76,9 +78,9 @@ def rows_of(
         )
     # 3. Buffers. The first row and a page are spare, for the padding of a CUDA graph.
     for table, example, pages in zip(tables, examples, usual, strict=True):
-        table.use_pool(int(scale * pages) + 2)
+        table.use_pool(int(scale * pages) + 2)  # with the block that holds nothing, and the spare page
         table.allocate(example.key, example.value, rows + 1)
-        table.reserve(0, 1)
+        reserve(table, SPARE, 1)
     return RowStore(layers, rows + 1, model.device), rows
 
 
@@ -87,4 +89,6 @@ def _page_bytes(table: PageTable, example: _Example) -> int:
     trial = PageTable(table.settings)
     trial.use_pool(2)
     trial.allocate(example.key, example.value, 1)
-    return trial.page_bytes
+    assert trial.kv is not None
+    contents = (getattr(trial.kv, name) for name in CONTENTS)
+    return sum(buffer.nbytes for buffer in contents if buffer is not None) // 2

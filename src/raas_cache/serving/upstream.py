@@ -25,10 +25,14 @@ from transformers.generation.continuous_batching.cache_allocators import (  # no
     CachePool,
     SlidingAttentionCacheAllocator,
 )
+from transformers.generation.continuous_batching.cb_logits_processors import (  # noqa: E402
+    ContinuousBatchingLogitsProcessorList,
+)
 from transformers.generation.continuous_batching.continuous_api import (  # noqa: E402
     ContinuousBatchingManager,
     ContinuousBatchProcessor,
 )
+from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingIOs  # noqa: E402
 from transformers.generation.continuous_batching.model_runner import ModelRunner  # noqa: E402
 from transformers.generation.continuous_batching.requests import (  # noqa: E402
     FutureRequestState,
@@ -50,6 +54,8 @@ __all__ = [
     "CachePool",
     "ContinuousBatchProcessor",
     "ContinuousBatchingConfig",
+    "ContinuousBatchingIOs",
+    "ContinuousBatchingLogitsProcessorList",
     "ContinuousBatchingManager",
     "CudaGraphBuffer",
     "FIFOScheduler",

@@ -37,10 +37,11 @@ def append(
     rows: Tensor | None = None,
     may_close: bool = False,
 ) -> None:
-    """See `raas_kernels.append`. Rows that are at different places of their open pages take `append_in_graph`."""
+    """See `raas_kernels.append`. Rows in blocks, or at different places of their open pages, take `append_in_graph`."""
     clocks = kv.clock.flatten(0, 1).tolist()  # B * H pairs of (sequence index, decode-token index)
     is_one_clock = clocks.count(clocks[0]) == len(clocks)
-    if rows is not None or not (is_one_clock or all(clock[1] == clocks[0][1] for clock in clocks)):
+    is_spread = rows is not None or kv.blocks is not None
+    if is_spread or not (is_one_clock or all(clock[1] == clocks[0][1] for clock in clocks)):
         append_in_graph(kv, key, value, visible, rows, may_close)
         return
     size = kv.page_size
@@ -147,12 +148,15 @@ def append_in_graph(
     if kv.states is not None:
         put(kv.states, page, torch.where(opening[..., None], 0.0, kv.states[row, head, page]))
 
-    # 3. Write the token into its slot.
-    slot = start + offset
+    # 3. Write the token into its slot. Where the contents of the open page are: its row and first slot, or its block.
+    place, begin, has_memory = row.expand_as(start), start, None  # [R, H]
+    if kv.blocks is not None:
+        place, begin = kv.blocks[row, page].long(), torch.zeros_like(start)
+        has_memory = place > 0
     key, value = (new[:, :, 0] if visible is None else finite(new[:, :, 0], ~shown[..., None]) for new in (key, value))
     writes, key = _writes(kv, key, value)
     for buffer, new in writes:
-        put(buffer, slot, new)
+        _put_where(has_memory, buffer, (place, head, begin + offset), new)
 
     # 4. The open page's priority becomes the present.
     stamped = torch.ones_like(opening) if may_close else opening | (offset == size - 1)
@@ -171,10 +175,19 @@ def append_in_graph(
     if kv.open_keys is not None and kv.key_min is not None and kv.key_max is not None:
         put(kv.open_keys, offset, key)
         codes, low, high = pack_page(kv.open_keys[row, head], kv.bias[at] != 0)  # [R, H, S, Dk / 2], [R, H, Dk]
-        closing = (offset == size - 1)[..., None]  # [R, H, 1]
-        put(kv.keys, slots, torch.where(closing[..., None], codes, kv.keys[at]))
+        closing = offset == size - 1  # [R, H]
+        written = closing if has_memory is None else closing & has_memory
+        _put_where(written[..., None], kv.keys, (place[..., None], head[:, None], begin[..., None] + lane), codes)
+        closing = closing[..., None]
         put(kv.key_min, page, torch.where(closing, low, kv.key_min[row, head, page]))
         put(kv.key_max, page, torch.where(closing, high, kv.key_max[row, head, page]))
+
+
+def _put_where(where: Tensor | None, buffer: Tensor, index: tuple[Tensor, ...], new: Tensor) -> None:
+    """Write `new` at `index` of the first three dimensions of a buffer, where `where` is True; everywhere for None."""
+    if where is not None:
+        new = torch.where(where if new.ndim == where.ndim else where[..., None], new, buffer[index])
+    buffer.index_put_(index, new.to(buffer.dtype))
 
 
 def _put_rows(buffer: Tensor, rows: Tensor | None, new: Tensor) -> None:

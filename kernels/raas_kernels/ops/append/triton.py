@@ -46,7 +46,7 @@ def code_channels(open_keys, key_min, key_max, ignored, lane, channel, DK: tl.co
 @triton.jit
 def append_kernel(
     keys, values, bias, positions, priority, evictable, open_slot, clock, key_scales, value_scales, key_min, key_max,
-    states, open_keys, value_min, value_max, key, value, key_scale, value_scale, visible, rows,
+    states, open_keys, value_min, value_max, key, value, key_scale, value_scale, visible, rows, blocks,
     heads, pages, keys_row, keys_head, keys_slot, values_row, values_head, values_slot,
     key_row, key_head, value_row, value_head,
     PAGE: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, STATES: tl.constexpr,
@@ -54,7 +54,10 @@ def append_kernel(
     ROWS: tl.constexpr,
     BLOCK_PAGES: tl.constexpr, BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_STATES: tl.constexpr,
 ):  # fmt: skip
-    """Program i serves KV head i % heads of the call's row i // heads, which is row `rows[i // heads]` of the cache."""
+    """Program i serves KV head i % heads of the call's row i // heads, which is row `rows[i // heads]` of the cache.
+
+    `blocks` is None, and then not even an argument of the compiled kernel, where each row has memory of its own.
+    """
     call = tl.program_id(0).to(tl.int64)
     call_row, head = call // heads, call % heads
     row = tl.load(rows + call_row) if ROWS else call_row
@@ -111,9 +114,26 @@ def append_kernel(
     if opening | (offset == PAGE - 1) | MAY_CLOSE:
         tl.store(priority + pair * pages + page, now.to(tl.float64))
 
-    # 5. Keys and values, [DK] and [DV], and for codes their scales.
-    slot = start + offset
+    # 5. Where the contents of the open page are: from slot `begin` of the row on, or in a block.
     dk, dv = tl.arange(0, BLOCK_DK), tl.arange(0, BLOCK_DV)
+    half = tl.arange(0, BLOCK_DV // 2)
+    channel = tl.arange(0, BLOCK_DK // 2)
+    is_key, is_value, is_half, is_channel = dk < DK, dv < DV, half < DV // 2, channel < DK // 2
+    place, begin, width, has_memory = row, start, pages, None
+    if blocks is not None:
+        place = tl.load(blocks + row * pages + page).to(tl.int64)
+        begin, width, has_memory = 0, 1, place > 0
+        key_size, value_size = tl.where(has_memory, DK, 0), tl.where(has_memory, DV, 0)
+        is_key, is_value, is_half, is_channel = (
+            dk < key_size,
+            dv < value_size,
+            half < value_size // 2,
+            channel < key_size // 2,
+        )
+    slot = begin + offset
+    held = (place * heads + head) * width * PAGE + slot
+
+    # 6. Keys and values, [DK] and [DV], and for codes their scales.
     new_key = tl.load(key + call_row * key_row + head * key_head + dk, mask=dk < DK, other=0.0)
     new_value = tl.load(value + call_row * value_row + head * value_head + dv, mask=dv < DV, other=0.0)
     wide = new_key.to(tl.float32)
@@ -123,18 +143,16 @@ def append_kernel(
     if QUANTIZED:
         new_scale = tl.load(key_scale + call)
         wide *= new_scale
-        tl.store(key_scales + pair * pages * PAGE + slot, new_scale)
-        tl.store(value_scales + pair * pages * PAGE + slot, tl.load(value_scale + call))
-    keys += row * keys_row + head * keys_head
-    values += row * values_row + head * values_head + slot * values_slot
+        tl.store(key_scales + held, new_scale, mask=has_memory)
+        tl.store(value_scales + held, tl.load(value_scale + call), mask=has_memory)
+    keys += place * keys_row + head * keys_head
+    values += place * values_row + head * values_head + slot * values_slot
     if PACKED:
         open_keys += pair * PAGE * DK
         tl.store(open_keys + offset * DK + dk, new_key, mask=dk < DK)
-        half = tl.arange(0, BLOCK_DV // 2)
-        is_half = half < DV // 2
         source = value + call_row * value_row + head * value_head + half
-        first = tl.load(source, mask=is_half, other=0.0)
-        second = tl.load(source + DV // 2, mask=is_half, other=0.0)
+        first = tl.load(source, mask=half < DV // 2, other=0.0)
+        second = tl.load(source + DV // 2, mask=half < DV // 2, other=0.0)
         if MASKED:
             first, second = finite_states(first, shown), finite_states(second, shown)
         first, second = first.to(tl.float32), second.to(tl.float32)
@@ -142,13 +160,13 @@ def append_kernel(
         least = tl.min(tl.where(dv < DV, wide_value, float("inf")), 0)
         most = tl.max(tl.where(dv < DV, wide_value, float("-inf")), 0)
         tl.store(values + half, coded(first, least, most) | (coded(second, least, most) << 4), mask=is_half)
-        tl.store(value_min + pair * pages * PAGE + slot, least.to(value_min.dtype.element_ty))
-        tl.store(value_max + pair * pages * PAGE + slot, most.to(value_max.dtype.element_ty))
+        tl.store(value_min + held, least.to(value_min.dtype.element_ty), mask=has_memory)
+        tl.store(value_max + held, most.to(value_max.dtype.element_ty), mask=has_memory)
     else:
-        tl.store(keys + slot * keys_slot + dk, new_key, mask=dk < DK)
-        tl.store(values + dv, new_value, mask=dv < DV)
+        tl.store(keys + slot * keys_slot + dk, new_key, mask=is_key)
+        tl.store(values + dv, new_value, mask=is_value)
 
-    # 6. Widen the page's key_min and key_max by a visible key.
+    # 7. Widen the page's key_min and key_max by a visible key.
     if BOUNDS:
         extreme = (pair * pages + page) * DK + dk
         low = tl.load(key_min + extreme, mask=dk < DK).to(tl.float32)
@@ -160,13 +178,12 @@ def append_kernel(
         tl.store(key_min + extreme, low.to(key_min.dtype.element_ty), mask=dk < DK)
         tl.store(key_max + extreme, high.to(key_max.dtype.element_ty), mask=dk < DK)
 
-    # 7. In a 4-bit cache, code the keys of a page that is full, each channel between its own bounds.
+    # 8. In a 4-bit cache, code the keys of a page that is full, each channel between its own bounds.
     if PACKED:  # noqa: SIM102  # only this `if` is decided when the kernel is compiled
         if offset == PAGE - 1:
             tl.debug_barrier()  # other warps have written a part of the last key, and the page's bounds
             is_visible = tl.load(bias + pair * pages * PAGE + start + lane) == 0.0
             ignored = (is_visible == 0) & (tl.max(is_visible.to(tl.int32), 0) > 0)
-            channel = tl.arange(0, BLOCK_DK // 2)
             page_bounds = (pair * pages + page) * DK
             low_codes = code_channels(
                 open_keys, key_min + page_bounds, key_max + page_bounds, ignored, lane, channel, DK
@@ -176,8 +193,8 @@ def append_kernel(
                 open_keys + DK // 2, key_min + page_bounds, key_max + page_bounds, ignored, lane, channel, DK
             )
             tl.store(
-                keys + (start + lane)[:, None] * keys_slot + channel[None, :], low_codes | (high_codes << 4),
-                mask=(channel < DK // 2)[None, :],
+                keys + (begin + lane)[:, None] * keys_slot + channel[None, :], low_codes | (high_codes << 4),
+                mask=is_channel[None, :],
             )  # fmt: skip
 
 
@@ -209,7 +226,8 @@ def append(
                          kv.value_max)),
         key, value, key_scale, value_scale,
         unused if visible is None else visible.contiguous(), unused if rows is None else rows.contiguous(),
-        heads, kv.num_pages, *kv.keys.stride()[:3], *kv.values.stride()[:3], *key.stride()[:2], *value.stride()[:2],
+        kv.blocks, heads, kv.num_pages, *kv.keys.stride()[:3], *kv.values.stride()[:3], *key.stride()[:2],
+        *value.stride()[:2],
         PAGE=kv.page_size, DK=dk, DV=dv, STATES=states, BOUNDS=kv.key_min is not None, QUANTIZED=is_quantized,
         PACKED=kv.is_packed, MASKED=visible is not None, MAY_CLOSE=may_close, ROWS=rows is not None,
         BLOCK_PAGES=min(MAX_BLOCK_PAGES, triton.next_power_of_2(kv.num_pages)),

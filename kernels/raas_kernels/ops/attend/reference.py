@@ -31,7 +31,7 @@ def attend(
     # 1. Read the buffers where they are, or gather the rows and the pages to read, and decode 4-bit codes.
     keys, values, bias, key_scales, value_scales = (
         (kv.keys, kv.values, kv.bias, kv.key_scales, kv.value_scales)
-        if rows is None and selected is None and not kv.is_packed
+        if rows is None and selected is None and kv.blocks is None and not kv.is_packed
         else _gathered(kv, rows, selected)
     )
     batch, heads, slots = keys.shape[:3]
@@ -68,14 +68,15 @@ def _gathered(
     4-bit codes are decoded, 8-bit codes are not.
     """
     take = partial(take_pages, rows=rows, selected=selected, entries=kv.page_size)
+    take_contents = partial(take, blocks=kv.blocks)
     bias = take(kv.bias)
     if selected is not None:
         bias = bias.masked_fill((selected < 0).repeat_interleave(kv.page_size, -1), float("-inf"))
     if kv.is_packed:
         keys, values = (unpack_any(kv, bias.dtype, rows, selected) for unpack_any in (unpack_keys, unpack_values))
         return keys, values, bias, None, None
-    scales = (None if tensor is None else take(tensor) for tensor in (kv.key_scales, kv.value_scales))
-    return take(kv.keys), take(kv.values), bias, *scales  # type: ignore[return-value]  # two scales
+    scales = (None if tensor is None else take_contents(tensor) for tensor in (kv.key_scales, kv.value_scales))
+    return take_contents(kv.keys), take_contents(kv.values), bias, *scales  # type: ignore[return-value]  # two scales
 
 
 def score_pages(weights: Tensor, page_size: int, page_score: Reduction, group_score: Reduction) -> Tensor:

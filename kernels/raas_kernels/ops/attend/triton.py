@@ -69,7 +69,7 @@ def channels_of(codes, key_min, key_max, open_keys, bounds, exact, is_open, mask
 @triton.jit
 def attend_kernel(
     query, keys, values, bias, selected, key_scales, value_scales, key_min, key_max, open_keys, open_slot, clock,
-    value_min, value_max, sinks, rows, scale, softcap,
+    value_min, value_max, sinks, rows, blocks, scale, softcap,
     part_output, part_max, part_sum, unit_logit, output, scores,
     heads, slots, slots_per_slice, cache_slots, keys_row, keys_head, values_row, values_head, bias_row, bias_head,
     KEYS_SLOT: tl.constexpr, VALUES_SLOT: tl.constexpr,
@@ -87,6 +87,8 @@ def attend_kernel(
 
     With PACKED, keys and values are 4-bit codes: a byte has one code of the first half of the dimensions and one of the
     second, so that each half has a dot product of its own. BLOCK_DK and BLOCK_DV are then blocks of a half.
+
+    `blocks` is None, and then not even an argument of the compiled kernel, where each row has memory of its own.
     """
     call = tl.program_id(0).to(tl.int64)
     slice_id = tl.program_id(1)
@@ -98,12 +100,18 @@ def attend_kernel(
     dv = tl.arange(0, BLOCK_DV)
     lane = tl.arange(0, BLOCK_SLOTS)
     in_group = group < GROUP
-    keys += row * keys_row + head * keys_head
-    values += row * values_row + head * values_head
+    if blocks is None:
+        keys += row * keys_row + head * keys_head
+        values += row * values_row + head * values_head
+    else:  # step 2 adds what depends on the block
+        keys += head * keys_head
+        values += head * values_head
+        blocks += row * (cache_slots // PAGE)
     bias += row * bias_row + head * bias_head
+    held = (row * heads + head) * cache_slots if blocks is None else head * PAGE
     if QUANTIZED:
-        key_scales += (row * heads + head) * cache_slots
-        value_scales += (row * heads + head) * cache_slots
+        key_scales += held
+        value_scales += held
     KEY_PART: tl.constexpr = DK // 2 if PACKED else DK
     VALUE_PART: tl.constexpr = DV // 2 if PACKED else DV
     if PACKED:
@@ -111,8 +119,8 @@ def attend_kernel(
         key_min += pair * (cache_slots // PAGE) * DK
         key_max += pair * (cache_slots // PAGE) * DK
         open_keys += pair * PAGE * DK
-        value_min += pair * cache_slots
-        value_max += pair * cache_slots
+        value_min += held
+        value_max += held
         is_full = (tl.load(clock + pair * 2 + 1) + 1) % PAGE == 0
         open_begin = tl.where(is_full, -PAGE, tl.load(open_slot + pair))  # no slot is in a page before 0
 
@@ -140,11 +148,19 @@ def attend_kernel(
         else:
             stored = slot.to(tl.int64)
             is_read = inside
+        key_at, value_at, one_at = stored * KEYS_SLOT, stored * VALUES_SLOT, stored  # offsets of K, V, one number
+        hidden = tl.load(bias + stored, mask=is_read, other=float("-inf"))
+        if blocks is not None:
+            block = tl.load(blocks + stored // PAGE, mask=is_read, other=0).to(tl.int64)
+            in_block = stored % PAGE
+            key_at = block * keys_row + in_block * KEYS_SLOT
+            value_at = block * values_row + in_block * VALUES_SLOT
+            one_at = block * heads * PAGE + in_block
+            is_read = block > 0
 
         # 3. Logits, [BLOCK_GROUP, BLOCK_SLOTS]; -inf where there is no visible token.
-        hidden = tl.load(bias + stored, mask=is_read, other=float("-inf"))
         k_mask = is_read[:, None] & (dk[None, :] < KEY_PART)
-        k = tl.load(keys + stored[:, None] * KEYS_SLOT + dk[None, :], mask=k_mask, other=0.0)
+        k = tl.load(keys + key_at[:, None] + dk[None, :], mask=k_mask, other=0.0)
         if PACKED:
             lane_of_open = stored - open_begin
             is_open = (lane_of_open >= 0) & (lane_of_open < PAGE)
@@ -159,7 +175,7 @@ def attend_kernel(
         else:
             logits = tl.dot(q, tl.trans(k.to(OPERAND)), input_precision="ieee") * scale
         if QUANTIZED:
-            logits *= tl.load(key_scales + stored, mask=is_read, other=0.0)[None, :]
+            logits *= tl.load(key_scales + one_at, mask=is_read, other=0.0)[None, :]
         if CAPPED:
             logits = capped(logits, softcap)
         logits += hidden[None, :]
@@ -185,15 +201,15 @@ def attend_kernel(
         weights = tl.exp(logits - anchor[:, None])
         rescale = tl.exp(running_max - anchor)
         v = tl.load(
-            values + stored[:, None] * VALUES_SLOT + dv[None, :],
+            values + value_at[:, None] + dv[None, :],
             mask=is_read[:, None] & (dv[None, :] < VALUE_PART), other=0.0,
         )  # fmt: skip
         running_sum = running_sum * rescale + tl.sum(weights, 1)
         if QUANTIZED:
-            weights *= tl.load(value_scales + stored, mask=is_read, other=0.0)[None, :]
+            weights *= tl.load(value_scales + one_at, mask=is_read, other=0.0)[None, :]
         if PACKED:
-            low = tl.load(value_min + stored, mask=is_read, other=0.0).to(tl.float32)[:, None]
-            high = tl.load(value_max + stored, mask=is_read, other=0.0).to(tl.float32)[:, None]
+            low = tl.load(value_min + one_at, mask=is_read, other=0.0).to(tl.float32)[:, None]
+            high = tl.load(value_max + one_at, mask=is_read, other=0.0).to(tl.float32)[:, None]
             v_second = unpacked(v >> 4, low, high).to(OPERAND)
             summed_second = summed_second * rescale[:, None]
             summed_second += tl.dot(weights.to(OPERAND), v_second, input_precision="ieee")
@@ -358,7 +374,7 @@ def attend(
         *(bias if buffer is None else buffer
           for buffer in (kv.key_scales, kv.value_scales, kv.key_min, kv.key_max, kv.open_keys)),
         kv.open_slot, kv.clock, *(bias if buffer is None else buffer for buffer in (kv.value_min, kv.value_max)), sinks,
-        bias if rows is None else rows.contiguous(), scale, 1.0 if softcap is None else softcap,
+        bias if rows is None else rows.contiguous(), kv.blocks, scale, 1.0 if softcap is None else softcap,
         part_output, part_max, part_sum, unit_logit, output, scores,
         heads, slots, slots_per_slice, kv.bias.shape[2],
         *keys.stride()[:2], *values.stride()[:2], *bias.stride()[:2],

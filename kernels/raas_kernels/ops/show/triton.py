@@ -25,14 +25,14 @@ _TABLES: dict[tuple[int, ...], Tensor] = {}
 def show_kernel(
     table, visible, heads, length,
     COLUMNS: tl.constexpr, BIAS: tl.constexpr, KEY: tl.constexpr, BOUND: tl.constexpr,
-    BOUNDS: tl.constexpr, QUANTIZED: tl.constexpr, PACKED: tl.constexpr, DK: tl.constexpr,
+    BOUNDS: tl.constexpr, QUANTIZED: tl.constexpr, PACKED: tl.constexpr, BLOCKS: tl.constexpr, DK: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_DK: tl.constexpr,
 ):  # fmt: skip
     """Program (layer, pair, block) serves BLOCK slots of one (row, KV head) of one layer: one page if it has bounds.
 
     A layer's row of `table` holds the addresses of its bias, positions, clock, keys, key_scales, key_min and key_max,
-    its number of slots, the strides of its keys by row, KV head and slot, and the address of its open_slot. The keys of
-    a 4-bit cache are its open_keys.
+    its number of slots, the strides of its keys by row, KV head and slot, and the address of its open_slot, or with
+    BLOCKS of its blocks, which hold its keys. The keys of a 4-bit cache are its open_keys.
     """
     layer, pair, block = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     entry = table + layer * COLUMNS
@@ -57,24 +57,31 @@ def show_kernel(
     # 3. A page whose visible tokens have changed gets new bounds.
     if BOUNDS:
         changed = tl.max((before != after).to(tl.int32), 0)
-        key_lane = lane
+        key_row, key_lane, scale_at = row, lane, slot
         if PACKED:  # the codes of all pages but the open one count from their bounds, which must stay
             open_slot = tl.load(entry + 11).to(tl.pointer_type(tl.int64))
             is_open = (tl.load(open_slot + pair) == block * BLOCK) & ((tl.load(clock + pair * 2 + 1) + 1) % BLOCK != 0)
             changed = tl.where(is_open, changed, 0)
             key_lane = lane - block * BLOCK
+        if BLOCKS:
+            blocks = tl.load(entry + 11).to(tl.pointer_type(tl.int32))
+            exists = block * BLOCK < slots  # layers of one launch may have different numbers of pages
+            key_row = tl.load(blocks + row * (slots // BLOCK) + block, mask=exists, other=0).to(tl.int64)
+            key_lane = lane - block * BLOCK
+            scale_at = (key_row * heads + head) * BLOCK + key_lane
+            changed = tl.where(key_row > 0, changed, 0)  # a page without memory has no keys
         if changed > 0:
             keys = tl.load(entry + 3).to(tl.pointer_type(KEY))
             key_min = tl.load(entry + 5).to(tl.pointer_type(BOUND))
             key_max = tl.load(entry + 6).to(tl.pointer_type(BOUND))
-            keys += row * tl.load(entry + 8) + head * tl.load(entry + 9)
+            keys += key_row * tl.load(entry + 8) + head * tl.load(entry + 9)
             dk = tl.arange(0, BLOCK_DK)
             mask = inside[:, None] & (dk[None, :] < DK)
             key = tl.load(keys + key_lane[:, None] * tl.load(entry + 10) + dk[None, :], mask=mask, other=0.0)
             key = key.to(tl.float32)
             if QUANTIZED:
                 scales = tl.load(entry + 4).to(tl.pointer_type(tl.float32))
-                key *= tl.load(scales + slot, mask=inside, other=0.0)[:, None]
+                key *= tl.load(scales + scale_at, mask=inside, other=0.0)[:, None]
             is_visible = (after == 0.0)[:, None]
             low = tl.min(tl.where(is_visible, key, float("inf")), 0)
             high = tl.max(tl.where(is_visible, key, float("-inf")), 0)
@@ -88,7 +95,8 @@ def show(kvs: Sequence[PagedKV], visible: Tensor) -> None:
     groups: dict[tuple[object, ...], list[PagedKV]] = {}
     for kv in kvs:
         keys = _keys(kv)
-        shape = (kv.bias.shape[:2], keys.shape[-1], kv.page_size, keys.dtype, kv.key_min is None, kv.is_packed)
+        kinds = kv.key_min is None, kv.is_packed, _has_keys_in_blocks(kv)
+        shape = (kv.bias.shape[:2], keys.shape[-1], kv.page_size, keys.dtype, *kinds)
         groups.setdefault(shape, []).append(kv)
     for group in groups.values():
         _launch(group, visible.contiguous())
@@ -104,14 +112,18 @@ def _launch(kvs: list[PagedKV], visible: Tensor) -> None:
         _table(kvs), visible.view(torch.uint8), heads, visible.shape[1],
         COLUMNS=COLUMNS, BIAS=_triton_dtype(first.bias.dtype), KEY=_triton_dtype(_keys(first).dtype),
         BOUND=_triton_dtype(first.bias.dtype if first.key_min is None else first.key_min.dtype),
-        BOUNDS=has_bounds, QUANTIZED=first.key_scales is not None, PACKED=first.is_packed, DK=dk,
-        BLOCK=block, BLOCK_DK=triton.next_power_of_2(dk),
+        BOUNDS=has_bounds, QUANTIZED=first.key_scales is not None, PACKED=first.is_packed,
+        BLOCKS=_has_keys_in_blocks(first), DK=dk, BLOCK=block, BLOCK_DK=triton.next_power_of_2(dk),
     )  # fmt: skip
 
 
 def _keys(kv: PagedKV) -> Tensor:
     """The keys from which the kernel computes bounds."""
     return kv.keys if kv.open_keys is None else kv.open_keys
+
+
+def _has_keys_in_blocks(kv: PagedKV) -> bool:
+    return kv.blocks is not None and not kv.is_packed
 
 
 def _triton_dtype(dtype: torch.dtype) -> tl.dtype:
@@ -125,7 +137,8 @@ def _table(kvs: list[PagedKV]) -> Tensor:
     for kv in kvs:
         tensors = kv.bias, kv.positions, kv.clock, _keys(kv), kv.key_scales, kv.key_min, kv.key_max
         entries += [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-        entries += [kv.bias.shape[2], *_keys(kv).stride()[:3], kv.open_slot.data_ptr()]
+        last = kv.open_slot if kv.blocks is None or kv.is_packed else kv.blocks
+        entries += [kv.bias.shape[2], *_keys(kv).stride()[:3], last.data_ptr()]
     key = tuple(entries)
     if key not in _TABLES:
         if len(_TABLES) >= MAX_TABLES:
