@@ -53,6 +53,10 @@ def alone(model, ids, new, method, budget=32, **options):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "budget=.* leaves", UserWarning)
         output = model.generate(
-            torch.tensor([ids]), past_key_values=cache, max_new_tokens=new, do_sample=False, pad_token_id=0
+            torch.tensor([ids], device=model.device),
+            past_key_values=cache,
+            max_new_tokens=new,
+            do_sample=False,
+            pad_token_id=0,
         )
     return output[0, len(ids) :].tolist(), cache.evictions

@@ -1,11 +1,15 @@
 """A request in a row gives what it gives alone, whatever happens in the other rows."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import Gemma3TextConfig, GenerationConfig
 
 from raas_cache import RaaSCache, list_methods
-from raas_cache.serving.row_store import SPARE
+from raas_cache.serving import row_cache
+from raas_cache.serving.packed_batch import PackedBatch
+from raas_cache.serving.row_cache import ANY_LENGTH
 
 from ..helpers import tiny_model
 from .alone import OPTIONS, alone, answers, requests, rows
@@ -51,7 +55,9 @@ def test_64_requests_that_join_and_leave_at_random(model, prompt):
     assert check_alone(model, asked, found, "raas", budget=48, prompt=prompt) > 300
 
 
-@pytest.mark.parametrize("options", [{"prompt": "evict"}, {"kv_dtype": "int8"}, {"method": "h2o"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"prompt": "evict"}, {"kv_dtype": "int8"}, {"kv_dtype": "int4"}, {"method": "h2o"}], ids=str
+)
 def test_the_cuts_of_a_prompt_do_not_matter(model, options):
     asked = requests(6, longest=90, seed=5)
     found = []
@@ -73,6 +79,34 @@ def test_draws_depend_on_the_request_only(model):
         same = answers(manager, [asked[0]] * 4, seeds=[50, 50, 51, 52])
     assert same[0] == same[1] == found[0][0]
     assert len({tuple(tokens) for tokens in same}) == 3
+
+
+@pytest.mark.parametrize(
+    ("method", "options"), [("raas", {}), ("h2o", {}), ("quest", {}), ("raas", {"kv_dtype": "int4"})]
+)
+def test_steps_whose_rows_only_the_device_knows(model, method, options, monkeypatch):
+    """As in a CUDA graph: the rows of a decode batch come as a tensor, padded."""
+    asked = requests(12)
+    known = []
+    with rows(model, method=method, max_rows=7, **options) as manager:
+        cache, create = manager.cache, manager._create_batch_processor
+        manager.continuous_batching_config.max_blocks_per_request = cache.max_blocks_per_request = 1
+        cache.max_decode_fast_path_length = ANY_LENGTH
+
+        def padded():
+            processor = create()
+            processor.model_runner.pad_inputs = True
+            return processor
+
+        def decoding(given):
+            known.append(len(given))
+            return PackedBatch.decoding(given)
+
+        monkeypatch.setattr(manager, "_create_batch_processor", padded)
+        monkeypatch.setattr(row_cache, "PackedBatch", SimpleNamespace(of=PackedBatch.of, decoding=decoding))
+        found = answers(manager, asked)
+    assert set(known) == {1, 2, 4, 7}, "the sizes of graphs: powers of two, and all rows"
+    check_alone(model, asked, found, method, **options)
 
 
 def test_a_hybrid_keeps_its_windows(tmp_path):
@@ -132,4 +166,3 @@ def test_weights_that_change_between_two_calls():
         after = model.generate_batch(prompts, greedy)
     assert seen[0] != seen[1]
     check_alone(model, [(prompt, 8) for prompt in prompts], [o.generated_tokens for o in after.values()], "raas")
-    assert SPARE == 0

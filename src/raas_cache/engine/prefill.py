@@ -50,9 +50,9 @@ class Places:
     def of_whole_prompt(self, prefilled: int) -> Places:
         """The places of all `prefilled` tokens of a prompt of which these are the last ones, in the only row."""
         whole = copy.copy(self)
-        whole.base, whole.begins = np.zeros_like(self.base), np.ones_like(self.begins)
-        whole.stored = np.full_like(self.stored, prefilled)
-        whole.pages = -(-whole.stored // self.page_size)
+        whole.new, whole.stored = prefilled, np.full_like(self.stored, prefilled)
+        whole.dropped = whole.room = whole.base = np.zeros_like(self.base)
+        whole.begins, whole.pages = np.ones_like(self.begins), -(-whole.stored // self.page_size)
         return whole
 
     @property

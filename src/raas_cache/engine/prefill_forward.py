@@ -13,6 +13,7 @@ from .forward_base import NOT_CAUSAL, StoringForward
 from .held_prompt import HeldPrompt, joined
 from .hide import hide_newest
 from .layer_engine import LayerEngine
+from .packed_pages import write_prefill_keys
 from .prefill import write_prefill
 from .prefill_eviction import enter_competition, keep_best
 from .resize import uncompiled
@@ -89,11 +90,14 @@ class Prefill(StoringForward):
         if self.competes:
             before = None if self.held is None else self.held.queries
             observed = joined(before, query, layer.policy.prompt_window)
-        # 3. Keep them, or reduce the whole prompt to the budget.
         if layer.prompt_continues:
             layer.held_prompts[row] = HeldPrompt(observed, self.exact)
-        elif observed is not None:
-            self.places = self.places.of_whole_prompt(int(layer.table.counts.prefilled[row]))
+            return output
+        # 3. After the last chunk: code the pages that two chunks have filled, and reduce the prompt to the budget.
+        self.places = self.places.of_whole_prompt(int(layer.table.counts.prefilled[row]))
+        if layer.settings.is_packed and self.exact is not None:
+            write_prefill_keys(layer.kv, self.places, self.exact[0], None, rows)
+        if observed is not None:
             queries = observed.shape[2]
             self.evict(layer.attend_prefill(observed, softmax)[1] if queries else None, queries)
         return output

@@ -41,8 +41,8 @@ def need(tables: Sequence[PageTable], prompt_tokens: int, new_tokens: int | None
     for table in tables:
         if table.settings.grows and new_tokens is None:
             raise ValueError(
-                f"max_new_tokens=None: {type(table.settings.policy).__name__} never evicts, so a request without a "
-                "limit has no largest size. Pass max_new_tokens."
+                "max_new_tokens=None: this method never evicts, so a request without a limit has no largest size. Pass "
+                "max_new_tokens."
             )
         pages.append(_pages(table, prompt_pages, new_tokens))
     return Need(pages, prompt_pages)

@@ -20,10 +20,11 @@ class RowScheduler(FIFOScheduler):
     def schedule_batch(self, token_budget: int, cache_budget: int) -> Any:
         """See `Scheduler.schedule_batch` of transformers."""
         self._admit_waiting()
-        scheduled, *rest = super().schedule_batch(token_budget, cache_budget)
-        self.cache.set_batch(scheduled or [])
-        # No row can be starved, so a batch is only empty if there is no request.
-        return scheduled or [], *rest
+        scheduled, is_decode, *sizes = super().schedule_batch(token_budget, cache_budget)
+        scheduled = scheduled or []  # None would say that requests are starved, which rows cannot be
+        self.cache.set_batch(scheduled)
+        # A chunk of one token is no decode step.
+        return scheduled, is_decode and not self.cache.batch.chunks, *sizes
 
     def _admit_waiting(self) -> None:
         for request_id in self.waiting_requests_order:

@@ -81,6 +81,7 @@ def rows_of(
         table.use_pool(int(scale * pages) + 2)  # with the block that holds nothing, and the spare page
         table.allocate(example.key, example.value, rows + 1)
         reserve(table, SPARE, 1)
+        table.is_empty = False  # so no forward is the first one, whose output the model itself would compute
     return RowStore(layers, rows + 1, model.device), rows
 
 
