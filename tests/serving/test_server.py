@@ -21,7 +21,9 @@ from raas_cache import RaaSCache, load_model
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("prometheus_client")
-pytest.importorskip("raas_cache.serving.upstream_server", reason="transformers is older than 5.24", exc_type=ImportError)
+pytest.importorskip(
+    "raas_cache.serving.upstream_server", reason="transformers is older than 5.24", exc_type=ImportError
+)
 
 from prometheus_client.parser import text_string_to_metric_families  # noqa: E402
 
@@ -376,7 +378,12 @@ class TestBadRequests:
             (CHAT, {**said(), "chat_template_kwargs": {"tokenize": 0}}, "chat_template_kwargs", "has 'tokenize'"),
             (CHAT, {**said(), "chat_template_kwargs": {"chat_template": "a"}}, "chat_template_kwargs", "remove it"),
             (CHAT, said(content="7 " * 5000), "messages", "messages has 5,00"),
-            (CHAT, said(content="?"), None, "messages do not fit the chat template of this model (no question): change"),
+            (
+                CHAT,
+                said(content="?"),
+                None,
+                "messages do not fit the chat template of this model (no question): change",
+            ),
             (RESPONSES, {}, "input", "input is missing: add it"),
             (RESPONSES, {"input": []}, "input", "input=[] must have at least 1 item"),
             (RESPONSES, {"input": [{"type": "audio"}]}, "input", "input"),
@@ -425,17 +432,30 @@ class TestBadRequests:
 
 
 def test_command_serves_until_ctrl_c():
-    command = [sys.executable, "-c", "from raas_cache.cli import app; app()", "serve", "--model", NAME, "--budget", "256", "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    command = [
+        sys.executable,
+        "-c",
+        "from raas_cache.cli import app; app()",
+        "serve",
+        "--model",
+        NAME,
+        "--budget",
+        "256",
+        "--port",
+        "0",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
         seen = []
         for line in process.stderr:
             seen.append(line)
             if found := re.search(r"running on http://127.0.0.1:(\d+)", line):
                 break
         assert found, "".join(seen)
-        server = Served(int(found[1]))
-        assert server.complete("7 + 5").choices[0].text
+        assert Served(int(found[1])).complete("7 + 5", timeout=30).choices[0].text
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
     assert process.returncode == 0 and "Traceback" not in err
     assert out.startswith("chain_reasoner: 32 rows, ")

@@ -7,7 +7,7 @@ import queue
 from collections.abc import Callable
 from typing import Any
 
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from .errors import refused
 from .manager import RowManager
@@ -46,13 +46,14 @@ class RowGeneration(CBGenerateManager):
         model: PreTrainedModel,
         processor: Any,
         inputs: dict[str, Any],
-        gen_config: GenerationConfig,
+        gen_config: Any,
         request_id: str,
         response_parser: Any = None,
     ) -> tuple[asyncio.Queue[Any], CBStreamer]:
         """See `CBGenerateManager.generate_streaming`."""
         submission = Submission(self, gen_config)
         pieces: asyncio.Queue[Any]
+        streamer: Any
         pieces, streamer = submission.upstream.generate_streaming(
             model, processor, inputs, gen_config, request_id, response_parser
         )
@@ -65,7 +66,7 @@ class RowGeneration(CBGenerateManager):
         model: PreTrainedModel,
         processor: Any,
         inputs: dict[str, Any],
-        gen_config: GenerationConfig,
+        gen_config: Any,
         request_id: str,
     ) -> tuple[str, int, list[int]]:
         """See `CBGenerateManager.generate_non_streaming`. The text ends before a stop string, and so do the tokens."""
@@ -75,6 +76,7 @@ class RowGeneration(CBGenerateManager):
                 model, processor, inputs, gen_config, request_id
             )
             return plain
+        streamer: Any
         pieces, streamer = submission.upstream.generate_streaming(model, processor, inputs, gen_config, request_id)
         stopping = StopText(gen_config.stop_strings, pieces, lambda: self.end(request_id, FINISHED))
         streamer._queue = stopping
@@ -111,11 +113,11 @@ class Submission:
 
     output: GenerationOutput
 
-    def __init__(self, generation: RowGeneration, gen_config: GenerationConfig):
+    def __init__(self, generation: RowGeneration, gen_config: Any):
         self.generation, self.gen_config = generation, gen_config
         self.background_thread_status = generation.manager.background_thread_status
         self.upstream = CBGenerateManager()
-        self.upstream._cb = self
+        self.upstream._cb = self  # type: ignore[assignment]
         self._callback: Callable[[GenerationOutput], None]
 
     def register_result_handler(self, request_id: str, callback: Callable[[GenerationOutput], None]) -> None:

@@ -41,12 +41,13 @@ class Checked(BaseHandler):
         """The generation config of a request, with the attributes that `RowGeneration` reads."""
         # transformers would give these three to all requests.
         shared = {name: value for name, value in body.items() if name not in ("temperature", "top_p", "seed")}
-        config: GenerationConfig = super()._build_generation_config(shared, model_generation_config, use_cb)
+        config: Any = super()._build_generation_config(shared, model_generation_config, use_cb)
         config.sampling = Sampling.of(body, model_generation_config)
         config.prompt_field = self.prompt_field
         stop = body.get("stop")
         config.stop_strings = [stop] if isinstance(stop, str) else stop
-        return config
+        built: GenerationConfig = config
+        return built
 
 
 class NeedsTemplate(Checked):

@@ -6,7 +6,7 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
-from transformers import ContinuousBatchingConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import ContinuousBatchingConfig, PreTrainedModel, PreTrainedTokenizerBase, TemperatureLogitsWarper
 
 from ..cache.settings import Budget
 from .connection import EndWithClient
@@ -55,7 +55,7 @@ class OneModel(ModelManager):
     def _load_model(self, *_: Any, **__: Any) -> PreTrainedModel:
         return self._loaded[0]
 
-    def _load_processor(self, *_: Any, **__: Any) -> PreTrainedTokenizerBase:
+    def _load_processor(self, *_: Any, **__: Any) -> Any:
         return self._loaded[1]
 
     def shutdown(self) -> None:
@@ -69,11 +69,11 @@ class RowState(GenerationState):
 
     def __init__(self, generation: RowGeneration):
         super().__init__(continuous_batching=True)
-        self._cb_manager = generation
+        self.generation = self._cb_manager = generation
 
     def get_manager(self, model_id: str, use_cb: bool = False) -> CBGenerateManager:
         """The manager of all requests."""
-        return self._cb_manager
+        return self.generation
 
 
 def build_app(
@@ -127,7 +127,7 @@ def build_app(
     processors = manager.logit_processor.logits_processor
     for index, processor in enumerate(processors):
         if isinstance(processor, ContinuousBatchingTemperatureLogitsWarper):
-            processors[index] = TemperatureOrGreedy(processor)
+            processors[index] = TemperatureOrGreedy(TemperatureLogitsWarper(processor.temperature))
     # 2. transformers' server.
     metrics = Metrics(manager)
     generation = RowGeneration(manager, metrics, max_queue)
