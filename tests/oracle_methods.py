@@ -97,7 +97,7 @@ class LazyEviction(Method):
     def update(self, cache, scored, now, queries, state):
         for page, score in scored:
             page.stamp = page.tokens[0] if page.stamp is None else page.stamp
-            if score >= cache.alpha or now < page.tokens[0] + cache.page_size:
+            if score >= cache.alpha or page.tokens[-1] == now:
                 page.interval = max(page.interval, now - page.stamp)
                 page.stamp = now
             page.priority = -(now - page.stamp) / max(page.interval, 1)

@@ -6,6 +6,7 @@ from transformers import (
     AttentionInterface,
     AutoModelForCausalLM,
     DiffLlamaConfig,
+    DynamicCache,
     Gemma3TextConfig,
     GlmMoeDsaConfig,
     MistralConfig,
@@ -214,6 +215,9 @@ class TestMasks:
                 attention_mask=torch.ones(1, 1, 3, 3, dtype=torch.bool),
                 past_key_values=cache,
             )
+        logits = model(torch.ones(1, 3, dtype=torch.long), past_key_values=cache).logits
+        text = torch.cat([generate(model, prompt(), DynamicCache(), 5)[:, :-1], torch.ones(1, 3, dtype=torch.long)], 1)
+        torch.testing.assert_close(logits, model(text).logits[:, -3:], rtol=1e-9, atol=1e-9)
 
 
 class TestCrop:

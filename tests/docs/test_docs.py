@@ -102,13 +102,56 @@ def test_fidelity():
 
 
 def test_fidelity_of_longer_texts():
+    """The tables of the page are those of the stored rows, and the rows support what the text says."""
+    script = script_of("longer_texts_table")
     page = (ROOT / "docs" / "fidelity.md").read_text()
-    for tokens, settings in ((3072, 9), (6144, 2)):
-        found = Fidelity(read_rows_of(RESULTS / "smollm2-h100" / str(tokens), FidelityRow))
-        assert len(found.settings) == settings + 1 and found.table("window") in page
-        for row in table(page, "3,072 tokens:" if tokens == 3072 else "6,144 tokens:"):
-            low, high = map(float, re.findall(r"[+-]\d\.\d+", row["loss - window (95 %)"])[1:] or (0, 0))
-            assert (low > 0) == (row["method"] == "random") and high >= 0
+    words = " ".join(page.split())
+    for shown in script.tables():
+        assert shown in page
+    rows, longer = script.Rows(3072), script.Rows(6144)
+
+    def compared(one, other, budget, of=rows):
+        return of.found.difference(of.at(one, budget), of.at(other, budget))
+
+    # 1. Without shares, no method that evicts is better than the window, and three are level with it.
+    for budget in script.BUDGETS:
+        for name in script.METHODS[1:]:
+            found = compared(name, "window", budget)
+            if name in ("raas", "tova:prompt=pin", "vase:prompt=pin"):
+                assert not found.is_significant
+            elif "shares" not in name and name != "quest":
+                assert found.mean > 0 and (found.is_significant or budget != 768)
+    assert not compared("raas", "window", 1536, longer).is_significant
+    # 2. What shares change.
+    for budget, better in zip(script.BUDGETS, (True, True, False), strict=True):
+        found = compared("raas:shares", "window:shares", budget)
+        assert found.is_significant == better and (not better or f"{-found.mean:.4f}" in page)
+        more = rows.bytes[rows.at("window:shares", budget).key] / rows.bytes[rows.at("window", budget).key] - 1
+        assert f"{100 * more:.0f} %" in page
+    for name in ("raas:shares", "window:shares"):
+        assert not compared(name, "quest", 768).is_significant
+        assert compared(name, "quest", 1536, longer).high < 0
+    eighth, quarter = rows.at("window:shares", 384), rows.at("window", 768)
+    assert str(rows.found.difference(eighth, quarter)) in page
+    assert f"{rows.bytes[eighth.key] / rows.bytes[quarter.key]:.0%}" == "61%"
+    readme = " ".join(README.split())
+    for of, budget, ending in ((rows, 768, "Quest {}"), (longer, 1536, "it is {}, {} and {}")):
+        lost = [of.difference(name, "dynamic", budget)[1:7] for name in ("window", "raas:shares", "quest")]
+        assert ending.format(*(lost[-1:] if budget == 768 else lost)) in readme
+        assert max(float(lost[1]), float(of.difference("window:shares", "dynamic", budget)[1:7])) < float(lost[0]) / 3
+    # 3. Options.
+    found = compared("quest", "window:kv_dtype=int4", 768)
+    assert f"by {found.mean:.4f} ({found.low:.4f} to {found.high:.4f})" in words
+    assert compared("window:kv_dtype=int4", "raas:shares", 768).high < 0
+    assert not compared("window:kv_dtype=int4", "raas:shares", 1536, longer).is_significant
+    for alpha in ("0.02", "0.005"):
+        assert not compared(f"raas:alpha={alpha}", "raas", 768).is_significant
+    for name, size in (("raas", 4), ("window", 4), ("raas", 64)):
+        found = compared(f"{name}:page_size={size}", name, 768)
+        assert found.is_significant and f"{abs(found.mean):.4f}" in page
+    for name in script.PAPERS[1:]:
+        evicted, pinned = ("raas:prompt=evict", "raas") if name == "raas" else (name, f"{name}:prompt=pin")
+        assert compared(evicted, pinned, 768).is_significant == (name in ("h2o", "rkv"))
 
 
 def test_word_problems():
@@ -122,6 +165,16 @@ def test_word_problems():
     }
     for budget, cache in (("2,304", "raas"), ("896", "window"), ("896", "window:shares")):
         assert solved["word-problems-once", budget, cache] in " ".join(README.split())
+    for cache in ("window", "window:shares"):
+        assert solved["word-problems", "640", cache] in " ".join(README.split())
+    rows = [json.loads(line) for line in (RESULTS / "word-problems" / "rows.jsonl").read_text().splitlines()]
+    wrong = [
+        row["people_right"] == row["people"]
+        for row in rows
+        if row["dataset"] == "word-problems" and "shares" in row["method"] and not row["correct"]
+    ]
+    words = " ".join((ROOT / "docs" / "evaluation.md").read_text().split())
+    assert f"{sum(wrong)} of the {len(wrong)} wrong solutions with shares have all people right" in words
 
 
 def test_probes():
@@ -150,11 +203,16 @@ def test_probes():
 
 
 def test_bytes_per_token(capsys):
-    spec = importlib.util.spec_from_file_location("bytes_per_token", ROOT / "examples" / "bytes_per_token.py")
+    script_of("bytes_per_token").main()
+    assert capsys.readouterr().out in (ROOT / "docs" / "choosing-a-budget.md").read_text()
+
+
+def script_of(name):
+    """A script of `examples`, as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    script.main()
-    assert capsys.readouterr().out in (ROOT / "docs" / "choosing-a-budget.md").read_text()
+    return script
 
 
 def learnt_or_by_layer(row):
@@ -164,9 +222,7 @@ def learnt_or_by_layer(row):
 
 def test_study_is_what_the_script_runs():
     pytest.importorskip("matplotlib")
-    spec = importlib.util.spec_from_file_location("study", ROOT / "examples" / "study.py")
-    study = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(study)
+    study = script_of("study")
     for after, of in zip(("## Every method", "## RaaS, one option"), study.sections(quick=False), strict=True):
         common = common_options(of)
         wanted = [(one.label_but(common), "all" if one.budget is None else str(one.budget)) for one in of]
@@ -202,6 +258,21 @@ def test_steps_on_the_gpu(shown, method, mode):
         assert cell == (f"{row['timing']['median']:.2f} ms" if row["timing"] else "does not fit")
         if seen == 32_768:
             assert line["KV at 32,768"] == f"{row['kv_bytes'] / 1e9:.1f} GB"
+
+
+@pytest.mark.parametrize(("name", "mode", "lines"), [("8b", "compiled", 4), ("1.5b", "eager", 8)])
+def test_steps_on_an_h100(name, mode, lines):
+    rows = json.loads((RESULTS / f"bench-h100-{name}.json").read_text())["rows"]
+    shown = table((ROOT / "docs" / "performance.md").read_text(), f"bench-h100-{name}.json")
+    assert len(shown) == lines
+    for line in shown:
+        of = {"method": line["method"], "seen": int(line["seen"].replace(",", "")), "mode": mode}
+        (row,) = (row for row in rows if of.items() <= row["case"].items())
+        time = row["timing"]
+        assert line["ms/token (p10 to p90)"] == f"{time['median']:.2f} ({time['p10']:.2f} to {time['p90']:.2f})"
+        for base in ("dynamic", "StaticCache(budget)"):
+            assert line[f"/ {base}"] == f"{row['ratios'][base]:.2f}"
+        assert (line["ran"], line["KV bytes"]) == (row["ran"], f"{row['kv_bytes']:,}")
 
 
 def test_models_served():

@@ -50,7 +50,7 @@ def content(recording):
     about = recording.method, recording.budget, recording.page_size, recording.prompt
     layers = []
     for index, layer in recording.layers.items():
-        layers.append((index, layer.heads))
+        layers.append((index, layer.heads, layer.begin.dtype, layer.begin.tolist()))
         for forward in layer.calls():
             arrays = (getattr(forward, name) for name in ("first", "score", "priority", "resident"))
             layers.append((forward.step, forward.page, *((a.dtype, a.shape, a.tobytes()) for a in arrays)))
@@ -166,7 +166,7 @@ FOREIGN = {
     "no format": npz(about=np.array("{}")),
     "format true": npz(about=np.array('{"format": true}')),
     "format list": npz(about=np.array('{"format": [2]}')),
-    "newer": npz(about=np.array('{"format": 3, "pages": "elsewhere"}')),
+    "newer": npz(about=np.array('{"format": 4, "pages": "elsewhere"}')),
     "no checksum": npz(about=np.array('{"format": 2}')),
     "wrong checksum": npz(about=np.array('{"format": 2}'), sha256=np.array("0" * 64)),
     "format 1 of pickles": npz(about=np.array('{"format": 1}'), first=np.array([Trap()], object)),
@@ -186,7 +186,7 @@ def test_what_is_wrong_is_said(path):
     for data, wrong in (
         (b"", "File is not a zip file"),
         (FOREIGN["npz"], "it is an archive without a member 'about'"),
-        (FOREIGN["newer"], "it has format 3, and this version reads 1 and 2"),
+        (FOREIGN["newer"], "it has format 4, and this version reads 1, 2, 3"),
         (FOREIGN["no checksum"], "it has no checksum"),
         (FOREIGN["wrong checksum"], "its content does not match its checksum"),
     ):
@@ -220,6 +220,19 @@ def test_the_format_before_is_loaded():
     assert history.scores.sum(dtype=float) == pytest.approx(101.19954, abs=1e-4)
 
 
+def test_format_2_is_loaded_and_saved_again(recording, path, tmp_path, monkeypatch):
+    """It does not say which tokens a page had at the first step. In a prompt, that follows from the first tokens."""
+    about, arrays = recording_file.read(path)
+    del about["format"]
+    monkeypatch.setattr(recording_file, "FORMAT", 2)
+    recording_file.write(path, about, {name: array for name, array in arrays.items() if "begin" not in name})
+    monkeypatch.undo()
+    loaded = Recording.load(path)
+    assert content(loaded) == content(recording)
+    loaded.save(tmp_path / "again")
+    assert content(Recording.load(tmp_path / "again")) == content(recording)
+
+
 def forge(path, change):
     """Save to `path`, with a right checksum, what `change` makes of a good file's `about` and arrays."""
     about, arrays = recording_file.read(path)
@@ -245,7 +258,7 @@ def make(name, function):
 
 
 def other_batch(about, arrays):
-    for name in ("first", "score", "stamp"):
+    for name in ("first", "score", "stamp", "begin"):
         arrays[f"1/{name}"] = arrays[f"1/{name}"][:1]
     arrays["1/resident"] = arrays["1/resident"][:, :1]
 
@@ -295,6 +308,9 @@ FORGED = [
     (put("0/first", (0, 0, 0), 15), "layer 0: a page starts outside the sequence"),
     (put("0/first", (0, 0, 0), -2), "layer 0: a page starts outside the sequence"),
     (put("0/first", (0, 0, 0), 4), "layer 0: a page is held twice at one step"),
+    (put("0/begin", (1, 3), 4), "layer 0: begin names a page outside the text"),
+    (make("1/begin", lambda array: array[:, 1:]), r"layer 1: begin has dtype int32 and shape \(2, 14\)"),
+    (make("1/begin", np.int64), "layer 1: begin has dtype int64"),
     (put("0/resident", (0, 0, 0), 999), "layer 0: resident does not match the pages"),
     (put("0/resident", (0, 0, 0), 0), "layer 0: resident does not match the pages"),
     (put("1/first", (0, 0, slice(None)), -1), "layer 1: resident does not match the pages"),

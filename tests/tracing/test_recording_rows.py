@@ -99,6 +99,37 @@ def test_begun_in_the_midst(model):
     assert history.steps.tolist() == list(range(100, 150))
 
 
+def test_begun_after_a_turn_inside_a_page(model):
+    """Pages have gaps: page 6 has the tokens 6, 7, 13, 14, and the last page of the prompt the tokens 4, 5, 8, 9."""
+    tokens, cache = prompt(1, 40, seed=4)["input_ids"], RaaSCache(**SMALL, alpha=0.1)
+    with torch.no_grad():
+        for forward in tokens[:, :14].split([6, 1, 1, 5, 1], 1):
+            model(forward, past_key_values=cache)
+        with record(cache) as recording:
+            for token in tokens[:, 14:].split(1, 1):
+                model(token, past_key_values=cache)
+    expected = [0] * 4 + [4] * 2 + [6] * 2 + [4] * 2 + [10] * 3 + [6] * 2
+    assert recording.pages_of_tokens(0)[:15].tolist() == expected
+    positions = cache.layers[0].engine.kv.positions[0, 0].unflatten(0, (-1, 4)).tolist()
+    assert [4, 5, 8, 9] in positions and [6, 7, 13, 14] in positions
+
+
+@pytest.mark.parametrize("mode", ["pin", "evict"])
+def test_rows_of_other_padding_have_other_pages(model, mode):
+    batch, cache = prompt(2, 14, padding=(0, 6)), RaaSCache(**SMALL, prompt=mode)
+    with record(cache) as recording:
+        generate(model, batch, cache, 20, sample=False)
+        cache.reorder_cache(torch.tensor([1, 0, 1]))
+    starts = [[0, 4, 8, 12], [6, 10]]
+    for row, source in enumerate([1, 0, 1]):
+        pages = recording.pages_of_tokens(0, row)[:14].tolist()
+        padding = (0, 6)[source]
+        assert pages == [-2] * padding + [start for start in starts[source] for _ in range(4)][: 14 - padding]
+        assert set(pages[padding:]) <= set(recording.history(0, 0, row).first.tolist())
+    with pytest.raises(ValueError, match="row=3: the batch has 3 rows"):
+        recording.pages_of_tokens(0, 3)
+
+
 def test_resetting_begins_anew_and_a_copy_has_a_copy(model):
     cache = RaaSCache(**SMALL)
     with record(cache) as recording:

@@ -6,6 +6,7 @@ import numpy as np
 
 from raas_cache import Recording
 from raas_cache.tracing.layer_trace import LayerTrace, TraceEntry
+from raas_cache.tracing.recording import pages_in_order
 
 
 PLACE = {"layer": 1, "head": 0}
@@ -22,7 +23,8 @@ def recording_of(pages, scores=None, start=3, page_size=2, method="RaaSPolicy()"
         stamp = [np.nan] * pinned + [step] * (len(held) - pinned)
         arrays = (np.array([[of]], kind) for of, kind in ((held, "i4"), (score, "f4"), (stamp, "f4")))
         entries.append(TraceEntry(step, held[-1], *arrays, np.array([[len(held) * page_size]])))
-    return Recording(method, 8, page_size, "pin", {1: LayerTrace((0,), entries)})
+    begin = pages_in_order(np.array([pages[0]]), 0, start + 1, page_size)
+    return Recording(method, 8, page_size, "pin", {1: LayerTrace((0,), entries, begin[None])})
 
 
 # A prompt of 3 tokens and 8 generated ones in pages of 2: page 5 is evicted at step 7, page 3 at step 9.

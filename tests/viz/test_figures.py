@@ -153,14 +153,16 @@ def test_lifetimes_of_a_chain(embedded):
 
 def test_occupancy_by_layer():
     """Layers that hold alike share a line; its looks tell it from the others in grey, too."""
-    model, cache = tiny_model(layers=3), RaaSCache([48, 64, 48], page_size=4, min_decode_pages=2)
+    budgets = [48, 48, 48, 64, 48, 48]
+    model, cache = tiny_model(layers=6), RaaSCache(budgets, page_size=4, min_decode_pages=2)
     with record(cache) as recording:
         generate(model, prompt(2, 14, padding=(0, 6)), cache, 90, suppress_tokens=[0])
     figure = viz.occupancy(recording, row=1)
     (axis,) = figure.axes
     drawn = lines(axis)
-    assert drawn.keys() == {"everything", "layers 0, 2", "layer 1"} and drawn["everything"] == ([0, 103], [0, 103])
-    for label, layer in (("layers 0, 2", 2), ("layer 1", 1)):
+    assert drawn.keys() == {"everything", "layers 0 to 2, 4, 5", "layer 3"}
+    assert drawn["everything"] == ([0, 103], [0, 103])
+    for label, layer in (("layers 0 to 2, 4, 5", 4), ("layer 3", 3)):
         histories = [recording.history(layer, head, 1) for head in range(2)]
         expected = np.mean([history.resident for history in histories], 0).tolist()
         assert drawn[label] == ((histories[0].steps + 1).tolist(), expected)

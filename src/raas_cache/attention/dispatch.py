@@ -78,6 +78,22 @@ def dispatcher(dense: AttentionFunction) -> AttentionFunction:
         forward: Forward = getattr(key, "paged_forward", None) or _latent_forward(module)  # type: ignore[assignment]
         if forward is None:
             return dense(module, query, key, value, attention_mask, *args, **kwargs)
+        try:
+            return attend(forward, module, query, key, value, attention_mask, *args, **kwargs)
+        except BaseException:
+            forward.stop()
+            raise
+
+    def attend(
+        forward: Forward,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if not forward.layer.is_latent and getattr(value, "paged_forward", None) is not forward:
             raise ValueError(
                 f"{type(module).__name__} changes its values between cache and attention, which a paged cache cannot "

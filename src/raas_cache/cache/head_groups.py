@@ -74,6 +74,10 @@ class GroupedForward(Forward):
         by_group = torch.cat(list(split), 1)  # [rows, kv_heads, group, new, value_dim]
         return take_heads(by_group, self.places).flatten(1, 2)
 
+    def stop(self) -> None:
+        for forward in self.forwards:
+            forward.stop()
+
     def begin(self, key: torch.Tensor, value: torch.Tensor) -> tuple[Forward, torch.Tensor, torch.Tensor]:
         """Receive the new tokens of the layer, as `engine.forward.Decode.begin`."""
         engine: GroupedEngine = self.layer  # type: ignore[assignment]

@@ -28,6 +28,7 @@ AnyModule = TypeVar("AnyModule", bound=torch.nn.Module)
 # Devices on which `generate` compiles its decode step by itself, as GenerationMixin._valid_auto_compile_criteria of
 # transformers 5.17 to 5.24 says.
 COMPILED_DEVICES = ("cuda", "xpu", "neuron", "tpu")
+MODULE_CALLS = (torch.nn.Module._call_impl.__code__, torch.nn.Module._wrapped_call_impl.__code__)
 LIMIT = "original_max_position_embeddings"
 MEND = (
     "If this is the next turn of a conversation, its text differs from the text that the cache has seen (for example "
@@ -36,10 +37,26 @@ MEND = (
 )
 
 
-def _callers() -> FrameType | None:
-    # Skip the frames of this module. `f_locals` of such a frame would contain the frame itself: a reference cycle would
-    # keep the buffers of the cache alive until the garbage collector runs.
-    return sys._getframe(2)
+def _frames() -> list[FrameType]:
+    """The frames of the module call that uses the cache, and those of transformers around it; the innermost first.
+
+    Only `f_locals` of these frames is read. Before Python 3.13, `f_locals` is a copy that the frame keeps until its
+    function returns. In a function of the user, this copy would keep a cache alive after `del cache`. In a function of
+    this module it would contain the frame itself: a reference cycle.
+    """
+    frames, outermost = [], 0
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        if frame.f_globals is not globals():
+            frames.append(frame)
+            if frame.f_code in MODULE_CALLS:
+                outermost = len(frames)
+        frame = frame.f_back
+    return frames[:outermost] + [frame for frame in frames[outermost:] if _is_of_transformers(frame)]
+
+
+def _is_of_transformers(frame: FrameType) -> bool:
+    return str(frame.f_globals.get("__name__")).split(".")[0] == "transformers"
 
 
 def calling_module(kind: type[AnyModule]) -> AnyModule | None:
@@ -47,12 +64,10 @@ def calling_module(kind: type[AnyModule]) -> AnyModule | None:
 
     Needed because `Cache.update` and `Cache.get_mask_sizes` do not receive the module (transformers 5.17 to 5.24).
     """
-    frame = _callers()
-    while frame is not None:
+    for frame in _frames():
         caller = frame.f_locals.get("self")
         if isinstance(caller, kind) and isinstance(getattr(caller, "config", None), PreTrainedConfig):
             return caller
-        frame = frame.f_back
     return None
 
 
@@ -130,8 +145,7 @@ def generate_compiles(device: torch.device) -> bool | None:
 
     Reads `disable_compile` and `compile_config` of the generation config on the stack (transformers 5.17 to 5.24).
     """
-    frame = _callers()
-    while frame is not None:
+    for frame in _frames():
         settings = frame.f_locals.get("generation_config")
         if isinstance(settings, GenerationConfig):
             if settings.disable_compile:
@@ -139,7 +153,6 @@ def generate_compiles(device: torch.device) -> bool | None:
             compile_config = settings.compile_config
             is_forced = compile_config is not None and bool(compile_config._compile_all_devices)
             return device.type in COMPILED_DEVICES or is_forced
-        frame = frame.f_back
     return None
 
 
@@ -266,8 +279,7 @@ def check_caller(cache: Cache, new: int) -> None:
         return
     attends_to_encoder = is_wrapped = False
     seen = cache.get_seq_length() if cache.layers else 0
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
+    for frame in _frames():
         names = frame.f_locals
         if names.get("cross_attention_states") is not None:
             raise ValueError(
@@ -283,7 +295,6 @@ def check_caller(cache: Cache, new: int) -> None:
             if isinstance(ids, torch.Tensor) and ids.shape[1] == seen + new:
                 _check_length(model, seen + new, settings.max_length)
             break
-        frame = frame.f_back
     if attends_to_encoder and not is_wrapped:
         raise ValueError(
             "This model attends to an encoder and to the text so far. A paged cache is for the text. The keys of the "

@@ -15,7 +15,7 @@ import torch
 import raas_kernels
 
 from .attention_inputs import Expanded, Seen, Softmax
-from .forward_base import INTERRUPTED, NOT_CAUSAL, Forward, StoringForward
+from .forward_base import INTERRUPTED, Forward, StoringForward
 from .hide import hide_decoded
 from .layer_engine import LayerEngine
 from .prefill_forward import Prefill
@@ -90,7 +90,8 @@ class Decode(StoringForward):
             table.check_same_use(key, value, layer.rows)
         if layer.pending is not None and layer.pending.is_at_work:
             raise RuntimeError(INTERRUPTED)
-        taken = (key.detach(), value.detach()) if key.requires_grad or value.requires_grad else (key, value)
+        # Without gradients, and without the attribute: a forward that held its own tag would be a reference cycle.
+        taken = key.detach(), value.detach()
         forward: StoringForward
         is_first = layer.admits or table.is_empty
         if key.shape[2] == 1 and not is_first and not layer.reads_prefill:
@@ -132,8 +133,6 @@ class Draft(StoringForward):
     """Drafted tokens, decoded one by one, so that accepted tokens are stored as in plain decoding."""
 
     def store(self, seen: Seen) -> None:
-        if seen.get("among") is not None:
-            raise ValueError(NOT_CAUSAL)
         self.visible = seen.get("visible")
         self.is_decoded = False
 
@@ -217,10 +216,16 @@ class ForwardGuard:
             raise RuntimeError(INTERRUPTED)
 
     def is_unread(self) -> bool:
-        """Whether no attention function has read the tokens that a layer received last. Raises as `check`."""
-        if self._is_torn:
-            raise RuntimeError(INTERRUPTED)
+        """Whether no attention function has read the tokens that a layer received last.
+
+        Raises:
+            RuntimeError: as `check`; or an exception stopped the attention of a layer, and layers before it may have
+                stored the tokens. If it stopped the first layer before this layer stored them, nothing has changed.
+        """
+        self.check()
         pending = None if self.engine is None else self.engine.pending
+        if pending is not None and not pending.awaits_attention and self.layer_idx > 0:
+            raise RuntimeError(INTERRUPTED)
         return pending is not None and pending.awaits_attention
 
     def begins(self, engine: LayerEngine, layer_idx: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 
@@ -19,6 +20,21 @@ NOT_CAUSAL = (
     "attention_mask is not causal among the new tokens, but tokens that may be taken back need a causal mask: do not "
     "pass assistant_model or prompt_lookup_num_tokens, or call cache.deactivate_past_recording() first."
 )
+
+
+@dataclass
+class Stopped:
+    """The `pending` forward of a layer after an exception in its attention call.
+
+    It takes the place of the forward, which has a reference to the layer: a reference cycle would keep the buffers of a
+    dropped cache alive until the garbage collector runs.
+
+    Args:
+        is_at_work: whether the exception came while tokens were being stored and read. Otherwise nothing is stored.
+    """
+
+    is_at_work: bool
+    awaits_attention = False
 
 
 class Forward(ABC):
@@ -57,8 +73,14 @@ class Forward(ABC):
             `[rows, heads, queries, value_dim]`; None after a first forward, whose output the model itself computes.
 
         Raises:
-            ValueError: a draft is read a second time, or its tokens are not causal among themselves.
+            ValueError: a draft is read a second time, or tokens that may be taken back are not causal among themselves.
         """
+
+    def stop(self) -> None:
+        """Note that an exception has ended the attention call."""
+        pending = self.layer.pending
+        if pending is not None:
+            self.layer.pending = Stopped(pending.is_at_work)
 
     @property
     def seen_before(self) -> int:
@@ -76,10 +98,13 @@ class StoringForward(Forward):
     def attend(
         self, query: torch.Tensor, softmax: Softmax, seen: Seen | None = None, expanded: Expanded | None = None
     ) -> torch.Tensor | None:
+        seen = seen or {}
+        if self.awaits_attention and seen.get("among") is not None and self.layer.records_past:
+            raise ValueError(NOT_CAUSAL)
         is_new, self.awaits_attention = self.awaits_attention, False
         self.is_at_work = True
         if is_new:
-            self.store(seen or {})
+            self.store(seen)
         output = self.read(query, softmax, expanded)
         self.is_at_work = False
         self.layer.pending = None

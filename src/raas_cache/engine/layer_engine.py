@@ -47,7 +47,8 @@ class LayerEngine:
     Attributes:
         table: the pages.
         rollback: notes of the forwards that can be taken back.
-        pending: the forward that `Decode.begin` returned and whose attention call has not ended; None if there is none.
+        pending: the forward that `Decode.begin` returned and whose attention call has not ended, a `Stopped` if an
+            exception ended this call; None if there is none.
         rows: the rows of the batch that forwards touch, None for all; `row_index` `[rows]` int64 is the same on the
             device.
         batch_size: number of rows to allocate if the first prefill fills only some of them; None for its own number.

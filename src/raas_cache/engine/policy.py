@@ -79,6 +79,12 @@ class Pages:
         """Which pages are evictable and hold tokens, `[batch, kv_heads, pages]` bool."""
         return self.kv.held
 
+    @property
+    def holds_newest(self) -> torch.Tensor:
+        """Which page holds the newest token, `[batch, kv_heads, pages]` bool."""
+        is_newest = self.kv.positions == self.clock[..., :1]  # [batch, kv_heads, slots]
+        return torch.any(is_newest.unflatten(-1, (-1, self.page_size)), -1)
+
     def query(self) -> torch.Tensor | None:
         """The query of a decode step, RoPE applied, `[batch, kv_heads, group, head_dim]`; None after a prefill."""
         query = self.newest_query

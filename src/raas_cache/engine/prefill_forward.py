@@ -9,7 +9,7 @@ import torch
 import raas_kernels
 
 from .attention_inputs import Expanded, Seen, Softmax
-from .forward_base import NOT_CAUSAL, StoringForward
+from .forward_base import StoringForward
 from .held_prompt import HeldPrompt, joined
 from .hide import hide_newest
 from .layer_engine import LayerEngine
@@ -40,8 +40,6 @@ class Prefill(StoringForward):
     @uncompiled
     def store(self, seen: Seen) -> None:
         layer, self.among = self.layer, seen.get("among")
-        if self.among is not None and layer.records_past:
-            raise ValueError(NOT_CAUSAL)
         self._note(PrefillNote)
         visible, leading, count = seen.get("visible"), seen.get("leading"), len(self.key)
         if visible is not None and len(visible) != count:  # one mask for all rows

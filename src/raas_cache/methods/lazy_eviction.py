@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 class LazyEvictionPolicy(Policy):
     """Evict the page that is most overdue, measured by its longest recurrence interval. The newest tokens stay.
 
-    The tokens of a page are timestamped together, and a page is timestamped at each step until it can be full. The
-    longest interval is taken over the life of the page: a page with attention at every step would otherwise have an
-    interval of 1. The paper evicts once per observation window; here one page is evicted whenever a page is needed, and
+    The tokens of a page are timestamped together, and a page is also timestamped whenever it gets a token. The longest
+    interval is taken over the life of the page: a page with attention at every step would otherwise have an interval of
+    1. The paper evicts once per observation window; here one page is evicted whenever a page is needed, and
     the window is `recent_tokens`.
 
     Args:
@@ -54,7 +54,7 @@ class LazyEvictionPolicy(Policy):
     def on_scores(self, pages: Pages) -> None:
         stamp, interval = pages.state["stamp"], pages.state["interval"]
         age = (pages.clock[..., :1] - pages.first).double()  # [batch, kv_heads, pages]
-        stamped = (pages.scores >= self.alpha) | (age < pages.page_size)
+        stamped = (pages.scores >= self.alpha) | pages.holds_newest
         interval.copy_(torch.where(stamped, torch.maximum(interval, age - stamp), interval))
         stamp.copy_(torch.where(stamped, age, stamp))
         ranked = (stamp - age) / interval.clamp(min=1)  # 0 for a page with a new timestamp

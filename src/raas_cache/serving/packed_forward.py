@@ -29,7 +29,8 @@ class PackedForward(Forward):
 
     def __init__(self, paged_layer: PagedLayer, key: torch.Tensor, value: torch.Tensor, batch: PackedBatch):
         self.layer, self.paged_layer = paged_layer.engine, paged_layer
-        self.key, self.value, self.batch, self.new = key, value, batch, key.shape[2]
+        # Without the attribute: a forward that held its own tag would be a reference cycle.
+        self.key, self.value, self.batch, self.new = key.detach(), value.detach(), batch, key.shape[2]
 
     def attend(
         self, query: torch.Tensor, softmax: Softmax, seen: Seen | None = None, expanded: Expanded | None = None

@@ -152,8 +152,7 @@ class Recording:
         calls = self.layers[layer].calls()
         if head not in heads:
             raise ValueError(f"head={head} was not recorded, only the KV heads {list(heads)}.")
-        if not 0 <= row < self.rows:
-            raise ValueError(f"row={row}: the batch has {self.rows} rows.")
+        self._check_row(row)
         place = row, heads.index(head)
         steps = np.array([call.step for call in calls])
         noted = np.concatenate([call.first[place] for call in calls])
@@ -173,27 +172,35 @@ class Recording:
         resident = np.array([call.resident[place] for call in calls])
         return History(steps, first, is_pinned, evicted, resident, at, page, scores, priorities)
 
-    def pages_of_tokens(self, layer: int) -> np.ndarray:
+    def _check_row(self, row: int) -> None:
+        if not 0 <= row < self.rows:
+            raise ValueError(f"row={row}: the batch has {self.rows} rows.")
+
+    def pages_of_tokens(self, layer: int, row: int = 0) -> np.ndarray:
         """`[tokens]` int: for each token seen, the position of the first token of its page.
 
-        The value is `PREFILL` for tokens that were pinned after the first recorded step, and `EVICTED` for tokens whose
-        page was evicted before that step. If the `history` of a head lacks a page, this head evicted it before that
-        step.
+        The value is `PREFILL` for tokens that were pinned after the first recorded step, and `EVICTED` for left padding
+        and for tokens whose page was evicted before that step. If the `history` of a head lacks a page, this head
+        evicted it before that step.
+
+        Args:
+            layer: index of the layer in the model.
+            row: as in `history`. Rows with different padding have different pages.
+
+        Raises:
+            ValueError: nothing was recorded of this layer or row.
         """
         self.heads(layer)
-        calls = self.layers[layer].calls()
+        self._check_row(row)
+        calls, begin = self.layers[layer].calls(), self.layers[layer].begin_of_current_rows()[row]
         pages = np.full(calls[-1].step + 1, PREFILL)
-        seen = 0
-        for call in calls:
-            if seen == 0 or (call.page == PREFILL and self.prompt == "evict"):
-                first = np.unique(call.first[call.first >= 0])
-                tokens = np.arange(seen, call.step + 1)
-                latest = np.concatenate([[EVICTED - self.page_size], first])[
-                    np.searchsorted(first, tokens, side="right")
-                ]
-                pages[tokens] = np.where(tokens < latest + self.page_size, latest, EVICTED)
+        pages[: len(begin)] = begin
+        seen = len(begin)
+        for call in calls[1:]:
             if call.page != PREFILL:
                 pages[call.step] = call.page
+            elif self.prompt == "evict":
+                pages[seen : call.step + 1] = pages_in_order(call.first[row], seen, call.step + 1, self.page_size)
             seen = call.step + 1
         return pages
 
@@ -232,6 +239,7 @@ class Recording:
             calls, about["heads"][layer] = self.layers[layer].calls(), self.heads(layer)
             arrays[f"{layer}/step"] = np.array([(call.step, call.page) for call in calls])
             arrays[f"{layer}/pages"] = np.array([call.first.shape[2] for call in calls])
+            arrays[f"{layer}/begin"] = self.layers[layer].begin_of_current_rows()
             arrays[f"{layer}/resident"] = np.stack([call.resident for call in calls])
             for member, name in zip(PAGED, PER_PAGE, strict=True):
                 arrays[f"{layer}/{member}"] = np.concatenate([getattr(call, name) for call in calls], axis=2)
@@ -239,7 +247,7 @@ class Recording:
 
     @classmethod
     def load(cls, path: str | Path) -> Recording:
-        """Read a file that `save` wrote, in the current or the previous format, and check that it is consistent.
+        """Read a file that `save` wrote, in the current or an earlier format, and check that it is consistent.
 
         Raises:
             OSError: the file cannot be read; FileNotFoundError if it does not exist.
@@ -253,5 +261,23 @@ class Recording:
             paged = (np.split(arrays[f"{layer}/{name}"], ends, axis=2) for name in PAGED)
             calls = zip(arrays[f"{layer}/step"].tolist(), *paged, arrays[f"{layer}/resident"], strict=True)
             entries: list[TraceEntry | np.ndarray] = [TraceEntry(step, page, *held) for (step, page), *held in calls]
-            recording.layers[int(layer)] = LayerTrace(tuple(heads), entries)
+            trace = recording.layers[int(layer)] = LayerTrace(tuple(heads), entries)
+            if f"{layer}/begin" in arrays:
+                trace.begin = arrays[f"{layer}/begin"]
+            else:  # formats 1 and 2
+                start, size = trace.calls()[0], about["page_size"]
+                trace.begin = np.stack([pages_in_order(first, 0, start.step + 1, size) for first in start.first])
         return recording
+
+
+def pages_in_order(first: np.ndarray, start: int, stop: int, page_size: int) -> np.ndarray:
+    """For each of the tokens from `start` to `stop`, the position of the first token of its page, `[tokens]` int32.
+
+    `EVICTED` for a token of no page. The positions in a page must be consecutive, as they are in a prompt.
+
+    Args:
+        first: `[heads, pages]`, position of each page's first token, -1 for an empty page.
+    """
+    starts, tokens = np.unique(first[first >= 0]), np.arange(start, stop, dtype=np.int32)
+    latest = np.concatenate([[EVICTED - page_size], starts])[np.searchsorted(starts, tokens, side="right")]
+    return np.where(tokens < latest + page_size, latest, EVICTED).astype(np.int32)

@@ -5,6 +5,8 @@
     about              JSON: format, method, budget, page_size, prompt, and the KV heads of each layer
     sha256             checksum of all other members; format 1 has none
     <layer>/step       [T, 2] int, position of the newest token, and of the first token of its page (-1: prefill)
+    <layer>/begin      [batch, first step + 1] int32, for each token seen at the first step, the position of the first
+                       token of its page (-2: evicted before); formats 1 and 2 have none
     <layer>/pages      [T] int, number of pages in each forward, P in total
     <layer>/resident   [T, batch, heads] int32, tokens held
     <layer>/first      [batch, heads, P] int32, position of each page's first token, -1 for an empty page
@@ -24,11 +26,11 @@ from typing import Any
 import numpy as np
 
 
-FORMAT = 2  # the format that `write` writes
-READABLE = (1, FORMAT)
+FORMAT = 3  # the format that `write` writes
+READABLE = (1, 2, FORMAT)
 PAGED = {"first": np.int32, "score": np.float32, "stamp": np.float32}
 """The dtypes of the arrays with one element per page."""
-ARRAYS = ("step", "pages", "resident", *PAGED)
+ARRAYS = ("step", "pages", "resident", *PAGED, "begin")
 
 
 def write(path: str | Path, about: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
@@ -83,7 +85,7 @@ def _unpack(data: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         text = str(_array(archive, "about.npy"))
         about = json.loads(text)
         _check(isinstance(about, dict), "its member 'about' is not a JSON object")
-        said, readable = about.get("format"), " and ".join(map(str, READABLE))
+        said, readable = about.get("format"), ", ".join(map(str, READABLE))
         _check(type(said) is int and said in READABLE, f"it has format {said!r}, and this version reads {readable}")
         names = [name for name in archive.namelist() if name != "about.npy"]
         arrays = {name.removesuffix(".npy"): _array(archive, name) for name in names}
@@ -131,14 +133,15 @@ def _is_count(value: Any, least: int = 1) -> bool:
 
 
 def _by_layer(about: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
-    wanted = {f"{layer}/{name}" for layer in about["heads"] for name in ARRAYS}
+    names = [name for name in ARRAYS if name != "begin" or about["format"] > 2]
+    wanted = {f"{layer}/{name}" for layer in about["heads"] for name in names}
     _check(arrays.keys() == wanted, f"its arrays do not match its layers: {sorted(arrays.keys() ^ wanted)} differ")
-    return {layer: {name: arrays[f"{layer}/{name}"] for name in ARRAYS} for layer in about["heads"]}
+    return {layer: {name: arrays[f"{layer}/{name}"] for name in names} for layer in about["heads"]}
 
 
 def _check_layer(layer: str, arrays: dict[str, np.ndarray], heads: int, page_size: int) -> None:
     """Raise a ValueError if the arrays of a layer are not consistent. Its message starts with `layer`."""
-    step, pages, resident, first, score = (arrays[name] for name in ARRAYS[:-1])
+    step, pages, resident, first, score, _ = (arrays[name] for name in ARRAYS[:6])
     for name, dtype in {"step": np.integer, "pages": np.integer, "resident": np.int32, **PAGED}.items():
         _check(np.issubdtype(arrays[name].dtype, dtype), f"{layer}: {name} is {arrays[name].dtype}")
     _check(first.ndim == 3 and first.size > 0, f"{layer}: first has shape {first.shape}")
@@ -154,6 +157,13 @@ def _check_layer(layer: str, arrays: dict[str, np.ndarray], heads: int, page_siz
     _check(newest[-1] <= np.iinfo(np.int32).max, f"{layer}: step {newest[-1]} is out of range")
     _check(((page >= -1) & (page <= newest)).all(), f"{layer}: the page of a token starts outside the sequence")
     _check(((first >= -1) & (first <= np.repeat(newest, pages))).all(), f"{layer}: a page starts outside the sequence")
+    begin = arrays.get("begin")
+    if begin is not None:
+        is_fit = begin.dtype == np.int32 and begin.shape == (rows, newest[0] + 1)
+        _check(is_fit, f"{layer}: begin has dtype {begin.dtype} and shape {begin.shape}")
+        _check(
+            ((begin >= -2) & (begin <= np.arange(newest[0] + 1))).all(), f"{layer}: begin names a page outside the text"
+        )
     # Encode forward and page in one number, and sort. Two equal neighbours are the same page twice.
     named = np.sort(first + (np.repeat(np.arange(forwards), pages) << 32), axis=2)
     is_twice = (np.diff(named, axis=2) == 0) & ((named[..., 1:] + 1) & 0xFFFFFFFF != 0)

@@ -200,7 +200,7 @@ def occupancy(recording: Recording, row: int = 0) -> Figure:
     axis.plot([0, seen[-1]], [0, seen[-1]], color="0.6", linewidth=1, label="everything")
     looks = zip(cycle(reporting.STYLES), cycle(("-", "--", "-.")), strict=False)
     for (held, layers), ((colour, marker), dashes) in zip(lines.items(), looks, strict=False):
-        label = fill(f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}", 24)
+        label = fill(f"layer{'s' * (len(layers) > 1)} {_ranges(layers)}", 24)
         axis.plot(seen, held, color=colour, marker=marker, markevery=0.1, linestyle=dashes, label=label)
     budget = recording.budget
     budgets = {budget[layer] if isinstance(budget, tuple) else budget for layer in recording.recorded}
@@ -289,7 +289,7 @@ def tokens(
         )
     index = np.arange(steps[-1] + 1)
     # [KV heads, tokens], also `kept`
-    gone = np.stack([_eviction_of_tokens(recording, number, histories[number, head]) for number, head in chosen])
+    gone = np.stack([_eviction_of_tokens(recording, number, row, histories[number, head]) for number, head in chosen])
     born = np.searchsorted(steps, index)
     kept = np.clip(np.searchsorted(steps, gone) - born, 0, None)
     share, left = kept.mean(0) / (len(steps) - born), np.isfinite(gone).sum(0)
@@ -311,10 +311,10 @@ def tokens(
     return html.of_text(*parts, heads)
 
 
-def _eviction_of_tokens(recording: Recording, layer: int, history: History) -> np.ndarray:
+def _eviction_of_tokens(recording: Recording, layer: int, row: int, history: History) -> np.ndarray:
     """`[tokens]` float, step at which each token was evicted; NaN: not evicted, -1: evicted before the recording."""
     evicted = dict(zip(history.first.tolist(), history.evicted.tolist(), strict=True)) | {PREFILL: np.nan}
-    return np.array([evicted.get(page, -1) for page in recording.pages_of_tokens(layer).tolist()])
+    return np.array([evicted.get(page, -1) for page in recording.pages_of_tokens(layer, row).tolist()])
 
 
 def _texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> Iterator[tuple[str, range]]:
@@ -339,6 +339,14 @@ def _recorded(recording: Recording) -> list[int]:
     if not recording.recorded:
         raise ValueError("recording is empty: generate inside `with record(cache) as recording`.")
     return recording.recorded
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Numbers in ascending order, three or more consecutive ones as a range: `"0 to 4, 7, 8"`."""
+    parts: list[str] = []
+    for run in np.split(numbers, np.flatnonzero(np.diff(numbers) > 1) + 1):
+        parts += [f"{run[0]} to {run[-1]}"] if len(run) > 2 else map(str, run)
+    return ", ".join(parts)
 
 
 def _name(recording: Recording, layer: int, head: int, row: int) -> str:
