@@ -1,4 +1,4 @@
-"""The server of `raas-cache serve` through OpenAI's client: answers, cancels, a full queue, bad requests, metrics."""
+"""The server of `raas-cache serve` through OpenAI's client: answers, cancels, a full queue, metrics."""
 
 import asyncio
 import json
@@ -7,10 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-import urllib.error
 import urllib.request
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -25,89 +22,12 @@ pytest.importorskip(
     "raas_cache.serving.upstream_server", reason="transformers is older than 5.24", exc_type=ImportError
 )
 
-from prometheus_client.parser import text_string_to_metric_families  # noqa: E402
-
 from raas_cache.serving.handlers import RowCompletion  # noqa: E402
 from raas_cache.serving.sampling import Sampling, TemperatureOrGreedy, with_every_parameter  # noqa: E402
-from raas_cache.serving.server import build_app, server_of  # noqa: E402
 from raas_cache.serving.stop_text import StopText  # noqa: E402
 from raas_cache.serving.upstream_server import ContinuousBatchingLogitsProcessorList, GenerationState  # noqa: E402
 
-
-NAME = "chain_reasoner"
-TEMPLATE = (
-    "{{ bos_token }}{% if messages[0].content == '?' %}{{ raise_exception('no question') }}{% endif %}"
-    "{% for message in messages %}{{ message.content }} {% endfor %}"
-)
-PROMPTS = [f"{a} + {b}" for a in range(1, 9) for b in range(1, 6)]
-FOREVER = 10_000_000
-CACHE = {"budget": 24, "page_size": 4, "min_decode_pages": 2}
-
-
-class Served:
-    """A running server, and what a test asks of it."""
-
-    def __init__(self, port):
-        self.url = f"http://127.0.0.1:{port}"
-        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
-        self.idle = self.metrics()
-
-    def asynchronous(self):
-        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
-
-    def complete(self, prompt, **options):
-        return self.client.completions.create(model=NAME, prompt=prompt, **{"max_tokens": 24, **options})
-
-    def chat(self, text, **options):
-        messages = [{"role": "user", "content": text}]
-        return self.client.chat.completions.create(model=NAME, messages=messages, **{"max_tokens": 24, **options})
-
-    def metrics(self):
-        """The value of each metric; of requests by outcome."""
-        with urllib.request.urlopen(f"{self.url}/metrics") as answer:
-            families = text_string_to_metric_families(answer.read().decode())
-            samples = [sample for family in families for sample in family.samples]
-        return {sample.labels.get("outcome", sample.name): sample.value for sample in samples}
-
-    def wait_for(self, seconds=20, **values):
-        """Wait until metrics have these values."""
-        end = time.monotonic() + seconds
-        while (found := {name: self.metrics()[name] for name in values}) != values:
-            assert time.monotonic() < end, found
-            time.sleep(0.02)
-
-    def post(self, path, body):
-        """Send bytes, or an object as JSON: the status and the error."""
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"content-type": "application/json"})
-        try:
-            with urllib.request.urlopen(request) as answer:
-                return answer.status, json.load(answer)
-        except urllib.error.HTTPError as error:
-            return error.code, json.load(error)["error"]
-
-
-@contextmanager
-def serving(ends=True, has_template=True, **options):
-    """A server of the embedded model on a free port. `ends`: whether the model's end token ends an answer."""
-    model, tokenizer = load_model(NAME)
-    if not ends:
-        model.generation_config.eos_token_id = []
-    if has_template:
-        tokenizer.chat_template = TEMPLATE
-    app = build_app(model, tokenizer, NAME, **{**CACHE, "max_rows": 4, **options})
-    server = server_of(app, "127.0.0.1", 0)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        while not server.started:
-            time.sleep(0.01)
-        yield Served(server.servers[0].sockets[0].getsockname()[1])
-    finally:
-        server.should_exit = True
-        thread.join(30)
-    assert not thread.is_alive()
-    assert not app.state.manager.is_running(), "the loop ends with the server"
+from .served import CACHE, FOREVER, NAME, PROMPTS, Served, serving  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -332,107 +252,6 @@ def test_a_full_queue(busy):
         thread.join(30)
     busy.wait_for(finished=2, cancelled=1, raas_rows_in_use=0)
     assert busy.client.with_options(max_retries=2).completions.create(model=NAME, prompt="7 + 5", max_tokens=3)
-
-
-CHAT, COMPLETION, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
-
-
-def said(**message):
-    return {"messages": [{"role": "user", "content": "7 + 5", **message}]}
-
-
-class TestBadRequests:
-    @pytest.mark.parametrize(
-        ("path", "body", "param", "words"),
-        [
-            (COMPLETION, {"prompt": ""}, "prompt", "prompt='' must have at least 1 character"),
-            (COMPLETION, {}, "prompt", "prompt is missing: add it"),
-            (COMPLETION, {"prompt": None}, "prompt", "prompt is missing: add it"),
-            (COMPLETION, {"prompt": ["a"]}, "prompt", "prompt=['a'] must be a valid string"),
-            (COMPLETION, {"prompt": "7 " * 5000}, "prompt", "prompt has 5,001 tokens"),
-            (COMPLETION, {"prompt": "7", "tempersture": 1}, "tempersture", "tempersture is not supported: remove it"),
-            (COMPLETION, {"prompt": "7", "logprobs": 3}, "logprobs", "logprobs is not supported: remove it"),
-            (COMPLETION, {"prompt": "7", "suffix": "a"}, "suffix", "suffix is not supported: remove it"),
-            (COMPLETION, {"prompt": "7", "generation_config": "{}"}, "generation_config", "is not supported: remove"),
-            (COMPLETION, {"prompt": "7", "temperature": "hot"}, "temperature", "'hot' must be a valid number"),
-            (COMPLETION, {"prompt": "7", "temperature": -1}, "temperature", "must be greater than or equal to 0"),
-            (COMPLETION, {"prompt": "7", "temperature": float("nan")}, "temperature", "temperature=nan must be"),
-            (COMPLETION, {"prompt": "7", "top_p": 0}, "top_p", "top_p=0 must be greater than 0"),
-            (COMPLETION, {"prompt": "7", "max_tokens": 0}, "max_tokens", "max_tokens=0 must be greater than or equal"),
-            (COMPLETION, {"prompt": "7", "seed": 2**70}, "seed", "seed="),
-            (COMPLETION, {"prompt": "7", "n": 2}, "n", "n=2 is not supported: use 1"),
-            (COMPLETION, {"prompt": "7", "frequency_penalty": 0.5}, "frequency_penalty", "use 0"),
-            (COMPLETION, {"prompt": "7", "stop": ""}, "stop", "stop='' must have at least 1 character"),
-            (COMPLETION, {"prompt": "7", "stop": ["a", ""]}, "stop", "stop[1]='' must have at least 1 character"),
-            (COMPLETION, {"prompt": "7", "stream": 1}, "stream", "stream=1 must be a valid boolean"),
-            (COMPLETION, {"prompt": "\ud800"}, None, "half of a surrogate pair"),
-            (COMPLETION, b'{"prompt": ', None, "The body is not valid JSON (Expecting value): send a JSON object"),
-            (COMPLETION, b"", None, "The body is no JSON object"),
-            (COMPLETION, b"[" * 100_000, None, ""),
-            (COMPLETION, [], None, "The body is no JSON object"),
-            (CHAT, {"messages": []}, "messages", "messages=[] must have at least 1 item: change it"),
-            (CHAT, {"messages": "hi"}, "messages", "messages='hi' must be a valid list"),
-            (CHAT, said(role="me"), "messages", "messages[0].role='me' is not supported: use 'system'"),
-            (CHAT, said(name="Ann"), "messages", "messages[0].name is not supported: remove it"),
-            (CHAT, said(content=7), "messages", "messages[0].content=7 must be a valid"),
-            (CHAT, said(content=[{"type": "image_url"}]), "messages", "content[0].type='image_url' is not supported"),
-            (CHAT, said(tool_calls=[{"function": {"name": "f", "arguments": "{"}}]), "messages", "arguments='{'"),
-            (CHAT, {**said(), "response_format": {"type": "json_object"}}, "response_format", "is not supported"),
-            (CHAT, {**said(), "tools": [{"type": "web"}]}, "tools", "tools[0].type='web' is not supported"),
-            (CHAT, {**said(), "tools": [{"type": "function"}]}, "tools", "tools[0].function is missing: add it"),
-            (CHAT, {**said(), "chat_template_kwargs": {"tokenize": 0}}, "chat_template_kwargs", "has 'tokenize'"),
-            (CHAT, {**said(), "chat_template_kwargs": {"chat_template": "a"}}, "chat_template_kwargs", "remove it"),
-            (CHAT, said(content="7 " * 5000), "messages", "messages has 5,00"),
-            (
-                CHAT,
-                said(content="?"),
-                None,
-                "messages do not fit the chat template of this model (no question): change",
-            ),
-            (RESPONSES, {}, "input", "input is missing: add it"),
-            (RESPONSES, {"input": []}, "input", "input=[] must have at least 1 item"),
-            (RESPONSES, {"input": [{"type": "audio"}]}, "input", "input"),
-            (RESPONSES, {"input": "7", "previous_response_id": "a"}, "previous_response_id", "is not supported"),
-            (
-                RESPONSES,
-                {"input": [{"type": "function_call_output", "call_id": "a", "output": "b"}]},
-                "input",
-                "must begin with a message",
-            ),
-        ],
-    )
-    def test_is_refused_with_a_sentence(self, server, path, body, param, words):
-        before = server.metrics()
-        status, error = server.post(path, body)
-        assert status == 400, error
-        assert error["type"] == "invalid_request_error" and error["param"] == param
-        assert words in error["message"] and error["message"].endswith(".")
-        server.wait_for(rejected=before["rejected"] + 1, raas_rows_free=4)
-
-    def test_another_model(self, server):
-        with pytest.raises(openai.NotFoundError, match="model='gpt' is not served here: use 'chain_reasoner'"):
-            server.client.completions.create(model="gpt", prompt="7 + 5")
-
-    def test_what_has_no_effect_is_accepted(self, server):
-        neutral = {"n": 1, "frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "user": "me"}
-        body = {**said(), "max_tokens": 3, **neutral, "store": False, "tool_choice": "auto", "top_p": None}
-        assert server.post(CHAT, {**body, "stream_options": {"include_usage": True}})[0] == 200
-
-    def test_ids_of_clients_may_be_equal(self, server):
-        async def ask():
-            same = {"extra_headers": {"x-request-id": "same"}, "max_tokens": 5}
-            async with server.asynchronous() as client:
-                calls = [client.completions.create(model=NAME, prompt=prompt, **same) for prompt in PROMPTS[:8]]
-                return [answer.choices[0].text for answer in await asyncio.gather(*calls)]
-
-        assert asyncio.run(ask()) == [server.complete(prompt, max_tokens=5).choices[0].text for prompt in PROMPTS[:8]]
-
-    def test_a_model_without_chat_template(self):
-        with serving(has_template=False) as server:
-            for path, field in ((CHAT, "messages"), (RESPONSES, "input")):
-                status, error = server.post(path, {"input": "7"} if field == "input" else said())
-                assert status == 400 and error["param"] == field
-                assert "this model has no chat template: use /v1/completions" in error["message"]
 
 
 def test_command_serves_until_ctrl_c():
