@@ -42,7 +42,7 @@ class Metrics(Collector):
             "rows_free": ("Rows that a request can get.", store.free_rows),
             "waiting_requests": ("Requests that wait for a row or for pages.", manager.waiting),
             "pages_free": ("Pages that no row has, in the layer with the fewest.", min(store.free_pages)),
-            "kv_bytes": ("Bytes of all keys, values and page tables. They do not grow.", manager.nbytes),
+            "kv_bytes": ("Bytes of all keys, values and page tables.", manager.nbytes),
         }
         for name, (text, value) in gauges.items():
             yield GaugeMetricFamily(f"raas_{name}", text, value=value)
