@@ -129,8 +129,9 @@ def main(options):
     print(answer("dense", manager, asked, options.seconds).line(), flush=True)
     manager.destroy()
     print(f"Static batches of {rows}: {static_slots(asked, rows):.0%} of the slots are useful.")
-    print(f"{memory:,} bytes of keys and values; {options.requests} requests of {options.prompt} + {options.shortest:,} to "
-          f"{options.longest:,} tokens; {torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}.")  # fmt: skip
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    lengths = f"{options.prompt} + {options.shortest:,} to {options.longest:,} tokens"
+    print(f"{memory:,} bytes of keys and values; {options.requests} requests of {lengths}; {device}.")
 
 
 if __name__ == "__main__":

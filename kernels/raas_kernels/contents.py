@@ -69,23 +69,22 @@ def take_pages(
 ) -> Tensor:
     """The pages `selected` `[R, H, K]` of a buffer `[B, H, P * entries, ...]`: `[R, H, K * entries, ...]`.
 
-    Page 0 takes the place of -1. All pages of the rows for None.
+    Page 0 takes the place of -1, and of a page without memory. All pages of the rows for None.
 
     Args:
-        blocks: `[B, P]` int32, for a buffer `[blocks, H, entries, ...]`: the block of each page. A page without memory
-            gives zeros.
+        blocks: `[B, P]` int32, for a buffer `[blocks, H, entries, ...]`: the block of each page.
     """
     if selected is None and blocks is None:
         return take_rows(tensor, rows)
     movable = tensor.view(torch.int8) if tensor.dtype == torch.float8_e4m3fn else tensor  # torch cannot index float8
     pages: Tensor = movable.unflatten(2, (-1, entries))  # [B, H, P, entries, ...], or [blocks, H, 1, entries, ...]
     head = torch.arange(tensor.shape[1], device=tensor.device)[:, None]  # [H, 1]
-    is_missing = None
     if blocks is not None:
         block = take_rows(blocks, rows)[:, None].long()  # [R, 1, P]
+        block = torch.where(block > 0, block, block[..., :1])
         if selected is not None:
             block = block.expand(-1, len(head), -1).gather(2, selected.clamp(min=0))
-        row, page, is_missing = block, torch.zeros_like(block), block == 0  # [R, H or 1, K]
+        row, page = block, torch.zeros_like(block)  # [R, H or 1, K]
     else:
         assert selected is not None
         row = (torch.arange(len(selected), device=tensor.device) if rows is None else rows)[:, None, None]
@@ -95,8 +94,6 @@ def take_pages(
         picked: Tensor = pages.flatten(0, 2).index_select(0, index.flatten()).unflatten(0, index.shape)
     else:
         picked = pages[row, head, page]
-    if is_missing is not None:
-        picked.masked_fill_(is_missing.reshape(*is_missing.shape, *[1] * (picked.ndim - 3)), 0)
     return picked.flatten(2, 3).view(tensor.dtype)
 
 

@@ -38,9 +38,9 @@ class PagedKV:
         [7, H, S, Dk]    nothing | row 0, p. 1 | free    | row 1, p. 1 | both rows, p. 0 | free    | row 0, p. 2
 
     The pool has the buffers `keys`, `values`, `key_scales`, `value_scales`, `value_min` and `value_max`: their shapes
-    begin with `[blocks, H, S]` instead of `[B, H, N]`. All other buffers stay as they are. Block 0 holds nothing: a
-    page without memory has block 0. Its bias is -inf and its `evictable` is False. No operator writes block 0, and no
-    result depends on what block 0 holds.
+    begin with `[blocks, H, S]` instead of `[B, H, N]`. All other buffers stay as they are. A page without memory has
+    block 0, its bias is -inf and its `evictable` is False. No operator writes block 0. What block 0 holds has no effect
+    on a row whose first page has memory; other rows may read it.
 
     Args:
         keys: `[B, H, N, Dk]`, RoPE applied. In a 4-bit cache, codes: uint8 `[B, H, N, Dk / 2]`, see `pack`.

@@ -33,7 +33,8 @@ def _serving_rows(generate_batch: Callable[..., Any]) -> Callable[..., Any]:
                 f"{name}={cache!r} {what}: generate_batch takes the settings of an empty cache for the rows of its "
                 "requests. Pass a new cache, or call generate with a padded batch."
             )
-        from .serving.continuous import DEFAULT_ROWS, manager_for
+        from .serving.continuous import manager_for
+        from .serving.row_plan import DEFAULT_ROWS
 
         rows = max(1, min(DEFAULT_ROWS, len(given.arguments["inputs"])))
         batching = given.arguments.get("continuous_batching_config")

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 import raas_cache
-from raas_cache import DenseCache, RaaSCache
+from raas_cache import RaaSCache
 from raas_cache.attention.dispatch import DISPATCHED
 
 from ..helpers import generate, prompt, tiny_model
@@ -35,26 +35,34 @@ def unregistered():
 
 GREEDY = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
 SMALL = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=32)
-HANDED_IN = {
-    "cache": lambda: RaaSCache(32),
-    "past_key_values": lambda: DenseCache(32),
-    "inside": lambda: EncoderDecoderCache(RaaSCache(32), DynamicCache()),
-}
 
 
-@pytest.mark.parametrize("name", HANDED_IN)
-def test_continuous_batching_refuses_a_paged_cache(model, name):
-    cache = HANDED_IN[name]()
-    argument = "cache" if name == "inside" else name
-    prompts = prompt(2, 12)["input_ids"].tolist()
-    with pytest.raises(ValueError, match=rf"{argument}=.* generate_batch \(continuous batching\) .* Call generate"):
-        model.generate_batch(prompts, generation_config=GREEDY, **{argument: cache})
+def test_continuous_batching_serves_a_paged_cache(model):
+    """`tests/serving` compares the tokens. transformers' own `generate_batch` would drop the cache."""
+    prompts, cache = prompt(2, 12)["input_ids"].tolist(), RaaSCache(256)
+    found = [model.generate_batch(prompts, GREEDY, **{name: cache}) for name in ("cache", "past_key_values")]
+    alone = generate(model, prompt(2, 12), RaaSCache(256), 4, sample=False)[:, 12:].tolist()
+    for outputs in found:
+        assert [output.generated_tokens for output in outputs.values()] == alone
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_continuous_batching_refuses_a_cache_that_it_cannot_serve(model):
+    prompts, used = prompt(2, 12)["input_ids"].tolist(), RaaSCache(256)
+    generate(model, prompt(), used, 4)
+    both = EncoderDecoderCache(RaaSCache(256), DynamicCache())
+    for cache, reason in ((used, "is not empty"), (both, "is for a model with an encoder")):
+        with pytest.raises(
+            ValueError, match=rf"cache=.* {reason}: generate_batch takes .* Pass a new cache, or call gen"
+        ):
+            model.generate_batch(prompts, generation_config=GREEDY, cache=cache)
     assert model.config._attn_implementation == "sdpa", "nothing has begun"
 
 
-def test_generate_refuses_a_paged_cache_where_it_would_run_continuous_batching(model):
-    with pytest.raises(ValueError, match="would ignore this cache"):
-        generate(model, prompt(), RaaSCache(32), 4, sample=False, cache_implementation="paged")
+def test_generate_serves_a_paged_cache_where_it_runs_continuous_batching(model):
+    inputs = prompt(2, 12)
+    found = generate(model, inputs, RaaSCache(256), 4, sample=False, cache_implementation="paged", eos_token_id=-1)
+    assert found.flatten(0, -2).tolist() == generate(model, inputs, RaaSCache(256), 4, sample=False).tolist()
 
 
 def test_continuous_batching_without_a_paged_cache_is_as_before(model, unregistered):

@@ -165,6 +165,34 @@ def test_a_row_that_writes_more_than_it_reserved_is_refused_before_anything_chan
     layers.check()
 
 
+@pytest.mark.parametrize("kv_dtype", [None, "int4"])
+def test_a_turn_of_a_user_goes_into_pages_that_were_reserved_for_it(kv_dtype):
+    layers = SideBySide(3, 30, dtype=torch.float32, tolerance=1e-5, kv_dtype=kv_dtype)
+    limit = layers.table.limit_beside(2)
+    layers.reserve(1, 2 + limit + 2)
+    layers.forward([1], layers.draw_tokens(1, PAGE + 2), admits=True)
+    for _ in range((limit + 2) * PAGE):
+        layers.forward([1], layers.draw_tokens(1, 1))
+    layers.forward([1], layers.draw_tokens(1, PAGE + 3), is_prefill=True)
+    assert layers.table.counts.pinned_pages[1] == 4 and layers.table.evicted[1] > 0
+    for _ in range(2 * PAGE):
+        layers.forward([1], layers.draw_tokens(1, 1))
+    with pytest.raises(RuntimeError, match="Row 1 has reserved 8 pages, but needs 10"):
+        layers.forward([1], layers.draw_tokens(1, 2 * PAGE), is_prefill=True)
+
+
+@pytest.mark.parametrize("answer", [PAGE + 1, 8 * PAGE])
+def test_a_prompt_that_is_evicted_is_the_only_one_of_its_row(answer):
+    layers = SideBySide(2, 40, prompt="evict")
+    layers.reserve(0, 12)
+    layers.forward([0], layers.draw_tokens(1, 8 * PAGE), admits=True)
+    for _ in range(answer):
+        layers.forward([0], layers.draw_tokens(1, 1))
+    with pytest.raises(RuntimeError, match="Row 0 has reserved 6 pages, but needs"):
+        layers.forward([0], layers.draw_tokens(1, 2), is_prefill=True)
+    layers.check()
+
+
 def test_a_row_of_its_full_limit_recycles_its_pages_without_the_host():
     layers = SideBySide(2, 30)
     for row in range(2):

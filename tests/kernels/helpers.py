@@ -216,7 +216,9 @@ def in_blocks(kv, spare=3, strided=False, seed=0):
     kv.evictable[:, -1] = False
     kv.bias[..., -size:] = float("-inf")
     pages = kv.num_pages - 1
-    order = 1 + torch.randperm(batch * pages + spare, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+    order = 1 + torch.randperm(batch * pages + spare, generator=torch.Generator().manual_seed(seed), device="cpu").to(
+        DEVICE
+    )
     blocks = torch.zeros(batch, pages + 1, dtype=torch.int32, device=DEVICE)
     blocks[:, :-1] = order[: batch * pages].view(batch, pages)
     for name in POOLED:
@@ -237,8 +239,12 @@ def in_blocks(kv, spare=3, strided=False, seed=0):
     return kv
 
 
-def in_rows(kv):
-    """A cache in blocks as a cache whose rows have memory of their own; pages without memory hold zeros."""
+def in_rows(kv, missing=None):
+    """A cache in blocks as a cache whose rows have memory of their own.
+
+    Args:
+        missing: the page whose contents take the place of a page without memory; None for zeros.
+    """
     plain = copied(kv)
     batch, heads, size = len(kv.bias), kv.bias.shape[1], kv.page_size
     for name in POOLED:
@@ -250,6 +256,8 @@ def in_rows(kv):
         for row in range(batch):
             for page in range(kv.num_pages):
                 block = kv.blocks[row, page].item()
+                if not block and missing is not None:
+                    block = kv.blocks[row, missing].item()
                 if block:
                     held[row, :, page * size : (page + 1) * size] = taken[block]
         setattr(plain, name, rows)

@@ -8,7 +8,7 @@ from raas_kernels.ops.append import reference
 from raas_kernels.paged_kv import PagedKV
 
 from ..helpers import use_engine
-from .helpers import DEVICE, make_kv, triton_engine
+from .helpers import DEVICE, in_blocks, make_kv, triton_engine
 
 
 class TestEngine:
@@ -87,6 +87,18 @@ class TestOperators:
         )
         query = torch.randn(1 if full else 2, 6, 1, 16, dtype=dtype)
         self.check("attend", kv, query, 0.25, selected, softcap, sinks, "sum", "mean", rows)
+
+    @pytest.mark.parametrize("code", [None, torch.uint8], ids=str)
+    def test_blocks(self, code):
+        kv = in_blocks(make_kv(batch=2, bounds=True, code=code))
+        for name in ("keys", "values", "value_min", "value_max"):  # the check compares results, and NaN equals nothing
+            pool = getattr(kv, name)
+            if pool is not None:
+                pool[pool != pool] = 0
+        rows, query = torch.tensor([1]), torch.randn(1, 6, 1, 16)
+        self.check("append", kv, *torch.randn(2, 1, 2, 1, 16), None, rows, False)
+        self.check("attend", kv, query, 0.25, torch.tensor([[[3, 1, -1], [0, 2, 4]]]), None, None, "max", "max", rows)
+        self.check("page_logit_bounds", kv, query, 0.25, None, rows)
 
     @pytest.mark.parametrize("full", [False, True])
     def test_page_logit_bounds(self, full):

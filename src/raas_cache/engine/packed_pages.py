@@ -105,14 +105,7 @@ def pack_open_pages(kv: PagedKV, rows: torch.Tensor) -> None:
     bias = take_pages(kv.bias, None, page, size)  # [batch, kv_heads, page_size]
     codes, key_min, key_max = pack_page(kv.open_keys, bias != 0)
     is_closing = (kv.is_open & rows[:, None])[..., None, None]
-    writes = [(kv.key_min, key_min), (kv.key_max, key_max)]
-    if kv.blocks is None:
-        by_page = kv.keys.unflatten(2, (-1, size)).flatten(3)  # [batch, kv_heads, pages, page_size * head_dim / 2]
-        writes.append((by_page, codes.flatten(2)))
-    else:
-        block = kv.blocks.gather(1, page[..., 0]).long()  # [batch, kv_heads]
-        head = torch.arange(block.shape[1], device=block.device)
-        kv.keys[block, head] = torch.where(is_closing, codes, kv.keys[block, head])
-    for kept, new in writes:
+    by_page = kv.keys.unflatten(2, (-1, size)).flatten(3)  # [batch, kv_heads, pages, page_size * head_dim / 2]
+    for kept, new in ((by_page, codes.flatten(2)), (kv.key_min, key_min), (kv.key_max, key_max)):
         index = page[..., None].expand(-1, -1, 1, kept.shape[-1])
         kept.scatter_(2, index, torch.where(is_closing, new[:, :, None], kept.gather(2, index)))

@@ -55,7 +55,8 @@ def keep_best(table: PageTable, places: Places, rows: Rows | None) -> None:
     limit, device_touched = table.limit_beside(1), torch.from_numpy(touched).to(table.device)
     closes = torch.zeros(table.batch_size, dtype=torch.bool, device=table.device)
     closes[device_touched] = True
-    if kv.is_packed:  # step 2 closes their open pages
+    # Step 2 closes the open pages of these rows. A row in a pool has one prompt, so it has no open page yet.
+    if kv.is_packed and kv.blocks is None:
         pack_open_pages(kv, closes)
     # 1. Copy the sink and the best pages, in their order: of all rows, or of the rows of this forward.
     moving = None if kv.blocks is None else device_touched

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from .manager import RowManager
 
 
-DEFAULT_ROWS = 32
 CHUNK = 512
 """Largest number of tokens of one forward: longer prompts are read in chunks while other requests decode."""
 

@@ -60,7 +60,10 @@ class RowManager(ContinuousBatchingManager):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all keys, values and page tables. They are allocated once, and do not grow."""
+        """Bytes of all keys and values. They are allocated once, and do not grow.
+
+        The page tables (positions, priorities and so on, about 2 % of these bytes) have room for the longest request.
+        """
         return self.cache.nbytes
 
     @property

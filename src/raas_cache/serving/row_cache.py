@@ -111,7 +111,7 @@ class RowCache(PagedAttentionCache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all buffers, which are allocated once."""
+        """Bytes of all keys and values, which are allocated once."""
         window_bytes = getattr(self, "window_bytes", None)
         return self.store.nbytes + (0 if window_bytes is None else window_bytes.nbytes)
 

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from ..engine.page_table import PageTable
 
 
+DEFAULT_ROWS = 32
+
+
 @dataclass(frozen=True)
 class Need:
     """Pages that a request needs in each page table, for its whole life.

@@ -9,6 +9,7 @@ import torch
 
 from ..cache.paged_layer import PagedLayer
 from ..engine.reserve import reserve
+from ..engine.resize import CONTENTS
 from ..engine.row_counts import Rows
 from .row_plan import Need
 
@@ -54,9 +55,9 @@ class RowStore:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all buffers, which are allocated once."""
-        kvs = (vars(table.kv).values() for table in self.tables if table.kv is not None)
-        return sum(buffer.nbytes for buffers in kvs for buffer in buffers if isinstance(buffer, torch.Tensor))
+        """Bytes of the pools of keys and values, which are allocated once."""
+        buffers = (getattr(table.kv, name) for table in self.tables for name in CONTENTS)
+        return sum(buffer.nbytes for buffer in buffers if buffer is not None)
 
     @property
     def shapes(self) -> object:

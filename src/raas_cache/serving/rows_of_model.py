@@ -13,8 +13,7 @@ from ..common.upstream import CACHE_ARGUMENT
 from ..engine.page_table import PageTable
 from ..engine.reserve import reserve
 from ..engine.resize import CONTENTS
-from .continuous import DEFAULT_ROWS
-from .row_plan import usual_row
+from .row_plan import DEFAULT_ROWS, usual_row
 from .row_store import SPARE, RowStore
 
 
@@ -80,6 +79,7 @@ def rows_of(
     for table, example, pages in zip(tables, examples, usual, strict=True):
         table.use_pool(int(scale * pages) + 2)  # with the block that holds nothing, and the spare page
         table.allocate(example.key, example.value, rows + 1)
+        table.resize(pages)
         reserve(table, SPARE, 1)
         table.is_empty = False  # so no forward is the first one, whose output the model itself would compute
     return RowStore(layers, rows + 1, model.device), rows
@@ -91,5 +91,5 @@ def _page_bytes(table: PageTable, example: _Example) -> int:
     trial.use_pool(2)
     trial.allocate(example.key, example.value, 1)
     assert trial.kv is not None
-    contents = (getattr(trial.kv, name) for name in CONTENTS)
+    contents: list[torch.Tensor | None] = [getattr(trial.kv, name) for name in CONTENTS]
     return sum(buffer.nbytes for buffer in contents if buffer is not None) // 2
