@@ -204,7 +204,9 @@ def test_200_requests_at_once_are_equal_to_each_alone(server):
     before = server.metrics()
     assert asyncio.run(ask()) == alone * 5
     kept = {name: server.idle[name] for name in ("raas_pages_free", "raas_rows_free")}
-    server.wait_for(finished=before["finished"] + 200, raas_rows_in_use=0, raas_kv_bytes=before["raas_kv_bytes"], **kept)
+    server.wait_for(
+        finished=before["finished"] + 200, raas_rows_in_use=0, raas_kv_bytes=before["raas_kv_bytes"], **kept
+    )
     assert server.metrics()["raas_tokens_generated_total"] > before["raas_tokens_generated_total"] + 200
 
 
