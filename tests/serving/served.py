@@ -82,7 +82,9 @@ def serving(ends=True, has_template=True, **options):
     try:
         while not server.started:
             time.sleep(0.01)
-        yield Served(server.servers[0].sockets[0].getsockname()[1])
+        running = Served(server.servers[0].sockets[0].getsockname()[1])
+        running.manager = app.state.manager
+        yield running
     finally:
         server.should_exit = True
         thread.join(30)

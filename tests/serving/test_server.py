@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import urllib.error
 import urllib.request
 
 import pytest
@@ -254,6 +255,16 @@ def test_a_full_queue(busy):
         thread.join(30)
     busy.wait_for(finished=2, cancelled=1, raas_rows_in_use=0)
     assert busy.client.with_options(max_retries=2).completions.create(model=NAME, prompt="7 + 5", max_tokens=3)
+
+
+def test_a_generation_that_failed(busy):
+    """The server says so, instead of letting requests wait for ever."""
+    busy.manager.background_thread_status.record_fatal_error(RuntimeError("the GPU is gone"))
+    with pytest.raises(openai.InternalServerError, match=r"generation has stopped .*the GPU is gone") as failed:
+        busy.complete("7 + 5")
+    assert failed.value.status_code == 503 and failed.value.type == "server_error"
+    with pytest.raises(urllib.error.HTTPError, match="503"):
+        urllib.request.urlopen(f"{busy.url}/health")
 
 
 def test_command_serves_until_ctrl_c():
