@@ -47,6 +47,7 @@ FENCE = re.compile(r"^( *)```(\S*)[^\n]*\n(.*?)^\1```\s*$", re.MULTILINE | re.DO
 LONGEST = 700
 """Tokens that a block may generate; a chain of the embedded model ends by itself before."""
 STAND_INS = {
+    "serve": "--model chain_reasoner --budget 256 --memory 0.01 --port 0",
     "demo": "--model chain_reasoner --problems 1 --lines 3",
     "eval": "--dataset chains-3 --limit 2 --max-new-tokens 16",
     "fidelity": "--model chain_reasoner --data chains.jsonl --tokens 40 --page-size 4",
@@ -243,6 +244,10 @@ def run_command(words):
         case ["make", *arguments]:
             targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
             assert {word for word in arguments if "=" not in word} <= set(targets), words
+        case ["curl", "localhost:8000/v1/chat/completions", "-H", _, "-d", body]:
+            from raas_cache.serving.request_fields import Chat, check
+
+            check(Chat, json.loads(body))
         case ["pip", "install", *arguments]:
             pip_can_install([word for word in arguments if not word.startswith("-")])
         case ["pre-commit", "install"] | ["pre-commit", "run", "--all-files"]:
@@ -276,10 +281,17 @@ def test_a_wrong_command_fails(line, offline):
         run_command(words)
 
 
+async def no_time(_):
+    """A server with this main loop starts, and ends at once."""
+
+
 def run_raas_cache(arguments):
     """What it prints; None if that is the output of a stand-in."""
     stand_ins = STAND_INS.get(arguments[0], "").split()
-    result = CliRunner().invoke(app, [*arguments, *stand_ins])
+    with pytest.MonkeyPatch.context() as patch:
+        if arguments[0] == "serve":
+            patch.setattr("uvicorn.Server.main_loop", no_time)
+        result = CliRunner().invoke(app, [*arguments, *stand_ins])
     assert result.exit_code == 0, (arguments, result.output, result.exception)
     return None if stand_ins else result.output
 

@@ -43,7 +43,7 @@ FLOORS = [
     {"cache"},
     {"common"},
     {"methods", "models", "tracing"},
-    {"bench", "sizing", "viz"},
+    {"bench", "serving", "sizing", "viz"},
     {"raas_cache"},  # __init__.py and register.py
     {"eval"},
     {"fidelity"},

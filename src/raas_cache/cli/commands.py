@@ -1,7 +1,8 @@
 """The command line. `raas-cache demo` shows a model with a bounded cache, `eval` measures accuracy, `compare` compares
 methods pair by pair, `report` writes the results as one HTML page, `fidelity` measures what a cache changes on a given
 text, `probe` measures what a model recalls, `shares` learns a share of the budget for each KV head, `plan` computes the
-memory of a budget, `bench` times decode steps, and `plot` draws the results."""
+memory of a budget, `serve` serves a model with OpenAI's API, `bench` times decode steps, and `plot` draws the
+results."""
 
 import sys
 from contextlib import ExitStack
@@ -29,6 +30,7 @@ from ..fidelity.command import fidelity
 from ..probes.command import probe
 from ..sizing import plan as planning
 from .demo import demo
+from .serve import serve
 from .shares import shares
 
 
@@ -43,6 +45,7 @@ app.command("eval")(evaluate)
 app.command()(fidelity)
 app.command()(probe)
 app.command()(shares)
+app.command()(serve)
 
 
 @app.callback()

@@ -66,6 +66,12 @@ class RowManager(ContinuousBatchingManager):
         """
         return self.cache.nbytes
 
+    @property
+    def waiting(self) -> int:
+        """Number of requests that have not begun: they wait for a row or for pages."""
+        processor = self.batch_processor
+        return self.input_queue.qsize() + (0 if processor is None else len(processor.scheduler.waiting_requests))
+
     def add_request(  # type: ignore[override]
         self, input_ids: list[int], request_id: str | None = None, seed: int | None = None, **options: Any
     ) -> str | None:

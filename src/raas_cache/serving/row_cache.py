@@ -70,6 +70,7 @@ class RowCache(PagedAttentionCache):
         self.draws, self._first_layer = draws, min(store.layers)
         self.max_batch_tokens, self.max_requests = max_batch_tokens, rows
         self.batch = PackedBatch(None, ())
+        self.new_tokens = 0  # generated so far, by all requests
         self.max_blocks_per_request = 1 if has_block_table else 0
         self.max_decode_fast_path_length = ANY_LENGTH if has_block_table else 0
         self.use_prefix_sharing = self.allow_block_sharing = False  # `RowStore.admit` shares prefixes
@@ -188,6 +189,7 @@ class RowCache(PagedAttentionCache):
             if future.has_new_token:
                 drawing.append((state.request_id, past + future.query_length))
         self.draws.set(drawing)
+        self.new_tokens += len(drawing)
         self.batch = PackedBatch.of(decoding, prompts, self.store.device)
 
     def extend_read_and_write_indices(

@@ -17,6 +17,12 @@ class RowScheduler(FIFOScheduler):
 
     cache: RowCache
 
+    def clear_cancelled_requests(self) -> list[RequestState]:
+        """Remove cancelled requests, and empty the rows of all requests that have ended, before each step."""
+        cancelled: list[RequestState] = super().clear_cancelled_requests()
+        self.cache.store.clear_ended()
+        return cancelled
+
     def schedule_batch(self, token_budget: int, cache_budget: int) -> Any:
         """See `Scheduler.schedule_batch` of transformers."""
         self._admit_waiting()

@@ -50,7 +50,7 @@ class RowStore:
 
     @property
     def free_pages(self) -> list[int]:
-        """Number of pages of each table that no row has. Pages of ended requests count from the next admission on."""
+        """Number of pages of each table that no row has. Pages of ended requests count from the next step on."""
         return [pool.free for pool in self._pools]
 
     @property

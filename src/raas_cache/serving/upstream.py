@@ -11,7 +11,7 @@ OLDEST = "5.24"
 if Version(transformers.__version__) < Version(OLDEST):
     raise ImportError(
         f"Continuous batching with a bounded cache needs transformers {OLDEST} or later, and this is transformers "
-        f"{transformers.__version__}: pip install -U 'transformers>={OLDEST}'."
+        f"{transformers.__version__}: upgrade transformers."
     )
 
 from transformers.generation.configuration_utils import ContinuousBatchingConfig  # noqa: E402
