@@ -3,7 +3,10 @@
 import random
 
 import pytest
+import torch
+from transformers import Gemma3TextConfig
 
+from ..helpers import tiny_model
 from .engines import answers, check_alone, requests, sampling
 
 
@@ -80,3 +83,14 @@ def test_the_engine_in_a_process_of_its_own(model, folder, engines, monkeypatch)
     asked = requests(6, seed=7)
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     check_alone(model, asked, answers(engines.start(folder), asked))
+
+
+def test_a_hybrid_keeps_its_windows(engines, tmp_path):
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    model = tiny_model(
+        layers=3, cls=Gemma3TextConfig, head_dim=32, sliding_window=12, layer_types=kinds, dtype=torch.float32
+    )
+    model.save_pretrained(tmp_path)
+    asked = requests(12)
+    found = answers(engines.start(str(tmp_path), num_gpu_blocks_override=None), asked)
+    assert check_alone(model, asked, found, config=model.config) > 10

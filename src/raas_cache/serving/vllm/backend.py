@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, ClassVar
 
 import torch
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionBackend, AttentionImpl
-from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheLayout
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadataBuilder,
+)
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheLayout, SlidingWindowSpec
 
 from ...engine.attention_inputs import Softmax
 from .batch import RowMetadata, RowMetadataBuilder
@@ -109,10 +115,59 @@ class RowBackend(AttentionBackend):
         return RowSpec.of(spec, current().slots(spec.num_kv_heads)) if type(spec) is FullAttentionSpec else spec
 
 
+class CPURowAttention(RowAttention):
+    """Attention of one layer on a CPU. A layer with a sliding window gets vLLM's own attention instead."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """The attention of a layer. The arguments are those of `RowAttention`."""
+        arguments = inspect.signature(cls.__init__).bind(None, *args, **kwargs).arguments
+        if arguments["sliding_window"] is not None:
+            check_config(get_current_vllm_config())
+            return CPUAttentionBackendImpl(*args, **kwargs)
+        return super().__new__(cls)
+
+    def do_kv_cache_update(self, *args: Any) -> None:
+        """Nothing: `forward` stores keys and values."""
+
+
+class CPURowMetadataBuilder(RowMetadataBuilder):
+    """The builder of a group of layers on a CPU: for sliding windows, vLLM's own builder."""
+
+    def __new__(cls, kv_cache_spec: Any, *args: Any, **kwargs: Any) -> Any:
+        """The builder for layers with this spec. The arguments are those of `RowMetadataBuilder`."""
+        if isinstance(kv_cache_spec, RowSpec):
+            return super().__new__(cls)
+        return CPUAttentionMetadataBuilder(kv_cache_spec, *args, **kwargs)
+
+
 class CPURowBackend(RowBackend):
-    """The backend under the name that vLLM looks up on a CPU."""
+    """The backend on a CPU, under the name of vLLM's own, which a CPU always uses."""
+
+    forward_includes_kv_cache_update = False  # as in vLLM's own, which serves sliding windows
 
     @staticmethod
     def get_name() -> str:
         """Name of the member of `AttentionBackendEnum`."""
         return "CPU_ATTN"
+
+    @staticmethod
+    def get_impl_cls() -> type[CPURowAttention]:
+        """The attention of a layer."""
+        return CPURowAttention
+
+    @staticmethod
+    def get_builder_cls() -> type[CPURowMetadataBuilder]:
+        """The builder of the metadata of a batch."""
+        return CPURowMetadataBuilder
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        """vLLM's own attention serves layers with sliding windows."""
+        return True
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
+        """Sizes of vLLM's blocks: any for a row, those of vLLM's own attention for sliding windows."""
+        if isinstance(kv_cache_spec, SlidingWindowSpec):
+            return list(CPUAttentionBackend.get_supported_kernel_block_sizes(kv_cache_spec))
+        return list(RowBackend.get_supported_kernel_block_sizes(kv_cache_spec))
