@@ -23,11 +23,20 @@ class LayerRows:
             piece: its pages lie in another order than vLLM's view says.
         key_size, value_size: head sizes of keys and values.
         settings: the settings of all rows.
+
+    Raises:
+        ValueError: the memory is not one piece.
     """
 
     def __init__(
         self, layer: PagedLayer, kv_cache: torch.Tensor, key_size: int, value_size: int, settings: RowSettings
     ):
+        if not kv_cache.is_contiguous():
+            raise ValueError(
+                f"RAAS_BUDGET: vLLM pads the rows of this model, {tuple(kv_cache.shape)} with strides "
+                f"{kv_cache.stride()}, because its layers with sliding windows have blocks of another size, which is "
+                "not supported: start vLLM without RAAS_BUDGET."
+            )
         self.layer, self.kv_cache = layer, kv_cache
         rows, kv_heads = kv_cache.shape[:2]
         layer.reset()

@@ -46,8 +46,8 @@ class Variable:
         try:
             value = json.loads(text)
         except json.JSONDecodeError:
-            value = None
-        if (self is OPTIONS) != isinstance(value, dict):
+            value = text
+        if isinstance(value, str) or (self is OPTIONS) != isinstance(value, dict):
             raise ValueError(f"{self.name}={text!r} must be {self.kind}.")
         return value
 
@@ -161,11 +161,10 @@ class RowSettings:
         return -(-most // kv_heads) * size
 
     def __str__(self) -> str:
-        prompt = "what the budget leaves room for" if self.max_prompt is None else f"{self.max_prompt} tokens"
         chosen = f", options {json.dumps(self.options)}" if self.options else ""
         return (
             f"raas-cache: each request has a row of pages, with budget {self.budget}, method {self.method}{chosen}; "
-            f"longest prompt: {prompt}."
+            f"longest prompt: {self.longest_prompt} tokens."
         )
 
 
@@ -176,6 +175,16 @@ def current() -> RowSettings:
 
 
 def heads_of(layer: PagedLayer, kv_heads: int) -> list[int]:
-    """Number of KV heads of each part of a layer."""
+    """Number of KV heads of each part of a layer that has `kv_heads` KV heads in this process.
+
+    Raises:
+        ValueError: the layer has shares for another number of KV heads.
+    """
     groups = getattr(layer, "head_groups", None)
-    return [kv_heads] if groups is None else [len(group) for group in groups]
+    heads = [kv_heads] if groups is None else [len(group) for group in groups]
+    if sum(heads) != kv_heads:
+        raise ValueError(
+            f"RAAS_OPTIONS: shares has {sum(heads)} entries for a layer, but a process has {kv_heads} of its KV heads. "
+            "Give one share per KV head; with --tensor-parallel-size, give one share per layer."
+        )
+    return heads
