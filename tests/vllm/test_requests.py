@@ -79,10 +79,12 @@ def test_a_preempted_request_goes_on_with_its_text_as_the_prompt(model, folder, 
         check_alone(model, [(prompt + before[index], len(rest))], [rest])
 
 
-def test_the_engine_in_a_process_of_its_own(model, folder, engines, monkeypatch):
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_engine_and_its_workers_in_processes_of_their_own(model, folder, engines, monkeypatch, workers):
+    """With two workers, each has one of the two KV heads."""
     asked = requests(6, seed=7)
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    check_alone(model, asked, answers(engines.start(folder), asked))
+    check_alone(model, asked, answers(engines.start(folder, tensor_parallel_size=workers), asked))
 
 
 def test_a_hybrid_keeps_its_windows(engines, tmp_path):
@@ -92,5 +94,7 @@ def test_a_hybrid_keeps_its_windows(engines, tmp_path):
     )
     model.save_pretrained(tmp_path)
     asked = requests(12)
-    found = answers(engines.start(str(tmp_path), num_gpu_blocks_override=None), asked)
+    with pytest.raises(ValueError, match="--enable-prefix-caching: rows take part in no prefix caching"):
+        engines.start(str(tmp_path))
+    found = answers(engines.start(str(tmp_path), num_gpu_blocks_override=None, enable_prefix_caching=False), asked)
     assert check_alone(model, asked, found, config=model.config) > 10

@@ -1,6 +1,7 @@
 """What vLLM cannot serve with rows is refused when it starts, with the name of the option."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -131,3 +132,10 @@ def test_a_row_that_has_lost_its_request_is_noticed(folder, engines):
     attention = model.model.layers[0].self_attn.attn.impl
     with pytest.raises(RuntimeError, match=r"Row 1 holds a sequence of .* tokens, but vLLM has computed 9999"):
         attention.rows._check(1, 9999)
+
+
+def test_tokens_of_an_image_that_see_each_other(folder):
+    config = EngineArgs(folder, skip_tokenizer_init=True).create_engine_config()
+    config.model_config = SimpleNamespace(is_mm_prefix_lm=True)
+    with pytest.raises(ValueError, match="the tokens of an image see each other"):
+        check_config(config)

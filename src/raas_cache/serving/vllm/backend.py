@@ -19,7 +19,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCache
 from ...engine.attention_inputs import Softmax
 from .batch import RowMetadata, RowMetadataBuilder
 from .layer_rows import LayerRows
-from .refusals import check_config, check_layer
+from .refusals import check_config, check_layer, check_windows
 from .settings import current
 from .spec import RowSpec
 
@@ -122,7 +122,7 @@ class CPURowAttention(RowAttention):
         """The attention of a layer. The arguments are those of `RowAttention`."""
         arguments = inspect.signature(cls.__init__).bind(None, *args, **kwargs).arguments
         if arguments["sliding_window"] is not None:
-            check_config(get_current_vllm_config())
+            check_windows(get_current_vllm_config())
             return CPUAttentionBackendImpl(*args, **kwargs)
         return super().__new__(cls)
 

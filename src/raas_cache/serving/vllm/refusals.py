@@ -18,6 +18,11 @@ def check_config(config: Any) -> None:
         ValueError: names the option.
     """
     parallel = config.parallel_config
+    if config.model_config.is_mm_prefix_lm:
+        raise ValueError(
+            "RAAS_BUDGET: the tokens of an image see each other in this model, which is not supported: start vLLM "
+            "without RAAS_BUDGET."
+        )
     if config.speculative_config is not None:
         raise ValueError(
             "--speculative-config: drafted tokens cannot be taken back from a row. Leave the option out, " + WITHOUT
@@ -62,6 +67,19 @@ def check_layer(
     ):
         if found:
             raise ValueError(f"RAAS_BUDGET: a layer of this model has {what}, which is not supported: {WITHOUT[3:]}")
+
+
+def check_windows(config: Any) -> None:
+    """Refuse prefix caching for a model with sliding windows: windows would skip tokens that rows have not stored.
+
+    Raises:
+        ValueError: names the option.
+    """
+    if config.cache_config.enable_prefix_caching:
+        raise ValueError(
+            "--enable-prefix-caching: rows take part in no prefix caching, and this model has layers with sliding "
+            "windows, which do. Start vLLM with --no-enable-prefix-caching, or without RAAS_BUDGET."
+        )
 
 
 class _Refusing(type):
