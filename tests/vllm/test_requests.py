@@ -84,6 +84,7 @@ def test_the_engine_and_its_workers_in_processes_of_their_own(model, folder, eng
     """With two workers, each has one of the two KV heads."""
     asked = requests(6, seed=7)
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # two workers need no two CPUs
     check_alone(model, asked, answers(engines.start(folder, tensor_parallel_size=workers), asked))
 
 
