@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from .attention_inputs import Expanded
+
+
+if TYPE_CHECKING:
+    from .prefill_forward import Prefill
 
 
 @dataclass(frozen=True)
@@ -18,10 +23,12 @@ class HeldPrompt:
             the pages of a prompt are not evicted.
         exact: keys and values `[1, kv_heads, tokens, head_dim]` of all tokens before they became codes; None if keys
             and values are stored as they are.
+        last_chunk: the forward of the last chunk so far.
     """
 
     queries: torch.Tensor | None
     exact: Expanded | None
+    last_chunk: Prefill
 
 
 def joined(before: torch.Tensor | None, new: torch.Tensor, last: int | None = None) -> torch.Tensor:

@@ -103,19 +103,26 @@ class PageTable:
             )
 
     @allocating
-    def allocate(self, key: torch.Tensor, value: torch.Tensor, batch_size: int) -> None:
+    def allocate(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        batch_size: int,
+        contents: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> None:
         """Create buffers without pages for the first key and value; the first prefill adds the pages.
 
         Args:
             key, value: `[rows, kv_heads, new, head_dim]`.
             batch_size: number of rows to allocate.
+            contents: keys and values of the pool, `[blocks, kv_heads, page_size, head_dim]`; None to allocate them.
 
         Raises:
             ValueError: the device cannot compute in the layer's 8-bit dtype, or 4-bit codes cannot store a head size.
         """
         heads, device = key.shape[1], key.device
         kv = new_kv(self.settings, key, value, batch_size)
-        self.kv = kv if self.pool_blocks is None else in_a_pool(kv, self.pool_blocks)
+        self.kv = kv if self.pool_blocks is None else in_a_pool(kv, self.pool_blocks, contents)
         self.blocks = None if self.pool_blocks is None else RowBlocks(self.pool_blocks, batch_size)
         self.dtypes, self.device = (key.dtype, value.dtype), device
         self.batch_size, self.num_heads = batch_size, heads

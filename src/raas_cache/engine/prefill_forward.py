@@ -89,16 +89,27 @@ class Prefill(StoringForward):
             before = None if self.held is None else self.held.queries
             observed = joined(before, query, layer.policy.prompt_window)
         if layer.prompt_continues:
-            layer.held_prompts[row] = HeldPrompt(observed, self.exact)
-            return output
-        # 3. After the last chunk: code the pages that two chunks have filled, and reduce the prompt to the budget.
-        self.places = self.places.of_whole_prompt(int(layer.table.counts.prefilled[row]))
+            layer.held_prompts[row] = HeldPrompt(observed, self.exact, self)
+        else:
+            self.end_prompt(observed, softmax)
+        return output
+
+    @uncompiled
+    def end_prompt(self, observed: torch.Tensor | None, softmax: Softmax) -> None:
+        """After the last chunk: code the pages that two chunks have filled, and reduce the prompt to the budget.
+
+        Args:
+            observed: `[1, heads, queries, head_dim]`, the queries of all chunks that score the pages; None if the pages
+                of a prompt are not evicted.
+        """
+        layer, rows = self.layer, self.layer.rows
+        assert rows is not None and self.places is not None
+        self.places = self.places.of_whole_prompt(int(layer.table.counts.prefilled[int(rows.on_host[0])]))
         if layer.settings.is_packed and self.exact is not None:
             write_prefill_keys(layer.kv, self.places, self.exact[0], None, rows)
         if observed is not None:
             queries = observed.shape[2]
             self.evict(layer.attend_prefill(observed, softmax)[1] if queries else None, queries)
-        return output
 
     def states(self) -> Expanded:
         """As `Forward.states`. A row that begins here reads its tokens as in a first forward: not as codes."""
@@ -161,3 +172,14 @@ class Prefill(StoringForward):
         visible = seen.get("visible")
         if visible is not None:
             hide_newest(self.layer.table, visible, self.layer.rows)
+
+
+def end_prompt(layer: LayerEngine, softmax: Softmax) -> None:
+    """End the prompt of the row that forwards touch, if its last forward said that more chunks of it would follow.
+
+    This serves a caller that learns from the first decode token that the prompt has ended.
+    """
+    assert layer.rows is not None
+    held = layer.held_prompts.pop(int(layer.rows.on_host[0]), None)
+    if held is not None:
+        held.last_chunk.end_prompt(held.queries, softmax)

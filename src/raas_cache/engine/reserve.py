@@ -1,4 +1,4 @@
-"""Reserve the pages of a row in a pool, before its first forward: the row needs no more memory until it is released."""
+"""A pool in the caller's memory, and the pages of a row in a pool, which are reserved before its first forward."""
 
 from __future__ import annotations
 
@@ -7,6 +7,20 @@ import torch
 
 from .page_table import PageTable
 from .resize import CONTENTS, allocating, movable
+
+
+@allocating
+def use_memory(table: PageTable, keys: torch.Tensor, values: torch.Tensor, rows: int) -> None:
+    """Keep the keys and values of `rows` rows in a pool that lies in the caller's memory.
+
+    Args:
+        table: an empty table.
+        keys, values: `[blocks, kv_heads, page_size, head_dim]`, may be strided, with a contiguous last dimension.
+    """
+    assert table.settings.kv_dtype is None, "the caller's memory has no place for scales"
+    table.use_pool(len(keys))
+    table.allocate(keys[:, :, :0], values[:, :, :0], rows, contents=(keys, values))
+    table.is_empty = False  # so no forward is the first one, whose output the model itself would compute
 
 
 @allocating

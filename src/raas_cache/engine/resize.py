@@ -96,8 +96,12 @@ def new_kv(settings: LayerSettings, key: torch.Tensor, value: torch.Tensor, batc
     )
 
 
-def in_a_pool(kv: PagedKV, blocks: int) -> PagedKV:
-    """`kv`, which has no pages, with a pool of `blocks` blocks for the contents of its slots."""
+def in_a_pool(kv: PagedKV, blocks: int, given: tuple[torch.Tensor, torch.Tensor] | None = None) -> PagedKV:
+    """`kv`, which has no pages, with a pool of `blocks` blocks for the contents of its slots.
+
+    Args:
+        given: keys and values of the pool, `[blocks, kv_heads, page_size, head_dim]`; None to allocate the pool.
+    """
 
     def pool(buffer: torch.Tensor | None) -> torch.Tensor | None:
         if buffer is None:
@@ -106,7 +110,11 @@ def in_a_pool(kv: PagedKV, blocks: int) -> PagedKV:
         return torch.zeros(size, dtype=movable(buffer).dtype, device=buffer.device).view(buffer.dtype)
 
     batch, device = len(kv.bias), kv.bias.device
-    contents: dict[str, Any] = {name: pool(getattr(kv, name)) for name in CONTENTS}
+    contents: dict[str, Any]
+    if given is None:
+        contents = {name: pool(getattr(kv, name)) for name in CONTENTS}
+    else:
+        contents = dict(zip(("keys", "values"), given, strict=True))
     return replace(kv, **contents, blocks=torch.zeros(batch, 0, dtype=torch.int32, device=device))
 
 
