@@ -111,6 +111,20 @@ def test_a_cancelled_request_gives_its_row_back(model):
         assert len(manager.get_result(timeout=1).generated_tokens) == 3
 
 
+@pytest.mark.parametrize("options", [{"prompt": "evict", "method": "h2o"}, {"kv_dtype": "int4"}], ids=str)
+def test_a_request_cancelled_within_its_prompt_leaves_nothing_in_its_row(model, options):
+    asked = ([7, 9, 11] * 8, 12)
+    with rows(model, max_rows=1, budget=64, **options) as manager:
+        expected = answers(manager, [asked])
+    with rows(model, max_rows=1, budget=64, chunk=2, **options) as manager:
+        manager.start()
+        manager.add_request([5] * 60, request_id="a", max_new_tokens=4)
+        wait_until(lambda: manager.cache.store.layers[0].engine.held_prompts)
+        manager.cancel_request("a")
+        wait_until(lambda: not manager.cache.store.rows)
+        assert answers(manager, [asked]) == expected
+
+
 def test_refused_requests_leave_the_others_alone(model):
     with rows(model, max_rows=2) as manager:
         manager.start()

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 
-from .attention_inputs import Expanded
+from .attention_inputs import Expanded, Softmax
 
 
-if TYPE_CHECKING:
-    from .prefill_forward import Prefill
+class Chunk(Protocol):
+    """The forward of a chunk of a prompt, see `raas_cache.engine.prefill_forward.Prefill`."""
+
+    def end_prompt(self, observed: torch.Tensor | None, softmax: Softmax) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class HeldPrompt:
 
     queries: torch.Tensor | None
     exact: Expanded | None
-    last_chunk: Prefill
+    last_chunk: Chunk
 
 
 def joined(before: torch.Tensor | None, new: torch.Tensor, last: int | None = None) -> torch.Tensor:

@@ -31,7 +31,8 @@ class RowStore:
 
     def __init__(self, layers: dict[int, PagedLayer], rows: int, device: torch.device):
         self.layers, self.device = layers, device
-        self.tables = [part.table for layer in layers.values() for part in layer.parts]
+        self._parts = [part for layer in layers.values() for part in layer.parts]
+        self.tables = [part.table for part in self._parts]
         self._pools = [table.blocks.pool for table in self.tables if table.blocks is not None]
         settings = self.tables[0].settings
         self.page_size = settings.page_size
@@ -110,8 +111,10 @@ class RowStore:
         if not self._ended:
             return
         ended = Rows.from_list(self._ended, self.device)
-        for table in self.tables:
-            table.release_rows(ended)
+        for part in self._parts:
+            part.table.release_rows(ended)
+            for row in self._ended:
+                part.engine.held_prompts.pop(row, None)
         self._free += self._ended
         self._ended = []
 
