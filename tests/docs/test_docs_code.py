@@ -245,7 +245,7 @@ def run_command(words):
             targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
             assert {word for word in arguments if "=" not in word} <= set(targets), words
         case ["curl", "localhost:8000/v1/chat/completions", "-H", _, "-d", body]:
-            from raas_cache.serving.request_fields import Chat, check
+            from raas_cache.serving.server.request_fields import Chat, check
 
             check(Chat, json.loads(body))
         case ["pip", "install", *arguments]:

@@ -20,13 +20,13 @@ from raas_cache import RaaSCache, load_model
 openai = pytest.importorskip("openai")
 pytest.importorskip("prometheus_client")
 pytest.importorskip(
-    "raas_cache.serving.upstream_server", reason="transformers is older than 5.24", exc_type=ImportError
+    "raas_cache.serving.server.upstream_server", reason="transformers is older than 5.24", exc_type=ImportError
 )
 
-from raas_cache.serving.handlers import RowCompletion  # noqa: E402
-from raas_cache.serving.sampling import Sampling, TemperatureOrGreedy, with_every_parameter  # noqa: E402
-from raas_cache.serving.stop_text import StopText  # noqa: E402
-from raas_cache.serving.upstream_server import ContinuousBatchingLogitsProcessorList, GenerationState  # noqa: E402
+from raas_cache.serving.server.handlers import RowCompletion  # noqa: E402
+from raas_cache.serving.server.sampling import Sampling, TemperatureOrGreedy, with_every_parameter  # noqa: E402
+from raas_cache.serving.server.stop_text import StopText  # noqa: E402
+from raas_cache.serving.server.upstream_server import ContinuousBatchingLogitsProcessorList, GenerationState  # noqa: E402
 
 from .served import CACHE, FOREVER, NAME, PROMPTS, Served, serving  # noqa: E402
 

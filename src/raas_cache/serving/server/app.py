@@ -8,13 +8,13 @@ import uvicorn
 from fastapi import FastAPI
 from transformers import ContinuousBatchingConfig, PreTrainedModel, PreTrainedTokenizerBase, TemperatureLogitsWarper
 
-from ..cache.settings import Budget
+from ...cache.settings import Budget
+from ..continuous import CHUNK, continuous
+from ..manager import RowManager
 from .connection import EndWithClient
-from .continuous import CHUNK, continuous
 from .errors import answer_errors
 from .generation import RowGeneration
 from .handlers import RowChat, RowCompletion, RowResponses
-from .manager import RowManager
 from .metrics import REJECTED, Metrics
 from .sampling import TemperatureOrGreedy, with_every_parameter
 from .upstream_server import (

@@ -9,12 +9,12 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..manager import RowManager
+from ..upstream import GenerationOutput
 from .errors import refused
-from .manager import RowManager
 from .metrics import CANCELLED, FAILED, FINISHED, Metrics
 from .sampling import Sampling
 from .stop_text import StopText
-from .upstream import GenerationOutput
 from .upstream_server import CBGenerateManager, CBStreamer, _StreamError
 
 

@@ -12,7 +12,7 @@ from prometheus_client.registry import Collector
 from starlette.requests import Request
 from starlette.responses import Response
 
-from .manager import RowManager
+from ..manager import RowManager
 
 
 FINISHED, CANCELLED, REJECTED, FAILED = OUTCOMES = ("finished", "cancelled", "rejected", "failed")
