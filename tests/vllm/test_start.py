@@ -92,7 +92,7 @@ def test_vllm_does_not_start_with_a_quantized_cache(folder, engines):
 def test_shares_for_another_number_of_heads():
     settings = RowSettings(32, options={"page_size": 4, "shares": [[0.5, 1.5]]})
     with pytest.raises(ValueError, match="RAAS_OPTIONS: shares has 2 entries for a layer, but a process has 1"):
-        settings.slots(kv_heads=1)
+        settings.slots(kv_heads=1, block_size=16)
 
 
 @pytest.mark.parametrize(

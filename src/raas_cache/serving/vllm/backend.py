@@ -112,7 +112,9 @@ class RowBackend(AttentionBackend):
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
         """The rows of a layer with full attention."""
-        return RowSpec.of(spec, current().slots(spec.num_kv_heads)) if type(spec) is FullAttentionSpec else spec
+        if type(spec) is not FullAttentionSpec:
+            return spec
+        return RowSpec.of(spec, current().slots(spec.num_kv_heads, spec.block_size))
 
 
 class CPURowAttention(RowAttention):
@@ -123,6 +125,7 @@ class CPURowAttention(RowAttention):
         arguments = inspect.signature(cls.__init__).bind(None, *args, **kwargs).arguments
         if arguments["sliding_window"] is not None:
             check_windows(get_current_vllm_config())
+            current().has_windows = True
             return CPUAttentionBackendImpl(*args, **kwargs)
         return super().__new__(cls)
 

@@ -72,12 +72,14 @@ class RowSettings:
         method: name of the method.
         max_prompt: number of prompt tokens that a row holds as a prompt; None for those that the budget has room for.
         options: arguments of the method and of `PagedCache`.
+        has_windows: whether the model has layers with sliding windows, which become known while vLLM loads it.
     """
 
     budget: Budget
     method: str = "raas"
     max_prompt: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    has_windows: bool = False
 
     @classmethod
     def from_environment(cls) -> RowSettings:
@@ -147,10 +149,11 @@ class RowSettings:
         prompts = range(1, -(-self.longest_prompt // size) + 1)
         return max(need([table], pages * size, None).pages[0] for pages in prompts)
 
-    def slots(self, kv_heads: int) -> int:
+    def slots(self, kv_heads: int, block_size: int) -> int:
         """Slots of a row for each of the `kv_heads` KV heads of a layer, in the layer that needs the most.
 
-        If KV heads have different shares, the number is their average.
+        If KV heads have different shares, the number is their average. Beside sliding windows it is a multiple of
+        `block_size`, the size of their blocks: vLLM pads blocks whose sizes do not divide each other.
         """
         budget = self._cache.budget
         count = len(self._shares or (budget if isinstance(budget, tuple) else "1"))
@@ -158,7 +161,8 @@ class RowSettings:
         for layer in map(self.layer, range(count)):
             by_part = zip(layer.parts, heads_of(layer, kv_heads), strict=True)
             most = max(most, sum(self.pages(part.table) * heads for part, heads in by_part))
-        return -(-most // kv_heads) * size
+        slots = -(-most // kv_heads) * size
+        return -(-slots // block_size) * block_size if self.has_windows else slots
 
     def __str__(self) -> str:
         chosen = f", options {json.dumps(self.options)}" if self.options else ""

@@ -18,13 +18,9 @@ class RowSpec(CircularBufferSpec):
 
     @classmethod
     def of(cls, spec: AttentionSpec, slots: int) -> RowSpec:
-        """The rows of a layer that vLLM would give `spec`, with `slots` slots or more for each KV head.
-
-        They are a multiple of vLLM's block, because vLLM pads blocks whose sizes do not divide each other, and a padded
-        memory is not one piece.
-        """
+        """The rows of a layer that vLLM would give `spec`, with `slots` slots for each KV head."""
         return cls(
-            block_size=-(-slots // spec.block_size) * spec.block_size,
+            block_size=slots,
             num_kv_heads=spec.num_kv_heads,
             head_size=spec.head_size,
             head_size_v=spec.head_size_v,
