@@ -1,18 +1,22 @@
-"""The scripts of `examples` that people copy, as they run them: a chat in the terminal."""
+"""Scripts of `examples`: a chat in the terminal, and the moving picture of the README."""
 
 import re
 import runpy
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import DynamicCache, PreTrainedTokenizerFast
 
 from raas_cache.common.upstream import CACHE_ARGUMENT
+from raas_cache.tracing.recording import History
 
 from ..helpers import VOCAB, tiny_model
 
@@ -99,3 +103,53 @@ def test_smollm2_chats_in_a_terminal():
     assert result.returncode == 0, result.stderr
     first, second = (int(found[1]) for found in STATE.finditer(result.stdout))
     assert second > first > 30
+
+
+@pytest.fixture(scope="module")
+def picture():
+    return runpy.run_path(EXAMPLES / "moving_picture.py")
+
+
+def history(scores, first=(0, 4, 8), evicted=(np.nan, 14, np.nan)):
+    """Pages of four tokens, of which the first one is the prompt. `scores`: page -> steps at which it scores 0.5."""
+    steps = np.arange(3, 20)
+    entries = [
+        (at, page, 0.5 if step in scores.get(page, ()) else 0.0)
+        for at, step in enumerate(steps.tolist())
+        for page in range(3)
+        if first[page] <= step and not step >= evicted[page]
+    ]
+    at, page, score = (np.array(column) for column in zip(*entries, strict=True))
+    is_pinned = np.array([True, False, False])
+    return History(steps, np.array(first), is_pinned, np.array(evicted), steps, at, page, score, score)
+
+
+def test_times_of_milestones(picture):
+    """A page counts once it is full, and steps that nearly touch are one time."""
+    far = 16 + picture["FLASH"]
+    of = history({1: [5, 8, 9]}, evicted=(np.nan, np.nan, np.nan))
+    assert picture["uses_of"](of, 1, 4) == [(8, 9)]
+    of = replace(of, steps=np.where(of.steps == 9, far, of.steps))
+    assert picture["uses_of"](of, 1, 4) == [(8, 8), (far, far)]
+
+
+def test_the_picture_shows_each_page(picture):
+    bytes_held = np.array([(seen, 100_000) for seen in range(4, 21)])
+    lines = [(4, "2 < 3 & 5"), (10, "the end")]
+    chain = picture["Chain"](history({1: [9]}), 4, lines, bytes_held, 10_000, 1)
+    root = ElementTree.fromstring(picture["draw"](chain, 4, 12, 0, 1))
+    kinds = [element.get("class") for element in root.iter()]
+    # One page is pinned (the legend has the same colour), two are held, one is used, and one is evicted.
+    assert [kinds.count(kind) for kind in ("prompt", "held moves", "use moves", "gone moves")] == [2, 2, 1, 1]
+    texts = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"2 < 3 & 5", "the end", "RaaSCache: 0.1 MB", "DynamicCache: 0.2 MB"} <= set(texts)
+    style = root.find("{http://www.w3.org/2000/svg}style").text
+    # 24 of 28 seconds are the 16 steps from 4 to 20: the page is evicted at step 14, and its cross is drawn then.
+    assert f"{100 * 24 / 28 * 10 / 16:.2f}% {{ opacity: 0 }}" in style
+
+
+def test_the_picture_of_the_readme_is_small_and_has_no_script():
+    path = EXAMPLES.parent / "docs" / "images" / "pages.svg"
+    tags = {element.tag.rpartition("}")[2] for element in ElementTree.parse(path).iter()}
+    assert tags == {"svg", "title", "style", "rect", "path", "text"}
+    assert path.stat().st_size < 200_000
