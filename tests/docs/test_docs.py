@@ -49,10 +49,9 @@ def rows_of_the_study():
     return study | {(row["method"], row["budget"]): row for row in table(STUDY, "## RaaS, one option")}
 
 
-@pytest.mark.parametrize("page", [README, METHODS], ids=["README", "methods"])
-def test_methods(page):
+def test_methods():
     study = rows_of_the_study()
-    shown = table(page, "at half of the tokens")
+    shown = table(METHODS, "at half of the tokens")
     assert len(shown) > 10
     for row in shown:
         found = study[row["method"], row["budget"]]
@@ -69,6 +68,39 @@ def test_choosing_a_budget():
             assert row == {name: found[name] for name in row}
     for method in ("raas:scoring=minmax", "raas:granularity=layer", "raas:top_ratio=0.5"):
         assert study[method, "384"]["accuracy (95 % interval)"].partition("%")[0] + " %" in page
+
+
+def test_which_budget():
+    """The worked example is what the stored rows recommend, and the rules of thumb hold for the stored rows."""
+    page, fidelity = ((ROOT / "docs" / name).read_text() for name in ("choosing-a-budget.md", "fidelity.md"))
+    words = " ".join(page.split())
+    found = Fidelity(read_rows_of(RESULTS / "smollm2", FidelityRow))
+    assert found.recommend() in page
+    example = {
+        row["method"].partition("=docs")[0]: row["loss - dynamic (95 %)"][1:7]
+        for row in table(fidelity, "Together they give")[1:]
+    }
+    assert f"with shares: it loses {example['raas:shares']} nats" in words
+    assert f"Quest loses {example['quest']} in five times" in words
+    assert f"RaaS without shares {example['raas']}, and the window {example['window']}" in words
+    # The table is an excerpt, and the rules follow from it.
+    shown = table(page, "### Rules of thumb")
+    everything = table(fidelity, "count in the budget:")
+    assert len(shown) == 5 and all(row in everything for row in shown)
+    lost = {row["cache"]: [float(row[name][1:7]) for name in list(row)[1:4]] for row in shown}
+    for name in ("raas:shares", "window:shares"):
+        assert lost[name][1] == pytest.approx(lost["window"][2], rel=0.1), "a quarter with shares, half without"
+        assert lost[name][2] == pytest.approx(lost["window"][2] / 10, rel=0.2)
+    options = table(fidelity, "Options at 768 tokens")
+    for row in options:
+        if "kv_dtype" in row["cache"]:
+            assert f"{row['loss - dynamic (95 %)'][1:7]} with {row['budget']} in {row['cache'][-4:]}" in words
+    rows = script_of("longer_texts_table").Rows(3072)
+    small, large = (
+        rows.found.difference(rows.at(f"raas:page_size={size}", 768), rows.at("raas", 768)).mean for size in (4, 64)
+    )
+    assert f"Pages of 4 tokens lose {-small:.4f} less, and pages of 64 lose {large:.4f} more" in words
+    assert f"a window loses {rows.difference('window', 'dynamic', 768)[1:7]} nats with 768 tokens in bfloat16" in words
 
 
 def test_eight_bits():
@@ -233,31 +265,31 @@ def test_study_is_what_the_script_runs():
 
 def test_demo():
     boxed = [[cell.strip() for cell in line.split("│")[1:-1]] for line in STUDY.splitlines() if line.startswith("│")]
-    shown = table(README, "What `make demo` ends with")
+    shown = table((ROOT / "docs" / "index.md").read_text(), "It ends with this table")
     assert len(shown) == len(boxed) == 4
     for row, (_, budget, exact, _, _, size, evicted) in zip(shown, boxed, strict=True):
         assert row["budget"].replace(" ", "") == budget.replace(" ", "")
         assert (row["chains exact"], row["KV"], row["pages evicted"] or "-") == (exact, size, evicted)
 
 
-@pytest.mark.parametrize(
-    ("shown", "method", "mode"),
-    [
-        ("RaaSCache(budget=2048)", "raas", "compiled"),
-        ("StaticCache`, as long as needed", "StaticCache(seen)", "compiled"),
-        ("StaticCache(max_cache_len=2048)", "StaticCache(budget)", "compiled"),
-    ],
-)
-def test_steps_on_the_gpu(shown, method, mode):
+def test_steps_on_an_h200():
     rows = json.loads((RESULTS / "bench-h200.json").read_text())["rows"]
-    (line,) = (row for row in table(README, "## What a step costs") if row["cache"] == shown)
-    for seen in (2048, 32_768, 131_072):
-        of = {"method": method, "seen": seen, "mode": mode}
+    shown = table((ROOT / "docs" / "performance.md").read_text(), "bench-h200.json")
+    times = {}
+    for line in shown:
+        of = {"method": line["method"], "seen": int(line["seen"].replace(",", "")), "mode": "compiled"}
         (row,) = (row for row in rows if of.items() <= row["case"].items())
-        cell = line[f"after {seen:,}" + " tokens" * (seen == 2048)]
-        assert cell == (f"{row['timing']['median']:.2f} ms" if row["timing"] else "does not fit")
-        if seen == 32_768:
-            assert line["KV at 32,768"] == f"{row['kv_bytes'] / 1e9:.1f} GB"
+        time = row["timing"]
+        assert line["ms/token (p10 to p90)"] == f"{time['median']:.2f} ({time['p10']:.2f} to {time['p90']:.2f})"
+        assert (line["ran"], line["KV bytes"]) == (row["ran"], f"{row['kv_bytes']:,}")
+        times[line["method"], of["seen"]] = f"{time['median']:.2f} ms"
+    assert len(times) == len(shown) == 9
+    # The README has three of the times.
+    words, ours = " ".join(README.split()), [times["raas", seen] for seen in (2048, 131_072)]
+    assert f"takes {ours[0]} for a step after 2,048 tokens and {ours[1]} after 131,072, on one H200" in words
+    assert f"`StaticCache` with room for all tokens takes {times['StaticCache(seen)', 2048]} after 2,048" in words
+    (large,) = (row for row in rows if row["case"] == {**row["case"], "method": "StaticCache(seen)", "seen": 131_072})
+    assert not large["timing"] and "does not fit after 131,072" in words
 
 
 @pytest.mark.parametrize(("name", "mode", "lines"), [("8b", "compiled", 4), ("1.5b", "eager", 8)])
