@@ -145,8 +145,8 @@ class RowManager(ContinuousBatchingManager):
         error = self.background_thread_status.fatal_error
         if error is not None:
             raise RuntimeError(
-                "The rows cannot be used after an error ended the generation loop: call manager.close(), and create new "
-                "ones with raas_cache.continuous."
+                "The rows cannot be used after an error ended the generation loop: call manager.close(), and create "
+                "new ones with raas_cache.continuous."
             ) from error
         super().start()
 
