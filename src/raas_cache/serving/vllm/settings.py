@@ -156,7 +156,7 @@ class RowSettings:
         `block_size`, the size of their blocks: vLLM pads blocks whose sizes do not divide each other.
         """
         budget = self._cache.budget
-        count = len(self._shares or (budget if isinstance(budget, tuple) else "1"))
+        count = len(self._shares or (budget if isinstance(budget, tuple) else (budget,)))
         size, most = self._cache.settings.page_size, 0
         for layer in map(self.layer, range(count)):
             by_part = zip(layer.parts, heads_of(layer, kv_heads), strict=True)
