@@ -112,7 +112,7 @@ class RowSettings:
             )
         prompt = self.max_prompt
         if prompt is not None and (not isinstance(prompt, int) or isinstance(prompt, bool) or prompt < 1):
-            raise ValueError(f"RAAS_MAX_PROMPT={prompt} must be {MAX_PROMPT.kind}.")
+            raise ValueError(f"RAAS_MAX_PROMPT={prompt} must be a number of tokens, such as 2048.")
 
     @functools.cached_property
     def _cache(self) -> PagedCache:
