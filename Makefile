@@ -5,7 +5,7 @@ TORCH ?= 2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-vllm study fidelity probes notebooks lint types docs hub-kernel clean
+.PHONY: demo test test-vllm study fidelity probes notebooks lint types docs dist hub-kernel clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.installed-cli
@@ -56,12 +56,22 @@ types: $(VENV)/.installed-dev
 docs: $(VENV)/.installed-dev
 	$(BIN)/mkdocs build --strict
 
+# Build the package and check its files, in an environment of its own, which has no torch.
+DIST_BIN := .venv-dist/bin
+dist:
+	$(PYTHON) -m venv .venv-dist
+	$(DIST_BIN)/python -m pip install --quiet build check-wheel-contents twine
+	rm -rf build dist
+	$(DIST_BIN)/python -m build
+	$(DIST_BIN)/twine check --strict dist/*
+	$(DIST_BIN)/check-wheel-contents dist/*.whl
+
 # Build the kernels for the Hugging Face Hub. This needs only Python.
 hub-kernel:
 	$(PYTHON) kernels/build_hub.py build/hub
 
 clean:
-	rm -rf $(VENV) .venv-vllm build dist site src/*.egg-info *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-dist .venv-vllm build dist site src/*.egg-info *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
 .venv-vllm/.installed-$(VLLM): setup.cfg
 	rm -rf .venv-vllm

@@ -11,7 +11,7 @@ import pytest
 
 from raas_cache import embedded_model
 from raas_cache.bench import filling, read_json
-from raas_cache.cli import commands
+from raas_cache.cli import app
 from raas_kernels.ops.attend import configs
 
 
@@ -34,7 +34,7 @@ def command(*options):
     pytest.importorskip("typer")
     from typer.testing import CliRunner
 
-    return CliRunner().invoke(commands.app, [*map(str, options)])
+    return CliRunner().invoke(app, [*map(str, options)])
 
 
 def error_of(result):

@@ -107,8 +107,8 @@ def test_out_that_cannot_be_written_to(command, path, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("kept")
     (tmp_path / "dangling").symlink_to("/nowhere/at/all")
     for work in (
-        "raas_cache.cli.commands.build_model",
-        "raas_cache.cli.commands.kernel_bench.run_kernels",
+        "raas_cache.cli.bench.build_model",
+        "raas_cache.cli.bench.kernel_bench.run_kernels",
         "raas_cache.eval.command.load",
     ):
         monkeypatch.setattr(work, lambda *args, **kwargs: pytest.fail("at work already"))

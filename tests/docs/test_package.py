@@ -211,14 +211,19 @@ def test_wheel_holds_everything(tmp_path):
     (wheel,) = tmp_path.glob("raas_cache-*-py3-none-any.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
 
-    for folder, package in (("src", "raas_cache"), ("kernels", "raas_kernels")):
+    for folder, package in (("src", "raas_cache"), ("src", "raas_cache_cli"), ("kernels", "raas_kernels")):
         code = {path.relative_to(source / folder).as_posix() for path in (source / folder / package).rglob("*.py")}
         assert code, package
         assert code <= names
     data = {f"raas_cache/models/chain_reasoner/{name}" for name in MODEL_FILES}
-    assert data | {"raas_cache/py.typed", "raas_kernels/py.typed", "raas_kernels/ops/attend/configs.json"} <= names
+    data |= {f"{package}/py.typed" for package in ("raas_cache", "raas_cache_cli", "raas_kernels")}
+    assert data | {"raas_kernels/ops/attend/configs.json"} <= names
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
-    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"raas_cache", "raas_kernels"}
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {
+        "raas_cache",
+        "raas_cache_cli",
+        "raas_kernels",
+    }
 
 
 def test_metadata():
@@ -229,4 +234,4 @@ def test_metadata():
     assert metadata["Requires-Python"] == ">=3.10"
     assert {"cli", "dev", "eval", "harness", "train", "viz"} <= set(metadata.get_all("Provides-Extra"))
     scripts = importlib.metadata.entry_points(group="console_scripts", name="raas-cache")
-    assert {script.value for script in scripts} == {"raas_cache.cli:app"}
+    assert {script.value for script in scripts} == {"raas_cache_cli:app"}

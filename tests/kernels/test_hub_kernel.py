@@ -11,7 +11,7 @@ import torch
 import raas_kernels
 
 from ..helpers import use_engine
-from .helpers import DEVICE, exact, make_kv, reference
+from .helpers import DEVICE, exact, make_kv, reference, triton_engine
 
 
 # Without that package, this repository's folder of the same name is imported instead: it has no version.
@@ -42,6 +42,7 @@ def built(tmp_path_factory):
 @pytest.fixture
 def hub(built, monkeypatch):
     """The Hub's kernel; it and the installed one are forced to Triton."""
+    triton_engine()  # skips the test where there is no Triton
     use_engine(monkeypatch, "triton")
     return kernels.get_local_kernel(built)
 

@@ -145,11 +145,30 @@ def test_a_request_that_needs_one_page_too_many_is_refused(model):
     with rows(model, max_rows=1) as manager:
         (free, _), tokens = manager.cache.store.free_pages, 4 * 7
         manager.start()
-        with pytest.raises(ValueError, match="which need 9 pages of 4 tokens"):
+        with pytest.raises(ValueError, match=r"which need 9 pages of 4 tokens"):
             manager.add_request([3] * tokens, max_new_tokens=8)
         manager.add_request([3] * tokens, max_new_tokens=4)
         assert len(manager.get_result(timeout=20).generated_tokens) == 4
         assert free == 8
+
+
+def test_after_an_error_new_rows_are_needed(model):
+    def fail(*_):
+        raise RuntimeError("a fault of the model")
+
+    with rows(model) as manager:
+        manager.start()
+        handle = model.model.layers[1].mlp.register_forward_hook(fail)
+        manager.add_request([1, 2, 3], max_new_tokens=4)
+        output = manager.get_result(timeout=20)
+        handle.remove()
+        assert output.error == "a fault of the model"
+        wait_until(lambda: not manager.is_running())
+        manager.stop()
+        with pytest.raises(RuntimeError, match=r"The rows cannot be used after an error .* create new ones"):
+            manager.start()
+    with rows(model) as manager:
+        assert len(answers(manager, [([1, 2, 3], 4)])[0]) == 4
 
 
 def test_arguments(model):

@@ -25,7 +25,7 @@ class Engines:
 
     def start(self, folder, method="raas", budget=BUDGET, max_prompt=64, rows=8, options=None, **arguments):
         """An `LLM` whose memory holds `rows` requests."""
-        from vllm import LLM
+        from vllm import LLM, plugins
 
         from raas_cache.serving.vllm import settings
 
@@ -40,6 +40,7 @@ class Engines:
             text = value if isinstance(value, str) else json.dumps(value)
             self.monkeypatch.setenv(f"RAAS_{name}", text)
         settings.current.cache_clear()
+        self.monkeypatch.setattr(plugins, "plugins_loaded", False)  # vLLM loads its plug-ins once in each process
         defaults = {
             "skip_tokenizer_init": True, "dtype": "float32", "enforce_eager": True, "max_model_len": 512,
             "max_num_seqs": 16, "max_num_batched_tokens": 64, "kv_cache_memory_bytes": 1 << 26,

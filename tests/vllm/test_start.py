@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import DeepseekV3Config
 from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from raas_cache.serving.vllm import register
@@ -40,6 +41,17 @@ def test_the_log_says_what_is_on(environment, caplog):
         register()
     (line,) = [record.message for record in caplog.records if record.name == "vllm.raas_cache"]
     assert 'budget 1024, method h2o, options {"page_size": 32}; longest prompt: 768 tokens' in line
+
+
+def test_a_gpu_needs_an_option(environment, monkeypatch, caplog):
+    AttentionBackendEnum.CPU_ATTN.clear_override()
+    monkeypatch.setattr(current_platform, "is_cpu", lambda: False)
+    environment(BUDGET="1024")
+    with caplog.at_level("INFO", logger="vllm.raas_cache"):
+        register()
+    assert AttentionBackendEnum.CUSTOM.get_class().get_name() == "CUSTOM"
+    assert not AttentionBackendEnum.CPU_ATTN.is_overridden()
+    assert "It has no effect without --attention-backend CUSTOM." in caplog.text
 
 
 @pytest.mark.parametrize(

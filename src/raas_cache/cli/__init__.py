@@ -1,3 +1,3 @@
-"""The command line `raas-cache`: reads options and prints results. No other folder may import this folder."""
+"""The commands of `raas-cache` that belong to no other folder. No other folder may import this folder."""
 
-from .commands import app as app
+from raas_cache_cli import app as app

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import typer
@@ -113,6 +114,11 @@ def power_of_two(value: int) -> int:
     if value & (value - 1):
         raise typer.BadParameter(f"page_size={value} must be a power of two: try 16.")
     return value
+
+
+PageSize = Annotated[
+    int, typer.Option(min=1, max=LARGEST, callback=power_of_two, help="Tokens per page, a power of two.")
+]
 
 
 def device(name: str | None) -> torch.device:

@@ -136,6 +136,20 @@ class RowManager(ContinuousBatchingManager):
         )
         self.batch_processor = None
 
+    def start(self) -> None:
+        """Start the loop.
+
+        Raises:
+            RuntimeError: an error ended the loop before. Some layers may then have stored tokens that others have not.
+        """
+        error = self.background_thread_status.fatal_error
+        if error is not None:
+            raise RuntimeError(
+                "The rows cannot be used after an error ended the generation loop: call manager.close(), and create "
+                "new ones with raas_cache.continuous."
+            ) from error
+        super().start()
+
     def stop(
         self,
         block: bool = True,

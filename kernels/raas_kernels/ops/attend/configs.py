@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from triton import next_power_of_2
-
 
 CONFIGS_FILE = Path(__file__).with_name("configs.json")
 MIN_DOT = 16  # tl.dot's smallest tile side: smaller query groups are padded up to it
@@ -36,12 +34,17 @@ class Config:
 
 def default_config(head_size: int, itemsize: int) -> Config:
     """For a shape that nobody tuned: the largest tile whose pipeline fits 99 KiB of shared memory (sm_86, sm_89)."""
-    return Config(max(min(16384 // (next_power_of_2(head_size) * itemsize), 128), MIN_DOT))
+    return Config(max(min(16384 // (_next_power_of_2(head_size) * itemsize), 128), MIN_DOT))
 
 
 def packed_config(head_size: int, itemsize: int) -> Config:
     """For 4-bit codes. Keys also need their bounds and the open page, so a stage takes twice the shared memory."""
     return Config(default_config(head_size, itemsize).tile, stages=2)
+
+
+def _next_power_of_2(number: int) -> int:
+    """As `triton.next_power_of_2`: the tuned launches can also be read where Triton is not installed."""
+    return 1 << (number - 1).bit_length()
 
 
 @functools.cache
@@ -61,7 +64,7 @@ def choose_config(
     """
     if is_packed:
         return packed_config(head_size, itemsize)
-    measured, kind = _tuned(), (next_power_of_2(head_size), itemsize)
+    measured, kind = _tuned(), (_next_power_of_2(head_size), itemsize)
     tuned = [shape for shape in measured["shapes"] if (shape["head_size"], shape["itemsize"]) == kind]
     if not tuned or tuple(measured["capability"]) != capability:
         return default_config(head_size, itemsize)

@@ -11,7 +11,7 @@ def register() -> None:
     Raises:
         TypeError, ValueError: one of the `RAAS_` variables cannot be used, see `RowSettings.from_environment`.
     """
-    from .settings import BUDGET, RowSettings, current
+    from .settings import BUDGET, current
 
     if not BUDGET.is_set:
         return
@@ -19,8 +19,7 @@ def register() -> None:
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-    settings: RowSettings = current()
-    here = "raas_cache.serving.vllm"
+    message, here = str(current()), "raas_cache.serving.vllm"
     for member in AttentionBackendEnum:
         if "MLA" in member.name:
             register_backend(member, f"{here}.refusals.NoLatent")
@@ -28,4 +27,5 @@ def register() -> None:
         register_backend(AttentionBackendEnum.CPU_ATTN, f"{here}.backend.CPURowBackend")
     else:
         register_backend(AttentionBackendEnum.CUSTOM, f"{here}.backend.RowBackend")
-    init_logger("vllm.raas_cache").info("%s", settings)
+        message += " It has no effect without --attention-backend CUSTOM."
+    init_logger("vllm.raas_cache").info("%s", message)

@@ -112,7 +112,7 @@ class RowSettings:
             )
         prompt = self.max_prompt
         if prompt is not None and (not isinstance(prompt, int) or isinstance(prompt, bool) or prompt < 1):
-            raise ValueError(f"RAAS_MAX_PROMPT={prompt} must be {MAX_PROMPT.kind}.")
+            raise ValueError(f"RAAS_MAX_PROMPT={prompt} must be a number of tokens, such as 2048.")
 
     @functools.cached_property
     def _cache(self) -> PagedCache:
@@ -156,7 +156,7 @@ class RowSettings:
         `block_size`, the size of their blocks: vLLM pads blocks whose sizes do not divide each other.
         """
         budget = self._cache.budget
-        count = len(self._shares or (budget if isinstance(budget, tuple) else "1"))
+        count = len(self._shares or (budget if isinstance(budget, tuple) else (budget,)))
         size, most = self._cache.settings.page_size, 0
         for layer in map(self.layer, range(count)):
             by_part = zip(layer.parts, heads_of(layer, kv_heads), strict=True)
