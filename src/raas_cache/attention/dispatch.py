@@ -79,69 +79,57 @@ def dispatcher(dense: AttentionFunction) -> AttentionFunction:
         if forward is None:
             return dense(module, query, key, value, attention_mask, *args, **kwargs)
         try:
-            return attend(forward, module, query, key, value, attention_mask, *args, **kwargs)
+            if not forward.layer.is_latent and getattr(value, "paged_forward", None) is not forward:
+                raise ValueError(
+                    f"{type(module).__name__} changes its values between cache and attention, which a paged cache "
+                    "cannot do: use a DynamicCache for this model."
+                )
+            layer = forward.layer
+            if layer.on_module is not None:
+                stays, layer.on_module = layer.on_module(module, key, value), None
+                if not stays:  # a layer of transformers, such as a window, took the tokens
+                    forward.awaits_attention, layer.pending = False, None
+                    # Other layers may share this key.
+                    key.paged_forward = value.paged_forward = None  # type: ignore[attr-defined]
+                    return dense(module, query, key, value, attention_mask, *args, **kwargs)
+            # 1. Refuse arguments that would give wrong text.
+            _refuse_unsupported(module, kwargs, is_prefill=forward.new > 1 or forward.is_first)
+            seen = None
+            if forward.awaits_attention:  # otherwise a layer that shares the KV of another layer reads it again
+                if query.shape[2] != key.shape[2] and not layer.is_latent:
+                    raise ValueError(_not_self_attention(module, query, key))
+                # 2. Read the mask of the new tokens.
+                if attention_mask is not None:
+                    seen = seen_by_new_tokens(attention_mask, query.shape[2], forward)
+            scaling = kwargs.get("scaling")
+            softmax: Softmax = {
+                "scale": query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+                "softcap": kwargs.get("softcap") if has_extras else None,
+                "sinks": kwargs.get("s_aux") if has_extras else None,
+            }
+            expanded = (key, value) if layer.is_latent else None
+            # 3. A first forward attends to its own tokens only: the model's own attention computes the output.
+            attended = None
+            if forward.is_first:
+                _expected.reference = None
+                attended = dense(module, query, key, value, attention_mask, *args, **kwargs)
+            # 4. Store the tokens, attend, and rank the pages, in the model's dtypes and without gradients.
+            has_gradients, device = torch.is_grad_enabled(), query.device.type
+            has_autocast = not query.is_meta and torch.is_autocast_enabled(device)  # torch has no autocast for meta
+            if has_gradients or has_autocast:
+                with torch.no_grad(), torch.autocast(device, enabled=False) if has_autocast else nullcontext():
+                    output = forward.attend(query, softmax, seen, expanded)
+            else:
+                output = forward.attend(query, softmax, seen, expanded)
+            if attended is not None:
+                return attended
+            assert output is not None
+            if has_gradients and not torch.compiler.is_compiling():
+                output = _NoGradient.apply(output, query, key, value)  # type: ignore[no-untyped-call]
+            return output.transpose(1, 2).contiguous(), None
         except BaseException:
             forward.stop()
             raise
-
-    def attend(
-        forward: Forward,
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if not forward.layer.is_latent and getattr(value, "paged_forward", None) is not forward:
-            raise ValueError(
-                f"{type(module).__name__} changes its values between cache and attention, which a paged cache cannot "
-                "do: use a DynamicCache for this model."
-            )
-        layer = forward.layer
-        if layer.on_module is not None:
-            stays, layer.on_module = layer.on_module(module, key, value), None
-            if not stays:  # a layer of transformers, such as a window, took the tokens
-                forward.awaits_attention, layer.pending = False, None
-                # Other layers may share this key.
-                key.paged_forward = value.paged_forward = None  # type: ignore[attr-defined]
-                return dense(module, query, key, value, attention_mask, *args, **kwargs)
-        # 1. Refuse arguments that would give wrong text.
-        _refuse_unsupported(module, kwargs, is_prefill=forward.new > 1 or forward.is_first)
-        seen = None
-        if forward.awaits_attention:  # otherwise a layer that shares the KV of another layer reads it again
-            if query.shape[2] != key.shape[2] and not layer.is_latent:
-                raise ValueError(_not_self_attention(module, query, key))
-            # 2. Read the mask of the new tokens.
-            if attention_mask is not None:
-                seen = seen_by_new_tokens(attention_mask, query.shape[2], forward)
-        scaling = kwargs.get("scaling")
-        softmax: Softmax = {
-            "scale": query.shape[-1] ** -0.5 if scaling is None else float(scaling),
-            "softcap": kwargs.get("softcap") if has_extras else None,
-            "sinks": kwargs.get("s_aux") if has_extras else None,
-        }
-        expanded = (key, value) if layer.is_latent else None
-        # 3. A first forward attends to its own tokens only: the model's own attention computes the output.
-        attended = None
-        if forward.is_first:
-            _expected.reference = None
-            attended = dense(module, query, key, value, attention_mask, *args, **kwargs)
-        # 4. Store the tokens, attend, and rank the pages, in the model's dtypes and without gradients.
-        has_gradients, device = torch.is_grad_enabled(), query.device.type
-        has_autocast = not query.is_meta and torch.is_autocast_enabled(device)  # torch has no autocast for meta
-        if has_gradients or has_autocast:
-            with torch.no_grad(), torch.autocast(device, enabled=False) if has_autocast else nullcontext():
-                output = forward.attend(query, softmax, seen, expanded)
-        else:
-            output = forward.attend(query, softmax, seen, expanded)
-        if attended is not None:
-            return attended
-        assert output is not None
-        if has_gradients and not torch.compiler.is_compiling():
-            output = _NoGradient.apply(output, query, key, value)  # type: ignore[no-untyped-call]
-        return output.transpose(1, 2).contiguous(), None
 
     paged_attention_forward.dense = dense  # type: ignore[attr-defined]
     return paged_attention_forward

@@ -222,9 +222,9 @@ class ForwardGuard:
             RuntimeError: as `check`; or an exception stopped the attention of a layer, and layers before it may have
                 stored the tokens. If it stopped the first layer before this layer stored them, nothing has changed.
         """
-        self.check()
         pending = None if self.engine is None else self.engine.pending
-        if pending is not None and not pending.awaits_attention and self.layer_idx > 0:
+        is_stopped = pending is not None and not pending.awaits_attention and self.layer_idx > 0
+        if self._is_torn or is_stopped:
             raise RuntimeError(INTERRUPTED)
         return pending is not None and pending.awaits_attention
 
