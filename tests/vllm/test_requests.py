@@ -49,6 +49,14 @@ def test_500_requests_in_memory_for_8(model, folder, engines):
     assert check_alone(model, asked, answers(engine, asked)) > 100
 
 
+def test_memory_that_holds_no_whole_sequence(model, folder, engines):
+    """A row takes 18,432 bytes here, and 4,096 tokens of keys and values would take a MiB."""
+    asked = [(prompt, 300) for prompt, _ in requests(5, seed=8)]
+    engine = engines.start(folder, kv_cache_memory_bytes=80_000, num_gpu_blocks_override=None, max_model_len=4096)
+    assert engine.llm_engine.vllm_config.cache_config.num_gpu_blocks == 1 + 3
+    assert check_alone(model, asked, answers(engine, asked)) > 200
+
+
 def test_one_budget_per_layer(model, folder, engines):
     asked = requests(8, seed=5)
     found = answers(engines.start(folder, budget=[48, 24]), asked)
