@@ -208,7 +208,7 @@ def _asking_step() -> dict[str, Any] | None:
         frame = frame.f_back if frame is not None else None
         if frame is not None and frame.f_code.co_name == "prepare_inputs_for_generation":
             arguments = frame.f_locals
-            return arguments if {"self", "kwargs"} <= arguments.keys() else None
+            return arguments if {"self", "kwargs"} <= set(arguments) else None
     return None
 
 
