@@ -117,5 +117,4 @@ def release_rows(rows: int | Sequence[int], layers: list[PagedLayer], guard: For
     indices = checked_rows(rows, layers[0].table.batch_size)
     with guard.all_or_none():
         for layer in layers:
-            layer.table.release_rows(Rows.from_list(indices, layer.table.device))
-            layer.engine.known_mask = None
+            layer.engine.release_rows(Rows.from_list(indices, layer.table.device))

@@ -107,6 +107,13 @@ class LayerEngine:
         """Make forwards touch `rows` only; None for all rows."""
         self.rows, self.row_index = rows, None if rows is None else rows.on_device
 
+    def release_rows(self, rows: Rows) -> None:
+        """Forget everything about `rows`, so that other sequences can start there."""
+        self.table.release_rows(rows)
+        self.known_mask = None
+        for row in rows.on_host.tolist():
+            self.held_prompts.pop(row, None)
+
     def expect_latent(self) -> None:
         """Make the layer one that caches a latent, which the model expands before attention.
 

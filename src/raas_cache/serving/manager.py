@@ -100,7 +100,7 @@ class RowManager(ContinuousBatchingManager):
         needed = need(self.cache.store.tables, len(ids), limit)
         if not self.cache.store.fits(needed):
             raise ValueError(
-                f"input_ids has {len(ids):,} tokens, which need {max(needed.pages):,} pages of "
+                f"input_ids has {len(ids):,} tokens, which need {max(needed):,} pages of "
                 f"{self.cache.store.page_size} tokens. That is more than all rows have: shorten the prompt, or create "
                 "the rows with a larger max_rows, memory or budget."
             )

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 from .draws import Draws
 from .packed_batch import PackedBatch
 from .packed_forward import PackedForward
-from .row_plan import Need, need
+from .row_plan import need
 from .row_store import SPARE, RowStore
 from .upstream import (
     FULL_ATTENTION,
@@ -117,16 +117,13 @@ class RowCache(PagedAttentionCache):
 
     # Admission.
 
-    def need_of(self, state: RequestState) -> Need:
-        """The pages that a request can ever use."""
-        return need(self.store.tables, len(state.initial_tokens), state.max_new_tokens)
-
     def admit(self, state: RequestState) -> bool:
         """Give a waiting request a row and all its pages, if they are free.
 
         The beginning of its prompt that another row holds already is not read again.
         """
-        shared = self.store.admit(state.request_id, state.initial_tokens, self.need_of(state))
+        needed = need(self.store.tables, len(state.initial_tokens), state.max_new_tokens)
+        shared = self.store.admit(state.request_id, state.initial_tokens, needed)
         if shared is None:
             return False
         state.remaining_prefill_tokens = state.remaining_prefill_tokens[shared:]

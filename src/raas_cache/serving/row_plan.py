@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from ..engine.page_table import PageTable
 
@@ -12,21 +11,8 @@ from ..engine.page_table import PageTable
 DEFAULT_ROWS = 32
 
 
-@dataclass(frozen=True)
-class Need:
-    """Pages that a request needs in each page table, for its whole life.
-
-    Args:
-        pages: one number per table.
-        prompt_pages: pages of its prompt.
-    """
-
-    pages: Sequence[int]
-    prompt_pages: int
-
-
-def need(tables: Sequence[PageTable], prompt_tokens: int, new_tokens: int | None) -> Need:
-    """The pages that a request can ever use in each of `tables`.
+def need(tables: Sequence[PageTable], prompt_tokens: int, new_tokens: int | None) -> list[int]:
+    """The number of pages that a request can ever use in each of `tables`.
 
     A table holds the whole prompt while it is read, and then at most the budget: the decode pages that the budget
     leaves beside the prompt, or fewer if the request generates fewer tokens.
@@ -48,7 +34,7 @@ def need(tables: Sequence[PageTable], prompt_tokens: int, new_tokens: int | None
                 "max_new_tokens."
             )
         pages.append(_pages(table, prompt_pages, new_tokens))
-    return Need(pages, prompt_pages)
+    return pages
 
 
 def _pages(table: PageTable, prompt_pages: int, new_tokens: int | None) -> int:

@@ -33,9 +33,8 @@ class RowRunner(ModelRunner):
         io = self.inputs_and_outputs
         if io.compute_stream is not None:  # the rows were changed, and the inputs written, on this stream
             io.compute_stream.wait_stream(torch.cuda.current_stream())
-        shapes = self.cache.store.shapes
-        if shapes != self._shapes:  # a graph holds the addresses of the buffers
-            io.graphs, self._shapes = CudaGraphBuffer(), shapes
+        if self.use_cuda_graph_decode and (shapes := self.cache.store.shapes) != self._shapes:
+            io.graphs, self._shapes = CudaGraphBuffer(), shapes  # a graph holds the addresses of the buffers
         super().compute_batch(model, batch_data)
 
     def warmup(self, model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
 from typing import Any
 
 from .row_cache import RowCache
@@ -40,5 +41,5 @@ class RowScheduler(FIFOScheduler):
                 break
 
     def _get_waiting_candidates(self) -> list[RequestState]:
-        rows = self.cache.store.rows
-        return [self.waiting_requests[name] for name in self.waiting_requests_order if name in rows]
+        admitted = takewhile(self.cache.store.rows.__contains__, self.waiting_requests_order)
+        return [self.waiting_requests[name] for name in admitted]

@@ -11,7 +11,6 @@ from ..cache.paged_layer import PagedLayer
 from ..engine.reserve import reserve
 from ..engine.resize import CONTENTS
 from ..engine.row_counts import Rows
-from .row_plan import Need
 
 
 SPARE = 0  # a row for the padding of a CUDA graph; no request gets it
@@ -69,12 +68,12 @@ class RowStore:
             if table.kv is not None
         ]
 
-    def fits(self, needed: Need) -> bool:
-        """Whether a request with this need could be admitted if there were no other."""
-        return all(pages < pool.blocks for pages, pool in zip(needed.pages, self._pools, strict=True))  # one is spare
+    def fits(self, needed: Sequence[int]) -> bool:
+        """Whether a request that needs these pages in each table could be admitted if there were no other."""
+        return all(pages < pool.blocks for pages, pool in zip(needed, self._pools, strict=True))  # one is spare
 
-    def admit(self, request_id: str, prompt: Sequence[int], needed: Need) -> int | None:
-        """Give a request its row, and the row all its pages.
+    def admit(self, request_id: str, prompt: Sequence[int], needed: Sequence[int]) -> int | None:
+        """Give a request its row, and the row the pages that it needs in each table.
 
         Returns:
             The number of prompt tokens that are in its pages already, because another row's prompt begins alike; None
@@ -87,10 +86,10 @@ class RowStore:
         source, shared, is_stored = self._longest_prefix(tokens)
         if not is_stored:
             return None
-        if any(pages - shared > pool.free for pages, pool in zip(needed.pages, self._pools, strict=True)):
+        if any(pages - shared > pool.free for pages, pool in zip(needed, self._pools, strict=True)):
             return None
         row = self._free.pop()
-        for pages, table in zip(needed.pages, self.tables, strict=True):
+        for pages, table in zip(needed, self.tables, strict=True):
             reserve(table, row, pages, shared_from=(source, shared) if shared else None)
         self.rows[request_id], self._prompts[row], self._stored[row] = row, tokens, shared * self.page_size
         return shared * self.page_size
@@ -112,9 +111,7 @@ class RowStore:
             return
         ended = Rows.from_list(self._ended, self.device)
         for part in self._parts:
-            part.table.release_rows(ended)
-            for row in self._ended:
-                part.engine.held_prompts.pop(row, None)
+            part.engine.release_rows(ended)
         self._free += self._ended
         self._ended = []
 

@@ -89,8 +89,7 @@ class LayerRows:
     def _admit(self, row: int) -> None:
         """Empty a row for a new request, and give it all its pages."""
         for part, pages in zip(self.layer.parts, self._pages, strict=True):
-            part.engine.held_prompts.pop(row, None)
-            part.table.release_rows(Rows.from_list([row], part.table.device))
+            part.engine.release_rows(Rows.from_list([row], part.table.device))
             reserve(part.table, row, pages)
 
     def _check(self, row: int, seen: int) -> None:

@@ -147,7 +147,7 @@ class RowSettings:
         """Largest number of pages that a row of `table` can need."""
         size = table.page_size
         prompts = range(1, -(-self.longest_prompt // size) + 1)
-        return max(need([table], pages * size, None).pages[0] for pages in prompts)
+        return max(need([table], pages * size, None)[0] for pages in prompts)
 
     def slots(self, kv_heads: int, block_size: int) -> int:
         """Slots of a row for each of the `kv_heads` KV heads of a layer, in the layer that needs the most.
